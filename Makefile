@@ -1,0 +1,54 @@
+# make demo    the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
+# make test    the test suite (ARGS= goes to pytest)
+# make check   lint, format, types, import contract
+# make setup   .venv with pinned versions; the others call it, and it does nothing when it is up to date
+# make clean   remove what these made
+#
+# PYTHON=      the interpreter that .venv is made from: 3.11 or 3.12
+# PIP_ARGS=    options for pip install. Where the package index serves torch's CUDA build (several GB, works too),
+#              point it at an index of CPU builds: PIP_ARGS="--extra-index-url <PyTorch's CPU wheels>"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+CONSTRAINTS := environments/constraints-cpu.txt
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary :all: --constraint $(CONSTRAINTS) $(PIP_ARGS)
+
+TP ?= 2
+PP ?= 1
+
+.PHONY: help setup demo test check clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=<interpreter>" >&2; exit 2; }
+	@echo "make: installing $(CONSTRAINTS) into $(VENV); this takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools
+	$(PIP) --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/digits/demo.py --tp $(TP) --pp $(PP)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

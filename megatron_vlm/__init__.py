@@ -1,0 +1,3 @@
+"""Train LLaVA-type vision-language models with megatron-core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What describes a run and a model: typed, checked, standard library only (Python 3.9)."""

@@ -1,0 +1,205 @@
+"""Where checkpoints lie, and how one appears: whole or not at all.
+
+    <root>/latest_checkpointed_iteration.txt    "release" (converted from Hugging Face) or an iteration
+    <root>/release/   <root>/iter_0000100/      one checkpoint each, with a manifest.json
+
+A run folder keeps its root in ``checkpoints/``. Everything here is plain files and JSON, so that
+a launcher can check a checkpoint without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Union
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+RELEASE = "release"
+CHECKPOINTS = "checkpoints"  # the root's name inside a run folder
+HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
+FORMAT_VERSION = 1
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_MANIFEST_KEYS = ("format", "iteration", "has_optimizer", "model", "layout", "tensors")
+
+
+def checkpoint_name(iteration: Union[int, str]) -> str:
+    """Folder name of a checkpoint: ``release``, or ``iter_0000100`` for iteration 100."""
+    return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
+
+
+def list_checkpoints(root: PathLike) -> List[Path]:
+    """The finished checkpoints under ``root``, oldest first; ``release`` comes before all iterations."""
+    root = Path(root)
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        match = _ITERATION.fullmatch(folder.name)
+        if (match or folder.name == RELEASE) and (folder / MANIFEST).is_file():
+            found.append((int(match.group(1)) if match else -1, folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def resolve_checkpoint(path: PathLike) -> Path:
+    """The folder of the checkpoint that ``path`` means.
+
+    Args:
+        path: a checkpoint folder, a root with a tracker file, or a run folder.
+
+    Raises:
+        ValueError: ``path`` is none of these, or the checkpoint named by the tracker is not there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint folder")
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (path, path / CHECKPOINTS):
+        if (root / TRACKER).is_file():
+            folder = root / checkpoint_name(_read_tracker(root))
+            if (folder / MANIFEST).is_file():
+                return folder
+            raise ValueError(f"{root / TRACKER} names {folder.name}, which is not a finished checkpoint")
+        found = list_checkpoints(root)
+        if found:
+            names = ", ".join(str(folder) for folder in found)
+            raise ValueError(f"{root}: no {TRACKER}; name the checkpoint itself: {names}")
+    raise ValueError(
+        f"{path}: not a checkpoint of this project (no {MANIFEST}, no {TRACKER}); "
+        "make one with scripts/convert/convert_hf_to_megatron.py"
+    )
+
+
+def _read_tracker(root: Path) -> Union[int, str]:
+    text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if text == RELEASE:
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{root / TRACKER}: {text[:80]!r} is neither an iteration nor {RELEASE!r}")
+    return int(text)
+
+
+def write_tracker(root: PathLike, iteration: Union[int, str]) -> None:
+    """Make ``iteration`` (or ``"release"``) the latest checkpoint of ``root``, atomically."""
+    _write_atomically(Path(root) / TRACKER, str(iteration))
+
+
+def read_manifest(path: PathLike) -> Dict[str, Any]:
+    """The manifest of the checkpoint that ``path`` means (see :func:`resolve_checkpoint`).
+
+    Raises:
+        ValueError: there is no checkpoint, or its manifest is damaged or of another version.
+    """
+    file = resolve_checkpoint(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file}: format_version is {version!r}; supported: {FORMAT_VERSION}")
+    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise ValueError(f"{file}: {', '.join(missing)} missing")
+    return manifest
+
+
+def write_manifest(folder: PathLike, manifest: Dict[str, Any]) -> None:
+    """Write ``manifest`` into a checkpoint folder, with the format's version in front.
+
+    Raises:
+        ValueError: a required key is missing.
+    """
+    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise ValueError(f"manifest: {', '.join(missing)} missing")
+    text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1)
+    _write_atomically(Path(folder) / MANIFEST, text + "\n")
+
+
+@contextmanager
+def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes ``final`` when the block ends without an error.
+
+    Until then nothing stands at ``final``; after an error or a kill, only a hidden
+    ``.<name>.incomplete`` may be left, which the next writer removes.
+
+    Raises:
+        ValueError: ``final`` is there, is not an empty folder, and ``replace`` is off.
+    """
+    final = Path(final)
+    staging = start_folder(final, replace)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finish_folder(staging, final)
+
+
+def start_folder(final: PathLike, replace: bool = False) -> Path:
+    """First half of :func:`appearing_folder`: an empty folder beside ``final``."""
+    final = Path(final)
+    if not replace:
+        check_absent(final)
+    staging = staging_folder(final)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def staging_folder(final: PathLike) -> Path:
+    """Where :func:`start_folder` puts the folder that becomes ``final``; equal on every rank."""
+    final = Path(os.path.abspath(final))
+    return final.with_name(f".{final.name}.incomplete")
+
+
+def finish_folder(staging: PathLike, final: PathLike) -> None:
+    """Second half of :func:`appearing_folder`: flush every file to disk, then rename to ``final``."""
+    staging, final = Path(staging), Path(os.path.abspath(final))
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            _fsync(Path(folder) / name)
+        _fsync(Path(folder))
+    old = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staging, final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_absent(path: PathLike) -> None:
+    """Check that writing to the folder ``path`` would overwrite nothing.
+
+    Raises:
+        ValueError: there is a file, or a folder that is not empty.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already; give another path, or --force to replace it")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,273 @@
+"""Dataclass fields as command-line flags.
+
+A field declared with :func:`flag` is the one source of its flag's name, type, default, choices and
+help. A JSON file is read by turning its values into the same flags, so that both are checked alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+REQUIRED: Any = dataclasses.MISSING  # no fixed default: worked out from other values
+
+
+def flag(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    short: Optional[str] = None,
+    choices: Optional[Tuple[Any, ...]] = None,
+    switches: bool = False,
+    shown_default: Optional[str] = None,
+    not_yet: Optional[str] = None,
+) -> Any:
+    """A dataclass field that is a flag, ``--like_this`` spelled ``--like-this``.
+
+    Args:
+        group: heading in ``--help``.
+        default: the field's default, or :data:`REQUIRED`.
+        help: one phrase.
+        short: a short option such as ``-g``.
+        choices: the values that are allowed.
+        switches: each choice is a flag of its own (``--bf16``, ``--fp32``) instead of a value.
+        shown_default: what ``--help`` says when the default is not a fixed value.
+        not_yet: the feature is not available; says what to do instead.
+    """
+    metadata = {
+        "group": group,
+        "help": help,
+        "short": short,
+        "choices": choices,
+        "switches": switches,
+        "shown_default": shown_default,
+        "not_yet": not_yet,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_name(name: str) -> str:
+    """``save_dir`` -> ``--save-dir``."""
+    return "--" + name.replace("_", "-")
+
+
+def negative_flag_name(name: str) -> str:
+    """The flag that turns a switch off: ``save`` -> ``--no-save``, ``no_x`` -> ``--x``."""
+    return flag_name(name[3:] if name.startswith("no_") else "no_" + name)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reads flags into ``{field name: value}``; every problem is a one-line ``ValueError``."""
+
+    def __init__(self, sections: Mapping[str, type], groups: Iterable[str], **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=30, width=110
+            ),
+            **kwargs,
+        )
+        self._fields: Dict[str, dataclasses.Field[Any]] = {}
+        self._types: Dict[str, Any] = {}
+        self._sections: Dict[str, str] = {}
+        self._headings = {title: self.add_argument_group(title) for title in groups}
+        for section, cls in sections.items():
+            types = typing.get_type_hints(cls)
+            for field in dataclasses.fields(cls):
+                self._fields[field.name] = field
+                self._types[field.name] = types[field.name]
+                self._sections[field.name] = section
+                self._add(field, types[field.name])
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
+
+    def read(self, argv: Sequence[str]) -> Dict[str, Any]:
+        """The values that ``argv`` gives, without defaults.
+
+        Raises:
+            ValueError: a flag is unknown, not available yet, or its value is not of its type.
+        """
+        namespace, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if not name.startswith("-"):
+                raise ValueError(f"unexpected argument {name!r}; values belong to a flag")
+            raise ValueError(f"unknown flag {name}{self._nearest(name, self._option_string_actions)}")
+        given = vars(namespace)
+        for name, value in given.items():
+            not_yet = self._fields[name].metadata["not_yet"] if name in self._fields else None
+            if not_yet and value:
+                raise ValueError(f"{flag_name(name)} is not available yet; {not_yet}")
+        return given
+
+    def read_json(self, values: Any, where: str) -> Dict[str, Any]:
+        """The values that a JSON object gives: flags, at the top level or inside their section.
+
+        Args:
+            values: the parsed object; ``null`` leaves a flag at its default.
+            where: names the object in messages.
+
+        Raises:
+            ValueError: a key is unknown, or a value is not of its flag's type.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: expected a JSON object of flags")
+        argv: List[str] = []
+        for key, value in values.items():
+            if key in set(self._sections.values()):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{where}: {key} is a section; expected an object of flags")
+                for name, inner in value.items():
+                    if self._sections.get(name) != key:
+                        raise ValueError(f"{where}: unknown key {key}.{name}{self._nearest_key(name, key)}")
+                    argv += self._json_argv(name, inner, where)
+            else:
+                argv += self._json_argv(key, value, where)
+        try:
+            return self.read(argv)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def write(self, values: Mapping[str, Any]) -> List[str]:
+        """The flags that give ``values``, leaving out those equal to a fixed default.
+
+        Inverse of :meth:`read`.
+        """
+        argv: List[str] = []
+        for name, value in values.items():
+            if value is not None and value != self._fields[name].default:
+                argv += self._argv(name, value)
+        return argv
+
+    def _add(self, field: dataclasses.Field[Any], kind: Any) -> None:
+        about = field.metadata
+        names = [flag_name(field.name)] + ([about["short"]] if about["short"] else [])
+        heading = self._headings[about["group"]]
+        text = about["help"] + (" (not available yet)" if about["not_yet"] else _shown(field))
+        text = text.replace("%", "%%")
+        if about["switches"]:
+            for i, choice in enumerate(about["choices"]):
+                heading.add_argument(
+                    flag_name(choice),
+                    dest=field.name,
+                    action="store_const",
+                    const=choice,
+                    help=text if i == 0 else f"instead of {flag_name(about['choices'][0])}",
+                )
+        elif kind is bool:
+            heading.add_argument(*names, dest=field.name, action="store_const", const=True, help=text)
+            off = negative_flag_name(field.name)
+            off_help = "turn it off" if field.default is True else argparse.SUPPRESS
+            heading.add_argument(off, dest=field.name, action="store_const", const=False, help=off_help)
+        elif kind == Tuple[str, ...]:
+            item = field.name.rstrip("s").split("_")[-1].upper()
+            heading.add_argument(
+                *names, dest=field.name, nargs="+", action=_AppendList, metavar=item, help=text
+            )
+        else:
+            scalar = _without_optional(kind)
+            metavar: Optional[str] = {int: "N", float: "X", str: "TEXT"}[scalar]
+            if about["choices"]:
+                metavar = None
+            elif field.name.endswith(("dir", "path")):
+                metavar = "PATH"
+            heading.add_argument(
+                *names,
+                dest=field.name,
+                type=_finite if scalar is float else scalar,
+                choices=about["choices"],
+                metavar=metavar,
+                help=text,
+            )
+
+    def _argv(self, name: str, value: Any) -> List[str]:
+        if self._fields[name].metadata["switches"]:
+            return [flag_name(value)]
+        if value is True:
+            return [flag_name(name)]
+        if value is False:
+            return [negative_flag_name(name)]
+        text = ",".join(value) if isinstance(value, (tuple, list)) else str(value)
+        # A value that looks like a flag has to be tied to its own.
+        return [f"{flag_name(name)}={text}"] if text.startswith("-") else [flag_name(name), text]
+
+    def _json_argv(self, key: str, value: Any, where: str) -> List[str]:
+        name = key.replace("-", "_")
+        if value is None and name in self._fields:
+            return []
+        if name not in self._fields:
+            # Flags that are not fields: --fp32, --no-save.
+            action = self._option_string_actions.get(flag_name(name))
+            if value is True and action is not None and action.dest in self._fields:
+                return [flag_name(name)]
+            raise ValueError(f"{where}: unknown key {key}{self._nearest_key(name)}")
+        if isinstance(value, bool) != (self._types[name] is bool):
+            expected = "true or false" if self._types[name] is bool else "a value, not true or false"
+            raise ValueError(f"{where}: {key} is {value!r}; expected {expected}")
+        if isinstance(value, dict) or isinstance(value, list) != (self._types[name] == Tuple[str, ...]):
+            raise ValueError(f"{where}: {key} is {value!r}; expected {_kind_name(self._types[name])}")
+        choices = self._fields[name].metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{where}: {key} is {value!r}; choose from {', '.join(map(str, choices))}")
+        return self._argv(name, [str(item) for item in value] if isinstance(value, list) else value)
+
+    def _nearest_key(self, name: str, section: str = "") -> str:
+        name = name.replace("-", "_")
+        if name in self._sections:
+            return f"; it belongs to section {self._sections[name]}"
+        if section:
+            return self._nearest(name, [n for n, s in self._sections.items() if s == section] or self._fields)
+        return self._nearest(name, [*self._fields, *self._sections.values()])
+
+    @staticmethod
+    def _nearest(name: str, names: Iterable[str]) -> str:
+        near = difflib.get_close_matches(name, list(names), n=1)
+        return f"; did you mean {near[0]}?" if near else "; see --help"
+
+
+class _AppendList(argparse.Action):
+    """Collects ``--bind a b``, ``--bind a,b`` and ``--bind a --bind b`` into one tuple of strings."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Optional[str] = None,
+    ) -> None:
+        items = tuple(item for value in values for item in value.split(",") if item)
+        setattr(namespace, self.dest, getattr(namespace, self.dest, ()) + items)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+_finite.__name__ = "float"  # argparse names it when the text is no number at all
+
+
+def _without_optional(kind: Any) -> Any:
+    return next((a for a in typing.get_args(kind) if a is not type(None)), kind)
+
+
+def _kind_name(kind: Any) -> str:
+    if kind == Tuple[str, ...]:
+        return "a list"
+    return {int: "an integer", float: "a number", str: "a string"}[_without_optional(kind)]
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    shown = field.metadata["shown_default"]
+    if shown is None and field.default not in (None, REQUIRED, "", (), False):
+        shown = "on" if field.default is True else field.default
+    return "" if shown is None else f" (default: {shown})"

@@ -1,0 +1,391 @@
+"""The architecture of a LLaVA model, read from a Hugging Face ``config.json``.
+
+Nothing architectural is chosen here: every value comes from the config, and a value that the
+config leaves out takes the default of transformers' own config class for that model type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+# What transformers' config classes assume for a key that config.json does not hold.
+_TEXT_DEFAULTS: Dict[str, Dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
+}
+_VISION_DEFAULTS: Dict[str, Dict[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
+# transformers' LlavaConfig builds this tower when config.json has no vision_config.
+_LLAVA_DEFAULT_TOWER: Dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+_DEFAULT_ROPE_THETA = 10000.0
+
+TEXT_ACTIVATIONS = ("silu",)
+VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+PROJECTOR_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "linear")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision tower. ``num_layers`` counts all blocks of the tower, run or not."""
+
+    family: str  # "clip" or "siglip"
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_channels: int
+    image_size: int
+    patch_size: int
+    activation: str
+    norm_epsilon: float
+
+    @property
+    def has_class_token(self) -> bool:
+        """CLIP puts a class token in front of the patches; SigLIP has none."""
+        return self.family == "clip"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions per image inside the tower, the class token included."""
+        return self.num_patches + int(self.has_class_token)
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The map from tower features to language-model embeddings.
+
+    ``linear`` is one affine map. transformers' LLaVA has no such projector; its checkpoint holds the
+    map as ``linear_1``, the identity as activation and as ``linear_2``, and names the kind in
+    ``mm_projector_type``.
+    """
+
+    kind: str  # "linear" or "mlp2x_gelu"
+    input_size: int
+    activation: str
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A decoder-only language model."""
+
+    family: str  # "llama" or "qwen2"
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    activation: str
+    norm_epsilon: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaVA model: tower, projector, language model, and how they are joined.
+
+    Source: transformers ``LlavaConfig`` and ``LlavaForConditionalGeneration``.
+    """
+
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
+    image_token_id: int
+    feature_layers: Tuple[int, ...]  # indices into the tower's hidden states, 0 = its embeddings
+    feature_strategy: str  # "default" drops the first position, "full" keeps all
+    dtype: str  # of the weights as stored: "float32", "bfloat16" or "float16"
+
+    @property
+    def num_vision_layers_run(self) -> int:
+        """Tower blocks that the features need; the later ones are carried, not run."""
+        return max(self.feature_layers)
+
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens per image in the language model's sequence."""
+        return self.vision.sequence_length - int(self.feature_strategy == "default")
+
+    @classmethod
+    def from_hf(cls, config: Dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face LLaVA ``config.json``.
+
+        Args:
+            config: the parsed JSON.
+
+        Raises:
+            ValueError: the model is of a kind that is not supported; the message names the key,
+                its value, and what is supported.
+        """
+        if config.get("model_type") != "llava":
+            raise ValueError(
+                f"config.json: model_type is {config.get('model_type')!r}; supported: 'llava' "
+                "(build one with scripts/convert/build_llava_jp.py)"
+            )
+        vision = _vision_config(config.get("vision_config") or dict(_LLAVA_DEFAULT_TOWER))
+        language = _language_config(config.get("text_config") or {"model_type": "llama"}, config)
+        layer = config.get("vision_feature_layer", -2)
+        layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
+        num_states = vision.num_layers + 1
+        for index in layers:
+            if not -num_states <= index < num_states:
+                raise ValueError(
+                    f"config.json: vision_feature_layer {index} is outside the tower's {num_states} "
+                    f"hidden states; use {-num_states} to {num_states - 1}"
+                )
+        strategy = config.get("vision_feature_select_strategy", "default")
+        _choice("vision_feature_select_strategy", strategy, ("default", "full"))
+        activation = config.get("projector_hidden_act", "gelu")
+        _choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
+        kind = config.get("mm_projector_type", "mlp2x_gelu")
+        _choice("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
+        if kind == "linear" and activation != "linear":
+            raise ValueError(
+                "config.json: mm_projector_type 'linear' needs projector_hidden_act 'linear', "
+                f"not {activation!r}"
+            )
+        image_token_id = config.get("image_token_id", config.get("image_token_index", 32000))
+        if not 0 <= image_token_id < language.vocab_size:
+            raise ValueError(
+                f"config.json: image_token_index {image_token_id} is outside the vocabulary of "
+                f"{language.vocab_size}; add the token with scripts/convert/build_llava_jp.py"
+            )
+        dtype = (
+            config.get("dtype")
+            or config.get("torch_dtype")
+            or (config.get("text_config") or {}).get("dtype")
+            or (config.get("text_config") or {}).get("torch_dtype")
+            or "float32"
+        )
+        _choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+        return cls(
+            vision=vision,
+            projector=ProjectorConfig(
+                kind=kind,
+                input_size=vision.hidden_size * len(layers),
+                activation=activation,
+                bias=config.get("multimodal_projector_bias", True),
+            ),
+            language=language,
+            image_token_id=image_token_id,
+            feature_layers=tuple(index % num_states for index in layers),
+            feature_strategy=strategy,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_hf_dir(cls, directory: str) -> ModelConfig:
+        """Read ``config.json`` of a Hugging Face model folder.
+
+        Raises:
+            ValueError: there is no readable ``config.json``, or as :meth:`from_hf`.
+        """
+        path = os.path.join(directory, "config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+        except FileNotFoundError:
+            raise ValueError(f"{directory}: no config.json; give a Hugging Face LLaVA folder") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
+        return cls.from_hf(config)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """As plain JSON values; :meth:`from_dict` is its inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> ModelConfig:
+        """Inverse of :meth:`to_dict`."""
+        values = dict(values)
+        return cls(
+            vision=VisionConfig(**values.pop("vision")),
+            projector=ProjectorConfig(**values.pop("projector")),
+            language=LanguageConfig(**values.pop("language")),
+            feature_layers=tuple(values.pop("feature_layers")),
+            **values,
+        )
+
+    def check_layout(self, tp: int, pp: int) -> None:
+        """Check that the model can be cut into ``tp`` tensor and ``pp`` pipeline parts.
+
+        Raises:
+            ValueError: it cannot; the message says what divides and which sizes would work.
+        """
+        heads = {
+            "attention heads of the language model": self.language.num_attention_heads,
+            "key-value heads of the language model": self.language.num_key_value_heads,
+            "attention heads of the vision tower": self.vision.num_attention_heads,
+            "MLP columns of the language model": self.language.ffn_hidden_size,
+            "MLP columns of the vision tower": self.vision.ffn_hidden_size,
+            "hidden columns of the language model": self.language.hidden_size,
+        }
+        works = [n for n in range(1, 257) if all(count % n == 0 for count in heads.values())]
+        for what, count in heads.items():
+            if count % tp:
+                raise ValueError(f"--tp {tp} does not divide the {count} {what}; try {_alternatives(works)}")
+        layers = self.language.num_layers
+        if layers % pp:
+            works = [n for n in range(1, layers + 1) if layers % n == 0]
+            raise ValueError(
+                f"--pp {pp} does not divide the {layers} layers of the language model; "
+                f"try {_alternatives(works)}"
+            )
+
+
+def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
+    """Rows of the embedding when each of ``tp`` equal parts is a multiple of ``divisible_by``.
+
+    Source: Megatron-LM ``_vocab_size_with_padding``.
+    """
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def _alternatives(numbers: List[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+
+
+def _choice(key: str, value: Any, allowed: Tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"config.json: {key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+
+
+def _square(key: str, value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        if len(set(value)) != 1:
+            raise ValueError(f"config.json: {key} {value} is not square; supported: one number")
+        value = value[0]
+    return int(value)
+
+
+def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
+    kind = raw.get("model_type", "clip_vision_model")
+    _choice("vision_config.model_type", kind, tuple(_VISION_DEFAULTS))
+    get = {**_VISION_DEFAULTS[kind], **raw}
+    _choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)
+    image_size = _square("vision_config.image_size", get["image_size"])
+    patch_size = _square("vision_config.patch_size", get["patch_size"])
+    return VisionConfig(
+        family=kind.split("_")[0],
+        hidden_size=get["hidden_size"],
+        ffn_hidden_size=get["intermediate_size"],
+        num_layers=get["num_hidden_layers"],
+        num_attention_heads=get["num_attention_heads"],
+        num_channels=get["num_channels"],
+        image_size=image_size,
+        patch_size=patch_size,
+        activation=get["hidden_act"],
+        norm_epsilon=get["layer_norm_eps"],
+    )
+
+
+def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConfig:
+    kind = raw.get("model_type", "llama")
+    _choice("text_config.model_type", kind, tuple(_TEXT_DEFAULTS))
+    get = {**_TEXT_DEFAULTS[kind], **raw}
+    _choice("text_config.hidden_act", get["hidden_act"], TEXT_ACTIVATIONS)
+    if get.get("use_sliding_window"):
+        raise ValueError("config.json: text_config.use_sliding_window is on; supported: off")
+    if get.get("pretraining_tp", 1) not in (None, 1):
+        raise ValueError(f"config.json: text_config.pretraining_tp is {get['pretraining_tp']}; supported: 1")
+    # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling.
+    rope = dict(get.get("rope_parameters") or get.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    _choice("text_config.rope_parameters.rope_type", rope_type, ("default",))
+    if rope.get("partial_rotary_factor", get.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise ValueError("config.json: text_config partial_rotary_factor is not 1; supported: 1")
+    heads = get["num_attention_heads"]
+    attention_bias = bool(get.get("attention_bias", False))
+    return LanguageConfig(
+        family=kind,
+        hidden_size=get["hidden_size"],
+        ffn_hidden_size=get["intermediate_size"],
+        num_layers=get["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=get["num_key_value_heads"] or heads,
+        # Qwen2's attention reads a head_dim from its config too, when there is one.
+        head_dim=get.get("head_dim") or get["hidden_size"] // heads,
+        vocab_size=get["vocab_size"],
+        max_position_embeddings=get["max_position_embeddings"],
+        activation=get["hidden_act"],
+        norm_epsilon=get["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or get.get("rope_theta") or _DEFAULT_ROPE_THETA),
+        tie_word_embeddings=bool(
+            llava.get("tie_word_embeddings", False) or raw.get("tie_word_embeddings", False)
+        ),
+        qkv_bias=kind == "qwen2" or attention_bias,
+        attention_output_bias=kind == "llama" and attention_bias,
+        mlp_bias=kind == "llama" and bool(get["mlp_bias"]),
+    )
+
+

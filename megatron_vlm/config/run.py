@@ -1,0 +1,329 @@
+"""The config of one training run: what its flags, its JSON file and its checkpoints say.
+
+    config = RunConfig.from_flags(sys.argv[1:])
+    config.validate(world_size=8, model=model)
+    command = ["python", "-m", "megatron_vlm.training", *config.to_flags()]
+
+Field names and flag names are the same: ``save_dir`` is ``--save-dir``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from megatron_vlm.config.flags import FlagParser
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.sections import (
+    GROUPS,
+    CheckpointSection,
+    DataSection,
+    LaunchSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    TrainingSection,
+    nearest_multiples,
+)
+
+SECTIONS: Dict[str, type] = {
+    "model": ModelSection,
+    "parallel": ParallelSection,
+    "data": DataSection,
+    "training": TrainingSection,
+    "optimizer": OptimizerSection,
+    "checkpoint": CheckpointSection,
+    "logging": LoggingSection,
+    "launch": LaunchSection,
+}
+
+# LLaVA's recipe; a run without a stage starts from stage 2's.
+_STAGE_DEFAULTS: Dict[int, Dict[str, Any]] = {
+    1: {"freeze_lm": True, "micro_batch_size": 16, "global_batch_size": 256, "lr": 1e-3},
+    2: {"freeze_lm": False, "micro_batch_size": 1, "global_batch_size": 128, "lr": 2e-5},
+}
+_MIN_LR = 1e-8
+_WARMUP_FRACTION = 0.03
+# Two ways to say one thing: a flag for one replaces the file's value for the other.
+_ALTERNATIVES = {
+    "train_iters": "train_samples",
+    "train_samples": "train_iters",
+    "lr_warmup_iters": "lr_warmup_fraction",
+    "lr_warmup_fraction": "lr_warmup_iters",
+}
+_ENOUGH_DATA_WORKERS = 4
+
+_EPILOG = """\
+--config FILE.json gives any of these flags from a file, e.g. {"tp": 2, "train-iters": 500, "bf16": true};
+the config.json of a run folder is such a file too. Flags on the command line win.
+Every switch has its opposite: --no-wandb, --no-freeze-lm, ..."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that describes a run, in sections.
+
+    Built by :meth:`from_flags` or :meth:`from_dict`, which fill in the defaults that depend on other
+    values. The rules inside a section are checked when it is built, those between sections by
+    :meth:`validate`.
+    """
+
+    model: ModelSection
+    parallel: ParallelSection
+    data: DataSection
+    training: TrainingSection
+    optimizer: OptimizerSection
+    checkpoint: CheckpointSection
+    logging: LoggingSection
+    launch: LaunchSection
+
+    @classmethod
+    def from_flags(cls, argv: Sequence[str], prog: Optional[str] = None) -> RunConfig:
+        """Read command-line flags, and the JSON file that ``--config`` names; flags win.
+
+        ``--help`` prints the help and raises ``SystemExit(0)``.
+
+        Raises:
+            ValueError: a flag is unknown, unavailable or malformed, or a rule inside a section is broken.
+        """
+        parser = _parser(prog)
+        given = parser.read(argv)
+        path = given.pop("config", None)
+        if path is not None:
+            from_file = parser.read_json(_load_json(path), where=path)
+            for name in given:
+                from_file.pop(_ALTERNATIVES.get(name, name), None)
+            given = {**from_file, **given}
+        return cls._from_values(given)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> RunConfig:
+        """Inverse of :meth:`to_dict`; keys that are left out take their defaults.
+
+        Args:
+            values: ``{section: {field: value}}``; fields may also stand at the top level.
+            where: names the source in messages.
+
+        Raises:
+            ValueError: a key is unknown (the nearest one is suggested), or as :meth:`from_flags`.
+        """
+        return cls._from_values(_parser().read_json(values, where))
+
+    @classmethod
+    def load(cls, path: str) -> RunConfig:
+        """Read a file that :meth:`save` wrote, or that ``--config`` takes."""
+        return cls.from_dict(_load_json(path), where=path)
+
+    def save(self, path: str) -> None:
+        """Write the config as JSON: whole or not at all."""
+        staging = f"{path}.incomplete"
+        with open(staging, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(staging, path)
+
+    def to_dict(self) -> Dict[str, Dict[str, Any]]:
+        """``{section: {field: value}}`` as plain JSON values."""
+        values: Dict[str, Dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
+
+    def to_flags(self) -> List[str]:
+        """The shortest argument list from which :meth:`from_flags` builds this config again."""
+        values: Dict[str, Any] = {}
+        for section in SECTIONS:
+            values.update(dataclasses.asdict(getattr(self, section)))
+        return _parser().write(values)
+
+    @classmethod
+    def _from_values(cls, given: Mapping[str, Any]) -> RunConfig:
+        stage = _STAGE_DEFAULTS[given.get("stage") or 2]
+        values = {**stage, **given}
+        values.setdefault("min_lr", min(_MIN_LR, values["lr"]))
+        values.setdefault(
+            "lr_warmup_fraction", None if values.get("lr_warmup_iters") is not None else _WARMUP_FRACTION
+        )
+        if values.get("stage") == 1 and not values["freeze_lm"]:
+            raise ValueError("--no-freeze-lm contradicts --stage 1; --stage 2 trains the language model")
+        sections = {}
+        for name, section in SECTIONS.items():
+            names = [field.name for field in dataclasses.fields(section)]
+            sections[name] = section(**{key: values[key] for key in names if key in values})
+        return cls(**sections)
+
+    def dp(self, world_size: int) -> int:
+        """Data-parallel size on ``world_size`` ranks.
+
+        Raises:
+            ValueError: ``world_size`` cannot be divided into model copies of tp x pp ranks.
+        """
+        tp, pp = self.parallel.tp, self.parallel.pp
+        if world_size % (tp * pp):
+            raise ValueError(
+                f"{world_size} ranks are no multiple of --tp {tp} x --pp {pp} = {tp * pp}; "
+                f"use {_nearest(world_size, tp * pp)} ranks (--gpus x --node), or another --tp or --pp"
+            )
+        return world_size // (tp * pp)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches per iteration of each data-parallel rank.
+
+        Raises:
+            ValueError: micro batch x data-parallel size does not divide the global batch.
+        """
+        micro, batch = self.training.micro_batch_size, self.training.global_batch_size
+        dp = self.dp(world_size)
+        if batch % (micro * dp):
+            raise ValueError(
+                f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x "
+                f"data-parallel size {dp} = {micro * dp}; "
+                f"{nearest_multiples('--global-batch-size', batch, micro * dp)}"
+                + _micro_batches_that_work(batch, micro, dp)
+            )
+        return batch // (micro * dp)
+
+    def data_workers(self, world_size: int) -> int:
+        """Loader workers of the whole run, N: dp divides N, and N divides global batch / micro batch.
+
+        The content of every global batch depends on N but not on dp. So that the default stays the same
+        when a run goes on at another data-parallel size, it is the smallest such N from 4 up, or the
+        largest if there is none.
+
+        Raises:
+            ValueError: the flags ask for a number that breaks these rules; the message lists those that work.
+        """
+        dp = self.dp(world_size)
+        microbatches = dp * self.num_microbatches(world_size)
+        works = [n for n in range(dp, microbatches + 1, dp) if microbatches % n == 0]
+        wanted, flags = self.data.data_workers, "--data-workers"
+        if self.launch.num_workers is not None:
+            nodes = self.launch.node or 1
+            total = self.launch.num_workers * nodes
+            if wanted not in (None, total):
+                raise ValueError(
+                    f"--num-workers {self.launch.num_workers} on {nodes} node(s) is {total} loader workers, "
+                    f"but --data-workers is {wanted}; leave one of them out"
+                )
+            wanted, flags = total, f"--num-workers {self.launch.num_workers} x {nodes} node(s) ="
+        if wanted is None:
+            return next((n for n in works if n >= _ENOUGH_DATA_WORKERS), works[-1])
+        if wanted not in works:
+            raise ValueError(
+                f"{flags} {wanted} does not fit: the data-parallel size {dp} must divide the loader workers, "
+                f"and they must divide the {microbatches} micro batches of a global batch; "
+                f"use --data-workers {_either(works)}"
+            )
+        return wanted
+
+    @property
+    def train_iterations(self) -> int:
+        """Iterations of the whole run.
+
+        Raises:
+            ValueError: no flag says how long to train.
+        """
+        iterations = self.training.iterations
+        if iterations is None:
+            raise ValueError("neither --train-iters nor --train-samples is given; say how long to train")
+        return iterations
+
+    @property
+    def decay_iterations(self) -> int:
+        """Iterations after which the learning rate has reached its minimum, the warmup included."""
+        return self.optimizer.lr_decay_iters or self.train_iterations
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Iterations in which the learning rate rises."""
+        if self.optimizer.lr_warmup_iters is not None:
+            return self.optimizer.lr_warmup_iters
+        return int((self.optimizer.lr_warmup_fraction or 0.0) * self.decay_iterations)
+
+    def validate(self, world_size: int, model: Optional[ModelConfig] = None) -> None:
+        """Check the rules between sections.
+
+        Args:
+            world_size: number of ranks.
+            model: the architecture, where it is known; with it the layout is checked against it.
+
+        Raises:
+            ValueError: one line that names the flags that disagree and what would work.
+        """
+        if self.data.data_path is None:
+            raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
+        if self.model.megatron_load_dir is None and not self.model.init:
+            raise ValueError("--megatron-load-dir is missing; or give --init to start from random weights")
+        if self.model.megatron_load_dir is None and self.model.tokenizer_load_dir is None:
+            raise ValueError("--init needs --tokenizer-load-dir, a Hugging Face folder with config.json")
+        _ = self.checkpoint.run_dir
+        if self.checkpoint.load_optim and self.model.init:
+            raise ValueError("--load-optim has nothing to load with --init; drop one of them")
+        if self.warmup_iterations >= self.decay_iterations:
+            raise ValueError(
+                f"the warmup of {self.warmup_iterations} iterations leaves none of {self.decay_iterations} "
+                f"for the decay; use --lr-warmup-iters {self.decay_iterations - 1} or less, or train longer"
+            )
+        if model is not None:
+            self._check_model(model)
+        self.data_workers(world_size)
+
+    def _check_model(self, model: ModelConfig) -> None:
+        model.check_layout(self.parallel.tp, self.parallel.pp)
+        if self.data.seq_length <= model.image_tokens:
+            raise ValueError(
+                f"--seq-length {self.data.seq_length} has no room for text: an image takes "
+                f"{model.image_tokens} tokens; use more"
+            )
+        if self.model.no_add_class_token and model.vision.has_class_token:
+            raise ValueError(
+                f"--no-add-class-token: the {model.vision.family} tower has a class token; leave the flag out"
+            )
+        for name in ("image_token_id", "pad_token_id"):
+            token = getattr(self.model, name)
+            if token is not None and token >= model.language.vocab_size:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {token} is outside the vocabulary of "
+                    f"{model.language.vocab_size}; leave the flag out to take the tokenizer's"
+                )
+
+
+def _parser(prog: Optional[str] = None) -> FlagParser:
+    parser = FlagParser(
+        SECTIONS,
+        GROUPS,
+        prog=prog,
+        usage="%(prog)s [--config FILE.json] [flags]",
+        description="Train a LLaVA-type vision-language model with megatron-core.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--config", metavar="FILE.json", help="read flags from a file; those given here win")
+    return parser
+
+
+def _load_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: not valid JSON ({error})") from None
+
+
+def _nearest(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _micro_batches_that_work(batch: int, micro: int, dp: int) -> str:
+    works = [n for n in range(1, micro + 1) if batch % (n * dp) == 0]
+    return f", or --micro-batch-size {works[-1]}" if works else ""
+
+
+def _either(numbers: Sequence[int]) -> str:
+    # A long list helps nobody: the small ones are what a run wants.
+    shown = [str(n) for n in numbers[:8]]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" or {shown[-1]}"

@@ -1,0 +1,408 @@
+"""The sections of a run config: every flag, and the rules inside each section."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Optional, Tuple
+
+from megatron_vlm.config.flags import REQUIRED, flag, flag_name
+
+# Headings of --help, in order.
+GPU = "GPU-related arguments"
+LOGGING = "Logging arguments"
+SAVE_LOAD = "Save/Load arguments"
+PARALLEL = "Model parallel arguments"
+DISTRIBUTED = "Distributed settings"
+TOKENIZER = "Tokenizer-related arguments"
+DATA = "Data arguments"
+TRAINING = "Training settings"
+OPTIMIZER = "Optimizer arguments"
+SLURM = "SLURM arguments (read from SLURM's variables inside a job)"
+OTHER = "Other arguments"
+DEBUG = "Debug arguments"
+GROUPS = (
+    GPU,
+    LOGGING,
+    SAVE_LOAD,
+    PARALLEL,
+    DISTRIBUTED,
+    TOKENIZER,
+    DATA,
+    TRAINING,
+    OPTIMIZER,
+    SLURM,
+    OTHER,
+    DEBUG,
+)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is trained, and which parts of it."""
+
+    freeze_lm: bool = flag(
+        TRAINING,
+        REQUIRED,
+        "train without changing the language model",
+        shown_default="on in --stage 1, else off",
+    )
+    train_vision: bool = flag(TRAINING, False, "train the vision tower too; it is frozen otherwise")
+    megatron_load_dir: Optional[str] = flag(
+        SAVE_LOAD, None, "checkpoint to start from: its folder, the root above it, or a run folder"
+    )
+    tokenizer_load_dir: Optional[str] = flag(
+        SAVE_LOAD,
+        None,
+        "Hugging Face folder with tokenizer and image processor",
+        shown_default="the one that the checkpoint carries",
+    )
+    init: bool = flag(
+        SAVE_LOAD,
+        False,
+        "start from random weights; the architecture is that of the checkpoint or of the tokenizer's folder",
+    )
+    image_token_id: Optional[int] = flag(
+        TOKENIZER, None, "id of the image token", shown_default="from the tokenizer and the model"
+    )
+    pad_token_id: Optional[int] = flag(
+        TOKENIZER, None, "id of the padding token", shown_default="from the tokenizer"
+    )
+    no_add_class_token: bool = flag(
+        OTHER, False, "the tower has no class token (SigLIP); read from the model, only checked here"
+    )
+    make_vocab_size_divisible_by: int = flag(
+        PARALLEL, 128, "the vocabulary is padded to a multiple of this times --tp"
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "make_vocab_size_divisible_by")
+        _not_negative(self, "image_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How the model is cut, and what runs it."""
+
+    tp: int = flag(PARALLEL, 1, "tensor-parallel size: each layer is cut into this many parts")
+    pp: int = flag(PARALLEL, 1, "pipeline-parallel size: the layers are dealt to this many stages")
+    sequence_parallel: bool = flag(PARALLEL, False, "cut activations along the sequence too; needs --tp > 1")
+    dist_optim: bool = flag(PARALLEL, False, "shard the optimizer state over data-parallel ranks")
+    backend: Optional[str] = flag(
+        DISTRIBUTED,
+        None,
+        "communication backend",
+        choices=("nccl", "gloo", "mpi"),
+        shown_default="nccl on GPUs, gloo on CPUs",
+    )
+    device: Optional[str] = flag(
+        DISTRIBUTED,
+        None,
+        "what runs the model",
+        choices=("cuda", "cpu"),
+        shown_default="cuda where there is a GPU, else cpu",
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "tp", "pp")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("--sequence-parallel needs --tp 2 or more; raise --tp or leave it out")
+        if self.backend == "mpi":
+            raise ValueError(
+                "--backend mpi is not supported (torch's packages are built without it); "
+                "use nccl on GPUs or gloo on CPUs"
+            )
+        if self.backend == "nccl" and self.device == "cpu":
+            raise ValueError("--backend nccl does not run with --device cpu; use --backend gloo")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What the model is trained on."""
+
+    data_path: Optional[str] = flag(DATA, None, "dataset folder on which `energon prepare` was run")
+    seq_length: int = flag(DATA, 1024, "longest sequence in tokens, those of the images included")
+    overlong: str = flag(
+        DATA,
+        "truncate",
+        "what happens to a sample longer than --seq-length; it is counted either way",
+        choices=("truncate", "drop"),
+    )
+    template: Optional[str] = flag(
+        DATA,
+        None,
+        "how a conversation becomes text: chat is the tokenizer's own template, v1 Vicuna's",
+        choices=("chat", "plain", "v1"),
+        shown_default="chat where the tokenizer has one, else plain in --stage 1 and v1 otherwise",
+    )
+    lang: str = flag(TRAINING, "jp", "language of the prompts", choices=("jp", "en"))
+    data_workers: Optional[int] = flag(
+        DATA,
+        None,
+        "data loader workers of the whole run; the data-parallel size divides it, and it divides "
+        "--global-batch-size / --micro-batch-size",
+        shown_default="the smallest such number that is 4 or more, else the largest",
+    )
+    shuffle_buffer_size: int = flag(DATA, 1000, "samples shuffled among each other, per loader worker")
+    max_corrupt_rate: float = flag(DATA, 0.1, "stop when more than this part of the samples cannot be read")
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_length", "data_workers")
+        _not_negative(self, "shuffle_buffer_size")
+        _between(self, "max_corrupt_rate", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """How long, in which batches and in which precision."""
+
+    micro_batch_size: int = flag(
+        PARALLEL,
+        REQUIRED,
+        "samples in one forward pass of a model copy",
+        shown_default="16 in --stage 1, else 1",
+    )
+    global_batch_size: int = flag(
+        PARALLEL,
+        REQUIRED,
+        "samples per iteration, over all ranks",
+        shown_default="256 in --stage 1, else 128",
+    )
+    stage: Optional[int] = flag(
+        TRAINING,
+        None,
+        "1 aligns the projector with everything else frozen, 2 trains the language model with it; "
+        "sets the batch sizes, --lr and --freeze-lm",
+        choices=(1, 2),
+    )
+    train_iters: Optional[int] = flag(TRAINING, None, "iterations to train")
+    train_samples: Optional[int] = flag(
+        TRAINING, None, "samples to train on, in place of --train-iters; rounded down to whole iterations"
+    )
+    seed: int = flag(TRAINING, 1234, "seed of weights, dropout and data order")
+    precision: str = flag(
+        TRAINING,
+        "bf16",
+        "compute in bfloat16 with float32 master weights",
+        choices=("bf16", "fp32"),
+        switches=True,
+    )
+    skip_train_iteration_range: Tuple[str, ...] = flag(
+        SAVE_LOAD,
+        (),
+        "iterations to leave out, e.g. 100-110 300-400",
+        not_yet="take the samples out of the dataset instead",
+    )
+    fp8: bool = flag(OTHER, False, "compute in FP8", not_yet="use --bf16")
+    deterministic: bool = flag(DEBUG, False, "use only operations that give the same bits every time; slower")
+    debug: bool = flag(
+        DEBUG,
+        False,
+        "one rank, one sample, a debugger",
+        not_yet="use --tp 1 --pp 1 --micro-batch-size 1 --global-batch-size 1 -g 1",
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
+        _not_negative(self, "seed")
+        if self.train_iters is not None and self.train_samples is not None:
+            raise ValueError("--train-iters and --train-samples both say how long to train; give one")
+        if self.global_batch_size % self.micro_batch_size:
+            micro, batch = self.micro_batch_size, self.global_batch_size
+            raise ValueError(
+                f"--micro-batch-size {micro} does not divide --global-batch-size {batch}; "
+                f"{nearest_multiples('--global-batch-size', batch, micro)}"
+            )
+        if self.train_samples is not None and self.train_samples < self.global_batch_size:
+            raise ValueError(
+                f"--train-samples {self.train_samples} is less than one iteration of "
+                f"--global-batch-size {self.global_batch_size}; raise the former or lower the latter"
+            )
+
+    @property
+    def iterations(self) -> Optional[int]:
+        """Iterations of the whole run; None when neither flag says how long it is."""
+        if self.train_samples is not None:
+            return self.train_samples // self.global_batch_size
+        return self.train_iters
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = flag(OPTIMIZER, REQUIRED, "peak learning rate", shown_default="1e-3 in --stage 1, else 2e-5")
+    min_lr: float = flag(
+        OPTIMIZER, REQUIRED, "learning rate at the end of the decay", shown_default="1e-8, or --lr if smaller"
+    )
+    lr_warmup_fraction: Optional[float] = flag(
+        OPTIMIZER,
+        REQUIRED,
+        "part of the decay's iterations in which the learning rate rises",
+        shown_default="0.03, unless --lr-warmup-iters is given",
+    )
+    lr_warmup_iters: Optional[int] = flag(
+        OPTIMIZER, None, "iterations in which the learning rate rises, in place of --lr-warmup-fraction"
+    )
+    lr_decay_style: str = flag(
+        OPTIMIZER,
+        "cosine",
+        "shape of the decay",
+        choices=("constant", "linear", "cosine"),
+    )
+    lr_decay_iters: Optional[int] = flag(
+        OPTIMIZER, None, "iterations until --min-lr is reached", shown_default="all"
+    )
+    weight_decay: float = flag(OPTIMIZER, 0.1, "AdamW's weight decay; none on biases and norms")
+    adam_beta1: float = flag(OPTIMIZER, 0.9, "decay of the mean of the gradients")
+    adam_beta2: float = flag(OPTIMIZER, 0.999, "decay of the mean of their squares")
+    adam_eps: float = flag(OPTIMIZER, 1e-8, "added to the denominator of AdamW")
+    clip_grad: float = flag(OPTIMIZER, 1.0, "largest global gradient norm; 0 does not clip")
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr_decay_iters", "adam_eps")
+        _not_negative(self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower --min-lr or raise --lr")
+        if self.lr_warmup_fraction is not None:
+            if self.lr_warmup_iters is not None:
+                raise ValueError("--lr-warmup-iters and --lr-warmup-fraction both set the warmup; give one")
+            if not 0.0 <= self.lr_warmup_fraction < 1.0:
+                raise ValueError(
+                    f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1"
+                )
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """Where the run lives, and what it saves."""
+
+    save_dir: Optional[str] = flag(SAVE_LOAD, None, "folder of all runs; this one lives in <save-dir>/<name>")
+    name: Optional[str] = flag(LOGGING, None, "name of the run and of its folder")
+    save: bool = flag(LOGGING, True, "save checkpoints; with --no-save only metrics and logs are written")
+    save_optim: bool = flag(SAVE_LOAD, False, "save optimizer and data position too: needed to resume")
+    load_optim: bool = flag(
+        SAVE_LOAD, False, "take the optimizer state from --megatron-load-dir too, when a run starts there"
+    )
+    save_interval: int = flag(SAVE_LOAD, 2000, "iterations between checkpoints; the last one is always saved")
+    restart: bool = flag(SAVE_LOAD, False, "start over in a run folder that holds an earlier run")
+
+    def __post_init__(self) -> None:
+        _positive(self, "save_interval")
+        if self.save_optim and not self.save:
+            raise ValueError("--save-optim saves nothing with --no-save; drop one of them")
+        if self.name is not None and (
+            self.name in (".", "..") or not re.fullmatch(r"[^/\0\r\n]+", self.name)
+        ):
+            raise ValueError(f"--name {self.name!r} cannot name a folder; use letters, digits, '-' and '_'")
+
+    @property
+    def run_dir(self) -> str:
+        """The run folder, ``<save-dir>/<name>``."""
+        if not self.save_dir or not self.name:
+            raise ValueError("--save-dir and --name are both needed: the run lives in <save-dir>/<name>")
+        return os.path.join(self.save_dir, self.name)
+
+
+@dataclass(frozen=True)
+class LoggingSection:
+    """Where numbers go; ``metrics.jsonl`` in the run folder is always written."""
+
+    log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
+    wandb: bool = flag(LOGGING, False, "log to Weights & Biases")
+    tensorboard: bool = flag(LOGGING, False, "log to TensorBoard files in the run folder")
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_interval")
+
+
+@dataclass(frozen=True)
+class LaunchSection:
+    """How the processes are started; the training itself reads nothing here."""
+
+    gpus: int = flag(
+        GPU,
+        -1,
+        "GPUs to use on each node; -1 is all of them. Without GPUs: processes, -1 being tp x pp in all",
+        short="-g",
+    )
+    gpu_ids: Tuple[str, ...] = flag(GPU, (), "which GPUs, e.g. 0,2", shown_default="the first ones")
+    sif_path: Optional[str] = flag(SAVE_LOAD, None, "run inside this Apptainer (Singularity) image")
+    bind: Tuple[str, ...] = flag(
+        SAVE_LOAD, (), "further paths to bind into the container, each source[:target[:ro]]"
+    )
+    num_workers: Optional[int] = flag(
+        DISTRIBUTED, None, "data loader workers per node: --data-workers divided by --node"
+    )
+    node: Optional[int] = flag(DISTRIBUTED, None, "number of nodes", shown_default="SLURM's, else 1")
+    rank: Optional[int] = flag(
+        DISTRIBUTED, None, "number of this node, from 0", short="-r", shown_default="SLURM's, else 0"
+    )
+    master_addr: Optional[str] = flag(
+        DISTRIBUTED, None, "host name or IP of node 0", short="-m", shown_default="SLURM's first node"
+    )
+    master_port: int = flag(
+        DISTRIBUTED, 9902, "port on node 0; if busy, one node alone looks in 9800-9999", short="-p"
+    )
+    interface: Optional[str] = flag(
+        DISTRIBUTED,
+        None,
+        "network interface such as eth0 or ib0",
+        shown_default="with several nodes the first of ib*, hsn*, en*, eth*",
+    )
+    rdzv_port: Optional[int] = flag(
+        DISTRIBUTED, None, "port for torchrun's rendezvous, in place of --master-port and never changed"
+    )
+    slurm_job_id: Optional[str] = flag(SLURM, None, "job of this run", shown_default="SLURM_JOB_ID")
+    slurm_output_name: Optional[str] = flag(
+        SLURM, None, "file name of this start's log, without .log", shown_default="job id or time, and node"
+    )
+    dry_run: bool = flag(OTHER, False, "print what would be run, and do nothing")
+
+    def __post_init__(self) -> None:
+        _positive(self, "node", "num_workers")
+        _not_negative(self, "rank")
+        if self.gpus < 1 and self.gpus != -1:
+            raise ValueError(f"--gpus {self.gpus}: must be 1 or more, or -1 for all")
+        if len(set(self.gpu_ids)) != len(self.gpu_ids):
+            raise ValueError(f"--gpu-ids {','.join(self.gpu_ids)} names a GPU twice")
+        if self.gpu_ids and self.gpus not in (-1, len(self.gpu_ids)):
+            raise ValueError(
+                f"--gpu-ids names {len(self.gpu_ids)} GPUs but --gpus is {self.gpus}; "
+                f"use --gpus {len(self.gpu_ids)} or leave it out"
+            )
+        for name in ("master_port", "rdzv_port"):
+            port = getattr(self, name)
+            if port is not None and not 1 <= port <= 65535:
+                raise ValueError(f"{flag_name(name)} {port}: must be between 1 and 65535")
+        if self.slurm_output_name is not None and "/" in self.slurm_output_name:
+            raise ValueError(f"--slurm-output-name {self.slurm_output_name!r}: a file name, without folders")
+
+
+def nearest_multiples(name: str, value: int, step: int) -> str:
+    """``use --global-batch-size 24 or 32``: the multiples of ``step`` on both sides of ``value``."""
+    below = value // step * step
+    return f"use {name} {below} or {below + step}" if below else f"use {name} {step}"
+
+
+def _positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{flag_name(name)} {value}: must be above 0")
+
+
+def _not_negative(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag_name(name)} {value}: must be 0 or more")
+
+
+def _between(section: Any, name: str, low: float, high: float) -> None:
+    if not low <= getattr(section, name) <= high:
+        raise ValueError(f"{flag_name(name)} {getattr(section, name)}: must be between {low:g} and {high:g}")

@@ -1,0 +1,106 @@
+"""What the data pipeline hands to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Sequence
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
+
+
+@dataclass
+class Sample:
+    """One tokenised sample. Image tokens are expanded; labels are already shifted."""
+
+    key: str
+    input_ids: List[int]
+    labels: List[int]
+    pixels: List[Tensor]  # one uint8 [c, H, W] per image, in the order of their placeholders
+    truncated: bool = False
+
+
+@dataclass
+class Microbatch:
+    """Samples padded on the right to the longest of them.
+
+    Attributes:
+        input_ids: int64 ``[b, s]``; each image is ``ModelConfig.image_tokens`` placeholders.
+        labels: int64 ``[b, s]``; ``labels[:, t]`` is the token to predict at position ``t``,
+            ``IGNORE_INDEX`` where there is no loss.
+        lengths: int64 ``[b]``; positions of each sample, padding left out.
+        pixels: uint8 ``[images, c, H, W]``, resized and cropped; ``images`` may be 0. The model takes
+            ``(pixels * rescale - mean) / std``, see :class:`~megatron_vlm.data.images.ImageTransform`.
+        keys: the samples' names, for messages.
+        counts: samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on the way from the same
+            worker's previous microbatch to this one.
+        worker: global id of the loader worker that made it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+    pixels: Tensor
+    keys: List[str]
+    counts: Dict[str, int] = field(default_factory=dict)
+    worker: int = 0
+
+    def pin_memory(self) -> Microbatch:
+        """Called by torch's DataLoader; returns itself with its tensors in page-locked memory."""
+        self.input_ids = self.input_ids.pin_memory()
+        self.labels = self.labels.pin_memory()
+        self.pixels = self.pixels.pin_memory()
+        return self
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[int]) -> Microbatch:
+    """Stack samples, padded on the right to the longest.
+
+    Args:
+        samples: at least one.
+        pad_token_id: fills ``input_ids``; its labels are ``IGNORE_INDEX``.
+        image_shape: ``(c, H, W)``, needed where no sample has an image.
+    """
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), length), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+    pixels = [image for sample in samples for image in sample.pixels]
+    return Microbatch(
+        input_ids=input_ids,
+        labels=labels,
+        lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
+        pixels=torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8),
+        keys=[sample.key for sample in samples],
+    )
+
+
+def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str:
+    """The first sample as the model sees it, for a look before training.
+
+    Trained tokens stand between ``⟦`` and ``⟧``; a run of image tokens is shown once, with its count.
+    Padding at the end is left out.
+    """
+    ids = microbatch.input_ids[0].tolist()
+    labels = microbatch.labels[0].tolist()
+    trained = [False] + [label != IGNORE_INDEX for label in labels[:-1]]
+    end = len(ids)
+    if len(microbatch.keys) > 1:  # what every sample has after its last trained token may be padding
+        end = max((i + 1 for i, is_trained in enumerate(trained) if is_trained), default=len(ids))
+    text: List[str] = []
+    start = 0
+    while start < end:
+        stop = start + 1
+        is_image = ids[start] == image_token_id
+        while stop < end and trained[stop] == trained[start] and (ids[stop] == image_token_id) == is_image:
+            stop += 1
+        piece = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+        if is_image:
+            piece = f"{tokenizer.decode([image_token_id])}×{stop - start}"
+        text.append(f"⟦{piece}⟧" if trained[start] else piece)
+        start = stop
+    return f"{microbatch.keys[0]} ({end} tokens, {sum(trained)} trained): " + "".join(text)

@@ -1,0 +1,235 @@
+"""Datasets that ``energon prepare`` has prepared: shards of ``key.jpg``, ``key.json`` and ``key.txt``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Tuple
+
+import yaml  # type: ignore[import-untyped]
+from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stateless
+from megatron.energon.epathlib import EPath
+from megatron.energon.metadataset.loader_interface import LoadedDataset
+
+from megatron_vlm.data.templates import SampleError
+
+FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
+TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
+
+
+@dataclass
+class RawSample(Sample):
+    """A sample's files, not decoded: what waits in the shuffle buffer."""
+
+    parts: Dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of the split: its name, its number of samples, its size in bytes."""
+
+    name: str
+    samples: int
+    size: int
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """One split of a prepared dataset.
+
+    Attributes:
+        path: the folder that holds ``.nv-meta``.
+        split: ``train``, ``val`` or ``test``.
+        shards: in the split's order, all there and whole when it was opened.
+        field_map: which file holds what, from ``.nv-meta/dataset.yaml``.
+        fingerprint: changes with the shards and with a new ``energon prepare``.
+    """
+
+    path: str
+    split: str
+    shards: Tuple[Shard, ...]
+    field_map: Mapping[str, str]
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @classmethod
+    def open(cls, path: str, split: str = "train") -> PreparedDataset:
+        """Open one split and check that its shards are there and whole.
+
+        Raises:
+            ValueError: the folder is missing, not prepared or damaged, or the split is empty; the
+                message says what to run.
+        """
+        if not os.path.isdir(path):
+            raise ValueError(f"--data-path {path}: no such folder")
+        meta = os.path.join(path, ".nv-meta")
+        if not os.path.isfile(os.path.join(meta, ".info.json")):
+            if os.path.isdir(meta):
+                raise ValueError(
+                    f"--data-path {path}: `energon prepare` did not finish there, as it does not with a "
+                    f"truncated or empty tar; mend the shards, then run: {prepare_command(path)}"
+                )
+            raise ValueError(f"--data-path {path}: not prepared; run: {prepare_command(path)}")
+        with open(os.path.join(meta, ".info.json"), encoding="utf-8") as file:
+            counts: Dict[str, int] = json.load(file)["shard_counts"]
+        names = _split_shards(path, split)
+        if not names:
+            raise ValueError(
+                f"--data-path {path}: its {split} split is empty ({len(counts)} shards; energon splits by "
+                f"whole shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
+            )
+        shards = tuple(_checked_shard(path, name, counts) for name in names)
+        uuid_file = os.path.join(meta, "index.uuid")
+        uuid = ""
+        if os.path.isfile(uuid_file):
+            with open(uuid_file, encoding="utf-8") as file:
+                uuid = file.read().strip()
+        digest = hashlib.sha256(repr((uuid, split, shards)).encode()).hexdigest()
+        return cls(path, split, shards, _field_map(path), digest[:16])
+
+    def load(self, worker_config: WorkerConfig, **kwargs: Any) -> LoadedDataset:
+        """The split for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
+
+        Every sample arrives as its raw files, whatever sample type the folder was prepared for: images
+        stay encoded until they have left the shuffle buffer, and a sample may lack one.
+        """
+        parts = {option[0] for name in FIELD_MAP for option in _options(self.field_map[name])}
+        dataset = CrudeWebdataset(
+            EPath(self.path),
+            split_part=self.split,
+            training=self.split == "train",
+            worker_config=worker_config,
+            decoder=None,
+            part_filter=parts.__contains__,
+            **kwargs,
+        )
+        return LoadedDataset(dataset=dataset)
+
+    def read(self, sample: RawSample) -> Tuple[str, str, List[bytes]]:
+        """Question, answer and images of a sample.
+
+        Raises:
+            SampleError: a file is missing or malformed; of kind ``corrupt``.
+        """
+        question = _read_field(sample.parts, self.field_map["context"], default="")
+        answer = _read_field(sample.parts, self.field_map["answers"])
+        images: List[bytes] = []
+        if TEXT_ONLY_KEY not in sample.__key__:
+            options = _options(self.field_map["image"])
+            images = [sample.parts[option[0]] for option in options if option[0] in sample.parts][:1]
+        return question, answer, images
+
+
+@stateless
+def _cook(crude: Dict[str, Any]) -> RawSample:
+    parts = {name: value for name, value in crude.items() if isinstance(value, bytes)}
+    return RawSample(
+        __key__=crude["__key__"],
+        __restore_key__=crude["__restore_key__"],
+        __subflavors__=crude.get("__subflavors__"),
+        __sources__=crude.get("__sources__"),
+        parts=parts,
+    )
+
+
+RAW_COOKER = Cooker(_cook)
+
+
+def prepare_command(path: str, ratio: str = "9,1,0") -> str:
+    """The command that prepares a folder of shards without a prompt."""
+    field_map = json.dumps(FIELD_MAP, separators=(",", ":"))
+    return (
+        f"energon prepare --non-interactive --force-overwrite --split-ratio {ratio} --sample-type VQASample "
+        f"--field-map '{field_map}' {shlex.quote(path)}"
+    )
+
+
+def _split_shards(path: str, split: str) -> List[str]:
+    """Shards of a split, as energon reads them."""
+    from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
+    from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
+
+    try:
+        return [shard.name for shard in WebdatasetMeta.from_config(EPath(path), split_part=split).shards]
+    except EmptyDatasetError:
+        return []
+    except (OSError, AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"--data-path {path}: .nv-meta can't be read ({error}); run: {prepare_command(path)}"
+        ) from None
+
+
+def _checked_shard(path: str, name: str, counts: Mapping[str, int]) -> Shard:
+    """A shard that is there and reaches as far as the index that prepare wrote beside it."""
+    file_name = os.path.join(path, name)
+    try:
+        size = os.path.getsize(file_name)
+    except OSError:
+        raise ValueError(
+            f"--data-path {path}: shard {name} is missing; restore it, or run: {prepare_command(path)}"
+        ) from None
+    try:
+        with open(file_name + ".idx", "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            (end,) = struct.unpack("<Q", file.read(8))  # where the last sample ends
+    except OSError:
+        end = 0  # prepared without an index beside the shard
+    if size < end:
+        raise ValueError(
+            f"--data-path {path}: shard {name} is truncated ({size} bytes; its samples reach to {end}); "
+            f"restore it, or run: {prepare_command(path)}"
+        )
+    return Shard(name, counts[name], size)
+
+
+def _field_map(path: str) -> Dict[str, str]:
+    """Which file holds what: from ``dataset.yaml``, read as data, never run."""
+    file_name = os.path.join(path, ".nv-meta", "dataset.yaml")
+    config: Dict[str, Any] = {}
+    if os.path.isfile(file_name):
+        with open(file_name, encoding="utf-8") as file:
+            config = yaml.safe_load(file) or {}
+    field_map = config.get("field_map") or dict(FIELD_MAP)
+    missing = [name for name in FIELD_MAP if name not in field_map]
+    if missing or config.get("sample_loader"):
+        what = f"its field map lacks {', '.join(missing)}" if missing else "it has a sample_loader"
+        raise ValueError(
+            f"--data-path {path}: {what}, and training reads question-answer samples by a field map; "
+            f"run: {prepare_command(path)}"
+        )
+    return dict(field_map)
+
+
+def _options(access: str) -> List[List[str]]:
+    """``"json[a][b],txt"`` -> ``[["json", "a", "b"], ["txt"]]``: alternatives, the first that is there."""
+    return [option.replace("]", "").split("[") for option in access.split(",")]
+
+
+def _read_field(parts: Mapping[str, bytes], access: str, default: str | None = None) -> str:
+    for name, *path in _options(access):
+        if name not in parts:
+            continue
+        try:
+            value: Any = parts[name].decode("utf-8")
+            if name.endswith("json"):
+                value = json.loads(value)
+            for step in path:
+                value = value[int(step) if isinstance(value, list) else step]
+            if isinstance(value, list):  # several accepted answers: the first is the one to learn
+                value = value[0]
+        except (ValueError, LookupError, TypeError) as error:
+            message = f"{type(error).__name__}: {error}"
+            raise SampleError(f"its {access} can't be read ({message})", kind="corrupt") from None
+        if isinstance(value, str):
+            return value
+        raise SampleError(f"its {access} is no text", kind="corrupt")
+    if default is not None:
+        return default
+    raise SampleError(f"it has no {access}", kind="corrupt")

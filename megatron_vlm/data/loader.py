@@ -1,0 +1,386 @@
+"""Training and validation loaders: worker processes, data order, exact resume.
+
+The sequence of microbatches is made by N loader workers, numbered over all data-parallel ranks; each rank
+runs its share of them and takes from them in turn. So what a global batch holds doesn't depend on the
+data-parallel size, as long as N stays.
+
+Workers are forked at the first ``peek()`` or ``next()``, from the thread that calls it, which has to live as
+long as they shall. Fork them before starting threads and, where possible, before touching CUDA: a forked
+process can use neither.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import itertools
+import os
+import queue
+import signal
+import sys
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
+
+import torch
+from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.savable_loader import SavableDataLoaderState
+
+from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.encoder import STOPPED, VisionLanguageEncoder
+from megatron_vlm.data.processing import Processing
+from megatron_vlm.data.state import from_json, to_json
+
+if TYPE_CHECKING:
+    from megatron_vlm.config.run import RunConfig
+
+SAMPLES_PER_SLICE = 100  # consecutive samples that are read in one go, before the shuffle buffer
+CHECKPOINT_SECONDS = 1.0  # a worker notes its state this often: the most that a restore has to repeat
+TIMEOUT_SECONDS = 600.0
+
+
+class TrainLoader(Iterator[Microbatch]):
+    """An endless stream of microbatches for one data-parallel rank.
+
+    Args:
+        dataset: the training split.
+        processing: encodes samples.
+        dp_rank, dp_size: this rank among the data-parallel ranks.
+        data_workers: N, loader workers over all ranks; a multiple of ``dp_size``.
+        micro_batch_size: samples per microbatch.
+        shuffle_buffer_size: samples, still encoded, that each worker draws from.
+        seed: of the order of samples.
+        max_corrupt_rate: share of corrupt samples above which the run stops.
+        timeout: seconds to wait for a microbatch or a worker's state.
+
+    Raises:
+        ValueError: the split is too small, or ``dp_size`` does not divide ``data_workers``.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        processing: Processing,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        data_workers: int,
+        micro_batch_size: int,
+        shuffle_buffer_size: int = 1000,
+        seed: int = 0,
+        max_corrupt_rate: float = 0.01,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        if data_workers < 1 or data_workers % dp_size:
+            raise ValueError(
+                f"--data-workers {data_workers} can't be shared by {dp_size} data-parallel ranks; "
+                f"try {max(1, data_workers // dp_size) * dp_size}"
+            )
+        if dataset.num_samples < data_workers:
+            raise ValueError(
+                f"--data-path {dataset.path}: {dataset.num_samples} samples in the {dataset.split} split are "
+                f"fewer than --data-workers {data_workers}; use fewer workers or more data"
+            )
+        per_rank = data_workers // dp_size
+        self._worker_ids = range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+        # What must be the same for a saved state to mean the same samples.
+        self._identity: Dict[str, Any] = {
+            "data": dataset.fingerprint,
+            "data_workers": data_workers,
+            "micro_batch_size": micro_batch_size,
+            "shuffle_buffer_size": shuffle_buffer_size,
+        }
+        worker_config = WorkerConfig(rank=dp_rank, world_size=dp_size, num_workers=per_rank, seed_offset=seed)
+        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate)
+        self._loader = _Loader(
+            encoder.build_train_datasets(
+                datasets=[dataset.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE)],
+                worker_config=worker_config,
+                batch_size=micro_batch_size,
+                shuffle_buffer_size=shuffle_buffer_size,
+            ),
+            timeout,
+        )
+        self._iterator: Iterator[Microbatch] | None = None
+        self._peeked: Microbatch | None = None
+        self._states: Dict[int, Any] = {worker: self._fresh_state() for worker in self._worker_ids}
+        self._taken: Counter[int] = Counter()  # microbatches per worker since the start or the restore
+
+    @property
+    def counts(self) -> Dict[str, int]:
+        """Samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on this rank, over all resumes."""
+        totals: Counter[str] = Counter(seen=0, truncated=0, dropped=0, corrupt=0)
+        for state in self._states.values():
+            totals.update(state["counts"])
+        return dict(totals)
+
+    def peek(self) -> Microbatch:
+        """The microbatch that ``next()`` will give, without taking it. Forks the workers if need be.
+
+        Raises:
+            as ``next()``.
+        """
+        if self._iterator is None:
+            self._iterator = self._loader.start()
+        if self._peeked is None:
+            self._peeked = _next(self._iterator)
+        return self._peeked
+
+    def __next__(self) -> Microbatch:
+        """The next microbatch.
+
+        Raises:
+            ValueError: the data can't be read further; one line that says why.
+            RuntimeError: a worker died, or gave nothing for ``timeout`` seconds.
+        """
+        microbatch, self._peeked = self.peek(), None
+        state = self._states[microbatch.worker]
+        state["microbatches"] += 1
+        state["counts"] = dict(Counter(state["counts"]) + Counter(microbatch.counts))
+        self._taken[microbatch.worker] += 1
+        return microbatch
+
+    def state_dict(self) -> Dict[int, Any]:
+        """Where the consumer of this loader is, not how far its workers have read ahead.
+
+        Returns:
+            one JSON value per global worker id of this rank.
+        """
+        if self._taken:
+            assert self._peeked is None, "take the microbatch that was peeked at first"
+            for worker, checkpoint in zip(self._worker_ids, self._loader.checkpoints(), strict=True):
+                if self._taken[worker]:  # else what was restored still holds
+                    self._states[worker]["checkpoint"] = to_json(checkpoint)
+        return {worker: dict(state) for worker, state in self._states.items()}
+
+    def load_state_dict(self, states: Mapping[Any, Any]) -> None:
+        """Go on where ``states`` were taken. Must come before the first ``next()``.
+
+        Args:
+            states: the values of all N workers, from all ranks' :meth:`state_dict`; keys may be strings.
+
+        Raises:
+            ValueError: they are of other data, another number of workers, or can't be shared out over
+                this many ranks.
+        """
+        if self._iterator is not None:
+            raise RuntimeError("load_state_dict comes before the first next()")
+        by_worker = {int(worker): state for worker, state in states.items()}
+        for state in by_worker.values():
+            self._check_identity(state["identity"])
+        if set(by_worker) != set(range(self._identity["data_workers"])):
+            raise ValueError(
+                f"the data loader state has {len(by_worker)} of {self._identity['data_workers']} workers; "
+                "it is incomplete"
+            )
+        own = {worker: dict(by_worker[worker]) for worker in self._worker_ids}
+        taken = [state["microbatches"] for state in own.values()]
+        next_worker = sum(count > taken[-1] for count in taken)
+        if taken != [taken[-1] + 1] * next_worker + [taken[-1]] * (len(taken) - next_worker):
+            raise ValueError(
+                "the data loader state was saved within a global batch, at another data-parallel size; "
+                "go on at that size, or from another checkpoint"
+            )
+        checkpoints = [from_json(state["checkpoint"]) for state in own.values()]
+        if any(checkpoint is not None for checkpoint in checkpoints):
+            self._loader.restore(checkpoints, next_worker, self._identity["micro_batch_size"])
+        self._states = own
+
+    def close(self) -> None:
+        """End the workers. Safe to call twice."""
+        self._iterator = None
+        self._loader.close()
+
+    def _fresh_state(self) -> Dict[str, Any]:
+        return {"identity": self._identity, "microbatches": 0, "counts": {}, "checkpoint": None}
+
+    def _check_identity(self, saved: Mapping[str, Any]) -> None:
+        flags = {name: "--" + name.replace("_", "-") for name in self._identity if name != "data"}
+        for name, flag in flags.items():
+            if saved[name] != self._identity[name]:
+                raise ValueError(
+                    f"{flag} {self._identity[name]} differs from {saved[name]}, with which the data loader's "
+                    f"state was saved; go on with {flag} {saved[name]}, or start a new run"
+                )
+        if saved["data"] != self._identity["data"]:
+            raise ValueError(
+                "the training data changed since the checkpoint (other shards, or prepared again); go on "
+                "with the old data, or start a new run from the checkpoint's weights"
+            )
+
+
+def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, dp_size: int) -> TrainLoader:
+    """The training loader of one data-parallel rank, as the run's flags say.
+
+    Raises:
+        ValueError: as :meth:`PreparedDataset.open`, ``RunConfig.data_workers`` and :class:`TrainLoader`.
+    """
+    if config.data.data_path is None:
+        raise ValueError("no training data: give --data-path, a folder prepared by energon")
+    return TrainLoader(
+        PreparedDataset.open(config.data.data_path, "train"),
+        processing,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        data_workers=config.data_workers(dp_size * config.parallel.tp * config.parallel.pp),
+        micro_batch_size=config.training.micro_batch_size,
+        shuffle_buffer_size=config.data.shuffle_buffer_size,
+        seed=config.training.seed,
+        max_corrupt_rate=config.data.max_corrupt_rate,
+    )
+
+
+def validation_batches(
+    dataset: PreparedDataset,
+    processing: Processing,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    limit: int | None = None,
+    timeout: float = TIMEOUT_SECONDS,
+) -> Iterator[Microbatch]:
+    """One pass over this rank's share of a split, in order; ends its worker when it is exhausted or closed.
+
+    Ranks may differ in their number of microbatches: agree on it before a collective, or give ``limit``.
+
+    Args:
+        dataset: usually ``PreparedDataset.open(path, "val")``.
+        limit: most microbatches per rank.
+    """
+    worker_config = WorkerConfig(rank=dp_rank, world_size=dp_size, num_workers=1)
+    encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate=1.0)
+    loader = _Loader(
+        encoder.build_val_datasets(
+            datasets=[dataset.load(worker_config)],
+            worker_config=worker_config,
+            batch_size=micro_batch_size,
+            limit=limit,
+        ),
+        timeout,
+    )
+    try:
+        iterator = loader.start()
+        while True:
+            try:
+                microbatch = _next(iterator)
+            except StopIteration:
+                return
+            yield microbatch
+    finally:
+        loader.close()
+
+
+class _Loader(SavableDataLoader):
+    """energon's loader with an end: to waiting, to its workers' lives, and to its own."""
+
+    worker_init_fn: Any
+    _iterator: Any
+
+    def __init__(self, dataset: SavableDataset[Microbatch], timeout: float) -> None:
+        with _no_worker_number_warning():
+            super().__init__(
+                dataset,
+                checkpoint_every_sec=CHECKPOINT_SECONDS,
+                checkpoint_every_min_n_samples=1,
+                # energon's watchdog is a thread in the worker, which a hung C call stops as well; torch's
+                # own timeout below is in this process.
+                watchdog_timeout_seconds=None,
+            )
+        self.timeout = timeout
+        self.pin_memory = torch.cuda.is_available()
+        self.worker_init_fn = functools.partial(_init_worker, os.getpid(), self.worker_init_fn)
+
+    def start(self) -> Iterator[Microbatch]:
+        """Forks the workers and returns the microbatches they make."""
+        iterator: Iterator[Microbatch] = iter(self)
+        atexit.register(self.close)
+        # What exists now is no concern of the workers' garbage collectors, which would look at all of it,
+        # and so copy it, time and again.
+        already_frozen = gc.get_freeze_count()
+        gc.freeze()
+        try:
+            with _no_worker_number_warning():
+                first = _next(iterator)
+        finally:
+            if not already_frozen:
+                gc.unfreeze()
+        return itertools.chain([first], iterator)
+
+    def checkpoints(self) -> List[Any]:
+        """Each worker's state right after the last microbatch that was taken from it."""
+        state = self.save_state_rank()
+        assert state is not None, "asked for before the first microbatch"
+        return list(state.worker_states)
+
+    def restore(self, checkpoints: List[Any], next_worker: int, micro_batch_size: int) -> None:
+        """Set what the workers start from."""
+        self.restore_state_rank(
+            SavableDataLoaderState(
+                worker_states=checkpoints, next_worker_id=next_worker, micro_batch_size=micro_batch_size
+            )
+        )
+
+    def _worker_command(self, *command: Any) -> List[Any]:
+        """As energon's, but a dead or hung worker ends the wait instead of blocking it for ever."""
+        for commands in self.cmd_queues:
+            commands.put(command)
+        results: Dict[int, Any] = {}
+        for answers in self.result_queues:
+            try:
+                results.update(answers.get(timeout=self.timeout))
+            except queue.Empty:
+                raise RuntimeError(f"a data loader worker gave no answer for {self.timeout:g} s") from None
+        for result in results.values():
+            if isinstance(result, Exception):
+                raise result
+        return [results[worker] for worker in sorted(results)]
+
+    def close(self) -> None:
+        """End the workers, in good order if they answer, by force if not."""
+        atexit.unregister(self.close)
+        iterator, self._iterator = self._iterator, None
+        self._epoch_iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                if worker.is_alive():  # they ignore the SIGTERM that torch tried
+                    worker.kill()
+                    worker.join()
+
+
+def _init_worker(parent: int, init: Callable[[int], None], worker_id: int) -> None:
+    """Runs first in each forked worker."""
+    # A rank that is killed takes its workers with it (prctl(2): PR_SET_PDEATHSIG = 1).
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    # Signals to the process group are for the trainer: it may still save, and needs its workers for that.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns about the fork
+    init(worker_id)
+
+
+@contextlib.contextmanager
+def _no_worker_number_warning() -> Iterator[None]:
+    """torch warns of more workers than cores; their number is part of the data order here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def _next(iterator: Iterator[Microbatch]) -> Microbatch:
+    """``next`` with the errors of the worker processes as one line."""
+    try:
+        return next(iterator)
+    except FatalSampleError as error:
+        # Raised again by torch: the message is the worker's whole traceback.
+        line = next((s for s in reversed(str(error).splitlines()) if STOPPED in s), str(error))
+        raise ValueError(line.partition(STOPPED)[2] or line) from None

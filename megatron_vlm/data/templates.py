@@ -1,0 +1,248 @@
+"""Conversations as token ids, with the trained tokens known by construction.
+
+A conversation is rendered turn by turn with a Jinja chat template, as transformers renders it, and the
+finished text is tokenised once, as transformers tokenises it. Where an answer begins and ends is known
+from the lengths of the rendered prefixes, so text that looks like a template can't move it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Dict, List, Sequence, Tuple
+
+from jinja2 import TemplateError
+
+IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token
+_PROBE = "PROBE-ANSWER"
+
+# Jinja, so that every template takes the same way. bos_token is left to the tokenizer.
+BUILTIN_TEMPLATES: Dict[str, str] = {
+    # LLaVA's "plain": the image, then its caption and a newline; the question is left out.
+    "plain": "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}",
+    # LLaVA's "v1", from Vicuna.
+    "v1": "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+}
+TEMPLATES = ("chat", *BUILTIN_TEMPLATES)
+
+SYSTEM_PROMPTS: Dict[str, str] = {
+    "en": "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "jp": "これは好奇心旺盛なユーザーと人工知能アシスタントの会話です。"
+    "アシスタントはユーザーの質問に、親切に、詳しく、丁寧に答えます。",
+}
+# Asked of an image that comes with an answer but no question.
+CAPTION_PROMPTS: Dict[str, Tuple[str, ...]] = {
+    "en": (
+        "Describe the image.",
+        "Provide a brief description of the given image.",
+        "What is in the image?",
+        "Summarize the visual content of the image.",
+    ),
+    "jp": (
+        "この画像を説明してください。",
+        "画像の内容を簡潔に説明してください。",
+        "この画像には何が写っていますか。",
+        "画像に見えるものを要約してください。",
+    ),
+}
+
+
+class SampleError(Exception):
+    """A sample that can't be used. ``kind`` is the counter it goes to: ``dropped`` or ``corrupt``."""
+
+    def __init__(self, message: str, kind: str = "dropped") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. ``IMAGE_MARKER`` in a user's text says where an image goes."""
+
+    role: str  # "user" or "assistant"
+    text: str
+
+
+def caption_prompt(key: str, lang: str) -> str:
+    """The question for a sample that has none: one of ``CAPTION_PROMPTS[lang]``, fixed by its key."""
+    prompts = CAPTION_PROMPTS[lang]
+    return prompts[zlib.crc32(key.encode()) % len(prompts)]
+
+
+class ChatTemplate:
+    """Renders and tokenises conversations as transformers does.
+
+    Token ids equal those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)`` before its image
+    tokens are expanded, with one addition: where the folder's own template ends an answer without any
+    special token, the tokenizer's end token is put after the last answer, for a model that is never
+    shown an end never stops.
+
+    Args:
+        tokenizer: a transformers tokenizer backed by the tokenizers library.
+        name: ``plain``, ``v1``, or ``chat`` for ``jinja``.
+        image_token: the tokenizer's token that stands for one image.
+        jinja: the folder's own template, for ``chat``.
+        lang: ``jp`` or ``en``, the language of the system prompt that ``v1`` begins with.
+
+    Raises:
+        ValueError: the template or the tokenizer can't be used; the message says why.
+    """
+
+    def __init__(
+        self, tokenizer: Any, name: str, image_token: str, jinja: str | None = None, lang: str = "jp"
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError("the tokenizer gives no character offsets; it needs a tokenizer.json")
+        if name not in TEMPLATES:
+            raise ValueError(f"--template {name}: unknown; choose from {', '.join(TEMPLATES)}")
+        if name == "chat" and jinja is None:
+            raise ValueError(
+                "--template chat: the tokenizer folder has no chat template; use --template v1 or plain"
+            )
+        if name == "v1" and tokenizer.eos_token is None:
+            raise ValueError("--template v1: the tokenizer has no end token (eos_token)")
+        self.name = name
+        self._tokenizer = tokenizer
+        self._jinja = jinja if name == "chat" else BUILTIN_TEMPLATES[name]
+        self._image_token = image_token
+        self._system = SYSTEM_PROMPTS[lang] if name == "v1" else None
+        self._content_parts = name == "chat" and self._takes_content_parts()
+        self._suffix, end = self._probe_suffix()
+        # How much of what follows an answer is trained: up to and with its end token.
+        self._trained_suffix = end if end else len(self._suffix)
+        self._append_eos = name == "chat" and not end and tokenizer.eos_token_id is not None
+
+    def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
+        """Token ids, one image token per image, and which of them are trained.
+
+        Args:
+            turns: user and assistant in turn. Images whose places are not marked come first.
+            num_images: images that belong to the conversation.
+
+        Raises:
+            SampleError: markers and images differ in number, or the template rewrites this text so that
+                its answers can't be told from the rest.
+        """
+        messages = self._messages(turns, num_images)
+        text = self._render(messages)
+        spans = [
+            self._answer_span(text, messages[: i + 1])
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        bos = self._tokenizer.bos_token
+        encoding = self._tokenizer(
+            text,
+            # The rule of transformers' processors: a template that writes its own bos_token gets no second.
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_offsets_mapping=True,
+            verbose=False,  # nothing about model_max_length: that is --seq-length's business
+        )
+        ids: List[int] = list(encoding["input_ids"])
+        trained = [False] * len(ids)
+        for begin, end in spans:
+            # A token that holds any of the span's characters, and all tokens between two of them.
+            inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if b > begin and a < end]
+            if inside:
+                trained[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+        if self._append_eos and messages[-1]["role"] == "assistant":
+            ids.append(self._tokenizer.eos_token_id)
+            trained.append(True)
+        found = ids.count(self._tokenizer.convert_tokens_to_ids(self._image_token))
+        if found != num_images:
+            raise SampleError(f"its text has {found} image markers, but {num_images} images belong to it")
+        return ids, trained
+
+    def _answer_span(self, text: str, messages: List[Dict[str, Any]]) -> Tuple[int, int]:
+        """Characters of ``text`` that the last of ``messages`` trains: its answer and its end token."""
+        prompt = self._render(messages[:-1], add_generation_prompt=True)
+        until = self._render(messages)
+        end = len(until) - len(self._suffix)
+        nested = text.startswith(until) and until.startswith(prompt) and until.endswith(self._suffix)
+        if not nested or end < len(prompt):
+            raise SampleError("the chat template rewrites its turns, so that the answer can't be found")
+        return len(prompt), end + self._trained_suffix
+
+    def _messages(self, turns: Sequence[Turn], num_images: int) -> List[Dict[str, Any]]:
+        marked = any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "user")
+        unplaced = 0 if marked else num_images
+        messages: List[Dict[str, Any]] = []
+        if self._system is not None:
+            messages.append({"role": "system", "content": self._system})
+        for turn in turns:
+            content: Any = turn.text
+            if turn.role == "user":
+                content = self._user_content(turn.text, unplaced)
+                unplaced = 0
+            elif self._content_parts:
+                content = [{"type": "text", "text": turn.text}]
+            messages.append({"role": turn.role, "content": content})
+        return messages
+
+    def _user_content(self, text: str, unplaced: int) -> Any:
+        if self.name == "plain":
+            return self._image_token * (unplaced + text.count(IMAGE_MARKER))
+        if not self._content_parts:
+            return (self._image_token + "\n") * unplaced + text.replace(IMAGE_MARKER, self._image_token)
+        parts: List[Dict[str, str]] = [{"type": "image"}] * unplaced
+        chunks = text.split(IMAGE_MARKER)
+        for i, chunk in enumerate(chunks):
+            if len(chunks) > 1:
+                chunk = chunk.strip("\n")  # LLaVA's data writes "<image>\n"; a template adds its own newline
+            if i:
+                parts = [*parts, {"type": "image"}]
+            if chunk or len(chunks) == 1:
+                parts = [*parts, {"type": "text", "text": chunk}]
+        return parts
+
+    def _render(self, messages: List[Dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._jinja,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, TypeError) as error:  # what a template raises on content that is not for it
+            raise SampleError(f"the chat template refuses it ({error})") from None
+        return text
+
+    def _takes_content_parts(self) -> bool:
+        """Whether the template wants content as parts (a processor's) or as a string (a tokenizer's)."""
+        parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+        for content in (parts, f"{self._image_token}\n{_PROBE}"):
+            try:
+                text = self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+            except SampleError:
+                continue
+            if text.count(self._image_token) == 1 and _PROBE in text:
+                return content is parts
+        raise ValueError(
+            f"--template chat: the folder's chat template loses the image token {self._image_token}; "
+            "use --template v1 or plain"
+        )
+
+    def _probe_suffix(self) -> Tuple[str, int]:
+        """What the template writes after an answer, and where in it the first special token ends."""
+        messages = self._messages([Turn("user", "?"), Turn("assistant", _PROBE)], 1)
+        try:
+            prompt = self._render(messages[:-1], add_generation_prompt=True)
+            text = self._render(messages)
+        except SampleError as error:
+            raise ValueError(f"--template {self.name}: {error}; use --template v1 or plain") from None
+        _, found, suffix = text[len(prompt) :].partition(_PROBE)
+        if not text.startswith(prompt) or not found:
+            raise ValueError(
+                f"--template {self.name}: the folder's chat template can't be split into turns (what it "
+                "writes before an answer changes with the answer); use --template v1 or plain"
+            )
+        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        starts = [(suffix.index(token), -len(token)) for token in special if token in suffix]
+        start, negative_length = min(starts, default=(0, 0))  # the first; of two that begin there, the longer
+        return suffix, start - negative_length

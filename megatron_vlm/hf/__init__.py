@@ -1,0 +1,12 @@
+"""Conversion between Hugging Face LLaVA folders and megatron-core checkpoints.
+
+    ops.py       pure functions of tensors: merges, splits, padding, tensor-parallel cuts
+    mapping.py   the tables: which Megatron tensor is which Hugging Face tensors, per family
+    folder.py    reading and writing Hugging Face folders, tensor by tensor
+    native.py    reading and writing megatron-core's torch_dist format without megatron-core
+    convert.py   both directions, from the parts above
+    build.py     joins a text model and a vision tower into a new LLaVA (needs transformers)
+    cli.py       what the scripts share
+
+No process groups, no CUDA, and, except in build.py, no transformers.
+"""

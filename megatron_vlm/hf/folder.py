@@ -1,0 +1,348 @@
+"""Hugging Face model folders: lazy readers, a streaming writer, and comparison by content."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_vlm.hf.ops import Shape
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of a tensor: name, dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class HFFolder:
+    """The weights of a Hugging Face folder, read tensor by tensor.
+
+    Reads ``model.safetensors`` or its shards with an index, or ``pytorch_model.bin`` or its shards
+    (tensors only: a pickle that holds anything else is refused).
+
+    Raises:
+        ValueError: there are no weights, or a file or an index is damaged; the message names it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.path = Path(directory)
+        names, index = self._weight_files()
+        self.files: dict[str, list[TensorInfo]] = {}  # in the order of the data on disk
+        self.metadata: dict[str, dict[str, str]] = {}  # what safetensors files say of themselves
+        self._of: dict[str, tuple[str, TensorInfo]] = {}
+        self._open: dict[str, Any] = {}
+        for file in names:
+            for info in self._scan(file):
+                if info.name in self._of:
+                    raise ValueError(f"{self.path}: {info.name} is in {self._of[info.name][0]} and in {file}")
+                self._of[info.name] = (file, info)
+        if index is not None:
+            self._compare_with(index)
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether the weights are safetensors files rather than pickles."""
+        return all(file.endswith(".safetensors") for file in self.files)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name."""
+        return {name: info for name, (_, info) in self._of.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        file = self._of[name][0]
+        try:
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file}: {name} cannot be read ({error})") from None
+
+    def _weight_files(self) -> tuple[list[str], dict[str, str] | None]:
+        """File names, and the index's map from tensor to file where there is one."""
+        for single, index_name in (
+            ("model.safetensors", SAFETENSORS_INDEX),
+            ("pytorch_model.bin", BIN_INDEX),
+        ):
+            if (self.path / single).is_file():
+                return [single], None
+            if (self.path / index_name).is_file():
+                index = _read_index(self.path / index_name)
+                return sorted(set(index.values())), index
+        raise ValueError(
+            f"{self.path}: no weights (model.safetensors, pytorch_model.bin, or shards with an index)"
+        )
+
+    def _scan(self, file: str) -> list[TensorInfo]:
+        path = self.path / file
+        if not path.is_file():
+            raise ValueError(f"{self.path}: {file}, which the index names, is not there")
+        handle: Any
+        if file.endswith(".safetensors"):
+            try:
+                handle = safe_open(path, "pt")
+                self.metadata[file] = dict(handle.metadata() or {})
+                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+            infos = [_info(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
+        else:
+            handle = _BinFile(path)
+            infos = [
+                _info(path, name, _CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
+                for name, t in handle.tensors.items()
+            ]
+        self._open[file] = handle
+        self.files[file] = infos
+        return infos
+
+    def _compare_with(self, index: dict[str, str]) -> None:
+        for name, file in index.items():
+            if name not in self._of or self._of[name][0] != file:
+                raise ValueError(f"{self.path}: the index promises {name} in {file}, which does not hold it")
+        for name, (file, _) in self._of.items():
+            if name not in index:
+                raise ValueError(f"{self.path}: {file} holds {name}, which the index does not list")
+
+
+class _BinFile:
+    """A ``.bin`` file, memory-mapped; only tensors are unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many types for what is not a file of weights
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path}: not a file of weights ({reason})") from None
+        if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+            raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
+        self.tensors: dict[str, Tensor] = loaded
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def _info(path: Path, name: str, code: str, shape: Shape) -> TensorInfo:
+    if code not in DTYPES:
+        raise ValueError(f"{path}: {name} has dtype {code}; supported: {', '.join(DTYPES)}")
+    return TensorInfo(name, DTYPES[code], shape)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(index.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not an index of weights ({error!r})") from None
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise ValueError(f"{path}: names {name!r}, which is not a file in this folder")
+    return index
+
+
+class SafetensorsFile:
+    """Writes one safetensors file, its tensors in any order, each straight to its place.
+
+    The layout is fixed by the first call: header, then the data in the order of ``tensors``. Given
+    the tensors in the order of an existing file, the bytes are those that ``safetensors`` wrote.
+    """
+
+    def __init__(self, path: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        self._at: dict[str, tuple[int, TensorInfo]] = {}
+        position = 0
+        for info in tensors:
+            end = position + info.nbytes
+            header[info.name] = {
+                "dtype": _CODES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [position, end],
+            }
+            self._at[info.name] = (position, info)
+            position = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._data = 8 + len(text)
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (close() closes it)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data + position)
+        self.path = path
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, converted to the dtype announced for it; each exactly once."""
+        position, info = self._at.pop(name)
+        if tuple(tensor.shape) != info.shape:
+            raise ValueError(f"{name}: shape {list(tensor.shape)} instead of {list(info.shape)}")
+        self._file.seek(self._data + position)
+        self._file.write(_bytes(tensor.to(info.dtype)))
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            RuntimeError: a tensor that was announced was not written.
+        """
+        self._file.close()
+        if self._at:
+            raise RuntimeError(f"{self.path}: {next(iter(self._at))} was not written")
+
+
+class WeightsWriter:
+    """Writes the shards of a folder, tensors in any order.
+
+    Args:
+        directory: an existing folder.
+        files: the tensors of each file, in order.
+        metadata: of each file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        files: dict[str, list[TensorInfo]],
+        metadata: dict[str, dict[str, str]],
+    ) -> None:
+        self._files = {
+            name: SafetensorsFile(directory / name, infos, metadata.get(name, {}))
+            for name, infos in files.items()
+        }
+        self._of = {info.name: name for name, infos in files.items() for info in infos}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor to its file."""
+        self._files[self._of[name]].write(name, tensor)
+
+    def __enter__(self) -> WeightsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            if kind is None:
+                file.close()
+            else:
+                file._file.close()
+
+
+def split_into_shards(tensors: list[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
+    """Distribute tensors to files of at most ``max_bytes`` of data each (one tensor may be more)."""
+    shards: list[list[TensorInfo]] = []
+    room = 0
+    for info in tensors:
+        if not shards or info.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(info)
+        room -= info.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(directory: Path, files: dict[str, list[TensorInfo]]) -> None:
+    """Write the index of several safetensors files, as transformers does."""
+    infos = [(info, file) for file, infos in files.items() for info in infos]
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info, _ in infos)},
+        "weight_map": {info.name: file for info, file in sorted(infos, key=lambda pair: pair[0].name)},
+    }
+    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def small_files(directory: Path) -> Iterator[Path]:
+    """The files of a model folder that are not weights, relative to it; hidden folders are left out."""
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.endswith(_WEIGHT_SUFFIXES) and name != BIN_INDEX:
+                yield (Path(folder) / name).relative_to(directory)
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy :func:`small_files` byte for byte."""
+    for file in small_files(source):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)
+
+
+def verify(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> int:
+    """Compare two Hugging Face folders by content: every tensor's bits, every other file's bytes.
+
+    How tensors are spread over files doesn't count.
+
+    Returns:
+        The number of tensors compared.
+
+    Raises:
+        ValueError: they differ; the message names the first difference.
+    """
+    a, b = HFFolder(left), HFFolder(right)
+    for one, other in ((a, b), (b, a)):
+        for name in one.tensors:
+            if name not in other.tensors:
+                raise ValueError(f"{name} is in {one.path} but not in {other.path}")
+    for name, info in a.tensors.items():
+        if info != b.tensors[name]:
+            raise ValueError(f"{name}: {_describe(info)} in {left}, {_describe(b.tensors[name])} in {right}")
+        if not same_bits(a.read(name), b.read(name)):
+            raise ValueError(f"{name} has other values in {left} than in {right}")
+    files_a, files_b = (
+        {file for file in small_files(folder.path) if file.name != SAFETENSORS_INDEX} for folder in (a, b)
+    )
+    for file in sorted(files_a | files_b):
+        if file not in files_a or file not in files_b:
+            raise ValueError(f"{file} is in {left if file in files_a else right} only")
+        if (a.path / file).read_bytes() != (b.path / file).read_bytes():
+            raise ValueError(f"{file} differs between {left} and {right}")
+    return len(a.tensors)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every bit (so a NaN equals itself)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _describe(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}".replace("torch.", "")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

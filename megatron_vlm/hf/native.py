@@ -1,0 +1,232 @@
+"""megatron-core's ``torch_dist`` checkpoints, written and read by one process without megatron-core.
+
+The format is that of ``torch.distributed.checkpoint``: ``.metadata``, a pickle that says for every
+tensor its global shape, its chunks, and in which ``.distcp`` file each chunk lies; the chunks, each
+as ``torch.save`` writes it; and megatron-core's ``metadata.json`` and ``common.pt``. Chunks of any
+grid are put together again, so a checkpoint may come from any layout.
+
+Source: torch ``distributed/checkpoint/filesystem.py``; megatron-core
+``dist_checkpointing/strategies/torch.py``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_vlm.hf.ops import Chunk, Shape
+
+_METADATA = ".metadata"
+_BYTES_PER_FILE = 4 << 30
+_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+# What torch and megatron-core put into .metadata. Each is plain data; none can be called to any effect.
+_ADMITTED: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        metadata.Metadata,
+        metadata.TensorStorageMetadata,
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.TensorProperties,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        filesystem._StoragePrefix,
+        planner.SavePlan,
+        planner.WriteItem,
+        planner.WriteItemType,
+        planner.TensorWriteData,
+        planner.BytesIOWriteData,
+        torch.Size,
+    )
+}
+_ADMITTED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+_ADMITTED["collections", "OrderedDict"] = dict
+for _path in ("pathlib", "pathlib._local"):  # the second is what Python 3.13 writes
+    _ADMITTED[_path, "PosixPath"] = pathlib.PurePosixPath
+for _name, _value in vars(torch).items():
+    if isinstance(_value, torch.dtype):
+        _ADMITTED["torch", _name] = _value
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}") from None
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
+    """Read ``.metadata`` of a ``torch_dist`` checkpoint without running anything that it holds.
+
+    torch itself unpickles this file without restraint: call this before handing a folder to
+    ``dist_checkpointing.load``.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds anything but metadata.
+    """
+    path = Path(folder) / _METADATA
+    try:
+        with open(path, "rb") as file:
+            loaded = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {_METADATA}; not a torch_dist checkpoint") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path}: refused, not the metadata of a checkpoint ({error})") from None
+    if not isinstance(loaded, metadata.Metadata):
+        raise ValueError(f"{path}: refused, holds a {type(loaded).__name__} instead of metadata")
+    return loaded
+
+
+class NativeReader:
+    """Reads tensors of a ``torch_dist`` checkpoint whole, one at a time, whatever grid they were cut into.
+
+    Raises:
+        ValueError: the checkpoint is damaged; the message names the file or the tensor.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder)
+        loaded = read_metadata(folder)
+        self._tensors = {
+            name: entry
+            for name, entry in loaded.state_dict_metadata.items()
+            if isinstance(entry, metadata.TensorStorageMetadata)
+        }
+        self._where = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in (loaded.storage_data or {}).items()
+            if index.offset is not None
+        }
+        for info in self._where.values():
+            if os.path.basename(info.relative_path) != info.relative_path:
+                raise ValueError(f"{self.path}: {_METADATA} names {info.relative_path!r}, not a file in it")
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors of the checkpoint, those of the optimizer too."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        """Global shape of a tensor."""
+        return tuple(self._tensors[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._tensors[name].properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """Read a whole tensor, in its stored dtype.
+
+        Raises:
+            ValueError: a chunk is missing, damaged, or its shape is not what the metadata says.
+        """
+        entry = self._tensors[name]
+        chunks = [Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
+        whole = tuple(entry.size)
+        # Chunks are a partition of the tensor, so their sizes tell whether one is missing.
+        if sum(chunk.numel for chunk in chunks) != Chunk(whole, whole).numel:
+            raise ValueError(f"{self.path}: {name}: the chunks don't cover the tensor of {list(whole)}")
+        if len(chunks) == 1:
+            return self._read_chunk(name, chunks[0])
+        result = torch.empty(whole, dtype=entry.properties.dtype)
+        for chunk in chunks:
+            chunk.of(result).copy_(self._read_chunk(name, chunk))
+        return result
+
+    def _read_chunk(self, name: str, chunk: Chunk) -> Tensor:
+        try:
+            where = self._where[name, chunk.offset]
+        except KeyError:
+            raise ValueError(
+                f"{self.path}: {name}: the chunk at {list(chunk.offset)} is not stored"
+            ) from None
+        path = self.path / where.relative_path
+        try:
+            with open(path, "rb") as file:
+                view = cast("IO[bytes]", _create_file_view(file, where.offset, where.length))
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for damaged files
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path}: {name} cannot be read ({reason})") from None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
+            raise ValueError(f"{path}: {name} is not the chunk of {list(chunk.shape)} that is promised")
+        return tensor
+
+
+class NativeWriter:
+    """Writes a ``torch_dist`` checkpoint tensor by tensor, holding one chunk at a time.
+
+    Args:
+        folder: an existing folder.
+        common: what every rank loads, plain values only.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], common: dict[str, Any] | None = None) -> None:
+        self.path = Path(folder)
+        self._common = common or {}
+        self._tensors: dict[str, metadata.STORAGE_TYPES] = {}
+        self._where: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
+        self._count = 0
+        self._file: IO[bytes] | None = None
+
+    def write(self, name: str, tensor: Tensor, chunks: Sequence[Chunk]) -> None:
+        """Write a whole tensor, cut into ``chunks``, which must be a partition of it."""
+        self._tensors[name] = metadata.TensorStorageMetadata(
+            properties=metadata.TensorProperties(dtype=tensor.dtype),
+            size=tensor.shape,
+            chunks=[metadata.ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in chunks],
+        )
+        for number, chunk in enumerate(chunks):
+            file = self._room()
+            start = file.tell()
+            # A copy, since torch.save writes the whole storage behind a view.
+            torch.save(chunk.of(tensor).clone(memory_format=torch.contiguous_format), file)
+            index = metadata.MetadataIndex(name, chunk.offset, number)
+            self._where[index] = filesystem._StorageInfo(
+                os.path.basename(file.name), start, file.tell() - start
+            )
+
+    def close(self) -> None:
+        """Write everything but the tensors; without it the folder is no checkpoint."""
+        if self._file is not None:
+            self._file.close()
+        torch.save(self._common, self.path / "common.pt")
+        (self.path / "metadata.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+        content = metadata.Metadata(
+            state_dict_metadata=self._tensors,
+            storage_data=self._where,
+            storage_meta=metadata.StorageMeta(),
+        )
+        buffer = io.BytesIO()
+        pickle.dump(content, buffer)
+        (self.path / _METADATA).write_bytes(buffer.getvalue())
+
+    def _room(self) -> IO[bytes]:
+        """The file for the next chunk; a new one once the last is large enough to be read in parallel."""
+        if self._file is None or self._file.tell() >= _BYTES_PER_FILE:
+            if self._file is not None:
+                self._file.close()
+            # As torch names them: __<rank>_<number>.distcp.
+            self._file = open(self.path / f"__0_{self._count}.distcp", "wb")  # noqa: SIM115 (close() closes it)
+            self._count += 1
+        return self._file

@@ -1,0 +1,85 @@
+"""What can be found wrong with a run before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from typing import Optional
+
+from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch.container import check_image
+
+_FIELD_MAP = '{"image":"jpg","context":"json[question]","answers":"txt"}'
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check that what the run reads is there and of the right kind.
+
+    Raises:
+        ValueError: one line that names the path and says what to do.
+    """
+    if config.launch.sif_path is not None:
+        check_image(config.launch.sif_path)
+    if config.data.data_path is not None:
+        check_dataset(config.data.data_path)
+    folder = config.model.tokenizer_load_dir
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"--tokenizer-load-dir {folder}: no such folder; give a Hugging Face model folder")
+
+
+def read_model(config: RunConfig) -> Optional[ModelConfig]:
+    """The architecture: that of the checkpoint, or with ``--init`` alone that of the tokenizer's folder.
+
+    Raises:
+        ValueError: the checkpoint is not there or not readable.
+    """
+    if config.model.megatron_load_dir is not None:
+        return ModelConfig.from_dict(read_manifest(config.model.megatron_load_dir)["model"])
+    if config.model.init and config.model.tokenizer_load_dir is not None:
+        return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir)
+    return None
+
+
+def check_dataset(path: str) -> None:
+    """Check that ``path`` is a prepared energon dataset with samples.
+
+    Raises:
+        ValueError: it is missing, empty or not prepared.
+    """
+    if not os.path.isdir(path):
+        raise ValueError(f"--data-path {path}: no such folder; give one on which `energon prepare` was run")
+    info_path = os.path.join(path, ".nv-meta", ".info.json")
+    if not os.path.isfile(info_path):
+        if not _has_shards(path):
+            raise ValueError(
+                f"--data-path {path}: empty, it holds no .tar shards; write them, then run energon prepare"
+            )
+        raise ValueError(f"--data-path {path}: not prepared; run: {prepare_command(path)}")
+    try:
+        with open(info_path, encoding="utf-8") as file:
+            shard_counts = json.load(file)["shard_counts"]
+        samples = sum(shard_counts.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{info_path}: damaged; run again: {prepare_command(path)}") from None
+    if not samples:
+        raise ValueError(f"--data-path {path}: its shards hold no samples")
+    missing = [name for name in shard_counts if not os.path.isfile(os.path.join(path, name))]
+    if missing:
+        raise ValueError(
+            f"--data-path {path}: shard {missing[0]} is gone since it was prepared; "
+            f"bring it back, or run: {prepare_command(path)}"
+        )
+
+
+def prepare_command(path: str) -> str:
+    """The command that prepares a folder of shards without asking, quoted for a shell."""
+    command = ["energon", "prepare", "--non-interactive", "--force-overwrite", "--split-ratio", "9,1,0"]
+    command += ["--sample-type", "VQASample", "--field-map", _FIELD_MAP, path]
+    return shlex.join(command)
+
+
+def _has_shards(path: str) -> bool:
+    return any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names)

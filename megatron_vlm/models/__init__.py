@@ -1,0 +1,1 @@
+"""Towers, projectors, language models and how they are joined, on megatron-core."""

@@ -1,0 +1,125 @@
+"""Attention and norm modules for layer specs that don't need Transformer Engine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Core attention through ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Stands where megatron-core's ``DotProductAttention`` would: same arguments, same result, but no
+    ``[b, heads, s, s]`` scores in memory. The mask is what ``attn_mask_type`` says, ``causal`` or
+    ``no_mask``. Batches are padded on the right, so that a causal mask keeps padding away from
+    every real token and no padding mask is needed.
+
+    Raises:
+        ValueError: a mask type other than these two, or an explicit mask, bias or packing.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+            raise ValueError(f"attention mask {attn_mask_type}; supported: causal, no_mask")
+        assert config.kv_channels is not None
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[s, b, heads / tp, head_dim]``.
+            key, value: ``[s, b, key-value heads / tp, head_dim]``.
+
+        Returns:
+            ``[s, b, heads / tp * head_dim]``.
+        """
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("this attention takes no explicit mask, bias or packed sequences")
+        # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            # Not enable_gqa: torch's CPU kernel for it is the one that keeps the scores in memory.
+            key = key.repeat_interleave(groups, dim=1)
+            value = value.repeat_interleave(groups, dim=1)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal,
+            scale=self.softmax_scale,
+        )
+        # [b, n, s, d] -> [s, b, n * d]
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class SelfAttentionWithOutputBias(SelfAttention):
+    """Self-attention whose output projection has a bias of its own say.
+
+    megatron-core has one switch for the biases of ``linear_proj`` and of the MLP; Llama has two
+    (``attention_bias``, ``mlp_bias``).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
+        # A shallow copy: dataclasses.replace would run the config's checks and defaults again.
+        attention_config = object.__new__(type(config))
+        attention_config.__dict__.update(config.__dict__)
+        attention_config.add_bias_linear = output_bias
+        super().__init__(attention_config, *args, **kwargs)
+
+
+class TorchNorm:
+    """torch's LayerNorm or RMSNorm, as ``config.normalization`` says.
+
+    Unlike megatron-core's ``WrappedTorchNorm`` it works with sequence parallelism: its parameters are
+    marked, so that ``finalize_model_grads`` sums their gradients over the tensor parallel ranks.
+    A class, because megatron-core's ``build_module`` takes a function for something built already.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
+        """Build the norm.
+
+        Args:
+            hidden_size: size of the last dimension, over which it normalises.
+        """
+        norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        norm = norms[config.normalization](
+            # The CPU backend answers with the CPU.
+            hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype
+        )
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm

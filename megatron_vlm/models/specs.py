@@ -1,0 +1,135 @@
+"""megatron-core layer specs: which class stands at each place of a transformer layer.
+
+``transformer_engine`` where that is installed and the device is a GPU, ``local`` everywhere else.
+Both save under Transformer Engine's names, so a checkpoint of one loads with the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_vlm.models.attention import ScaledDotProductAttention, SelfAttentionWithOutputBias, TorchNorm
+
+# The local spec's norms are modules of their own; Transformer Engine fuses them into the linear after.
+_LOCAL_TO_SAVED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def default_transformer_impl(device: str) -> str:
+    """``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``."""
+    if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        return "transformer_engine"
+    return "local"
+
+
+def layer_spec(impl: str, causal: bool, output_bias: bool) -> ModuleSpec:
+    """One transformer layer.
+
+    Args:
+        impl: ``"local"`` or ``"transformer_engine"``.
+        causal: a language model's layer; a tower's has no mask.
+        output_bias: the attention's output projection has a bias.
+    """
+    attention_params = {
+        "attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask,
+        "output_bias": output_bias,
+    }
+    if impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import (
+            TEDotProductAttention,
+            TELayerNormColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                self_attention=ModuleSpec(
+                    module=SelfAttentionWithOutputBias,
+                    params=attention_params,
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=TELayerNormColumnParallelLinear,
+                        core_attention=TEDotProductAttention,
+                        linear_proj=TERowParallelLinear,
+                        q_layernorm=IdentityOp,
+                        k_layernorm=IdentityOp,
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=IdentityOp,
+                mlp=ModuleSpec(
+                    module=MLP,
+                    submodules=MLPSubmodules(
+                        linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
+                    ),
+                ),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttentionWithOutputBias,
+                params=attention_params,
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_LOCAL_TO_SAVED,
+        ),
+    )
+
+
+def block_spec(impl: str, num_layers: int, output_bias: bool) -> TransformerBlockSubmodules:
+    """The language model's layers of one pipeline stage and the norm after the last of all.
+
+    Args:
+        num_layers: layers of this stage.
+    """
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(impl, causal=True, output_bias=output_bias)] * num_layers,
+        layer_norm=final_norm(impl),
+    )
+
+
+def final_norm(impl: str) -> type:
+    """The class of a norm that stands alone."""
+    if impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return TorchNorm
+
+
+def projector_submodules(impl: str) -> MLPSubmodules:
+    """The two linear layers of an ``mlp2x_gelu`` projector; no norm in front."""
+    if impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        return MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -1,0 +1,116 @@
+"""From a :class:`ModelConfig` to megatron-core's ``TransformerConfig`` of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.parallel import Layout
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation. Source: transformers ``QuickGELUActivation``."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfigs:
+    """One config per part. They differ in more than sizes: only the language model is cut into
+    pipeline stages and sequence shards."""
+
+    vision: TransformerConfig
+    projector: TransformerConfig
+    language: TransformerConfig
+
+
+def transformer_configs(
+    model: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    deterministic: bool = False,
+) -> TransformerConfigs:
+    """The configs of a model on this layout.
+
+    Args:
+        dtype: of the parameters: ``torch.float32`` or ``torch.bfloat16``.
+        sequence_parallel: shard the language model's activations between its tensor parallel parts.
+        deterministic: ask the kernels for reproducible sums.
+    """
+    on_gpu = layout.device.type == "cuda"
+    common: dict[str, Any] = dict(
+        tensor_model_parallel_size=layout.tp,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights always come from a checkpoint, and a load that misses one is an error.
+        perform_initialization=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,  # needs apex
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        calculate_per_token_loss=True,
+        deterministic_mode=deterministic,
+        batch_p2p_comm=on_gpu,  # gloo mixes the two directions of a batched exchange up
+        cross_entropy_loss_fusion=False,
+    )
+    language, vision, projector = model.language, model.vision, model.projector
+    return TransformerConfigs(
+        vision=TransformerConfig(
+            num_layers=model.num_vision_layers_run,
+            hidden_size=vision.hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+            ffn_hidden_size=vision.ffn_hidden_size,
+            activation_func=_ACTIVATIONS[vision.activation],
+            bias_activation_fusion=False,
+            normalization="LayerNorm",
+            layernorm_epsilon=vision.norm_epsilon,
+            add_bias_linear=True,
+            **common,
+        ),
+        projector=TransformerConfig(
+            num_layers=1,
+            hidden_size=language.hidden_size,
+            num_attention_heads=language.num_attention_heads,
+            ffn_hidden_size=language.hidden_size,
+            activation_func=_ACTIVATIONS.get(projector.activation, F.gelu),
+            bias_activation_fusion=False,
+            add_bias_linear=projector.bias,
+            **common,
+        ),
+        language=TransformerConfig(
+            num_layers=language.num_layers,
+            hidden_size=language.hidden_size,
+            num_attention_heads=language.num_attention_heads,
+            num_query_groups=language.num_key_value_heads,
+            kv_channels=language.head_dim,
+            ffn_hidden_size=language.ffn_hidden_size,
+            activation_func=_ACTIVATIONS[language.activation],
+            gated_linear_unit=True,
+            bias_activation_fusion=on_gpu,
+            normalization="RMSNorm",
+            layernorm_epsilon=language.norm_epsilon,
+            add_bias_linear=language.mlp_bias,
+            add_qkv_bias=language.qkv_bias,
+            pipeline_model_parallel_size=layout.pp,
+            pipeline_dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            **common,
+        ),
+    )

@@ -1,0 +1,80 @@
+"""CLIP and SigLIP vision towers on megatron-core's parallel layers."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.specs import final_norm, layer_spec
+
+
+class VisionTower(CLIPViTModel):
+    """Images to patch features.
+
+    Equals ``hidden_states[vision_feature_layer]`` of transformers' ``CLIPVisionModel`` and
+    ``SiglipVisionModel``, the class token dropped where the strategy says so. Blocks after the last
+    layer that features are taken from aren't built: a checkpoint carries them for export.
+
+    The tower stands whole on the first pipeline stage, cut by tensor parallelism only.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
+        vision = model.vision
+        super().__init__(
+            transformer_config=config,
+            transformer_layer_spec=layer_spec(impl, causal=False, output_bias=True),
+            ln_pre_impl=final_norm(impl),
+            ln_post_impl=final_norm(impl),
+            add_class_token=vision.has_class_token,
+            class_token_len=int(vision.has_class_token),
+            patch_dim=vision.patch_size,
+            # A last strip that is narrower than a patch is dropped, as the convolution drops it.
+            img_h=vision.image_size // vision.patch_size * vision.patch_size,
+            img_w=vision.image_size // vision.patch_size * vision.patch_size,
+            model_subtype=vision.family,
+        )
+        # LLaVA takes features before SigLIP's norm, which CLIPViTModel applies.
+        self.ln_post = None
+        factory = dict(device=self.position_ids.device, dtype=config.params_dtype)
+        self.conv1 = torch.nn.Conv2d(
+            vision.num_channels,
+            vision.hidden_size,
+            kernel_size=vision.patch_size,
+            stride=vision.patch_size,
+            bias=not vision.has_class_token,
+            **factory,  # type: ignore[arg-type]
+        )
+        self.position_embeddings.to(**factory)  # type: ignore[call-overload]
+        if vision.has_class_token:
+            self.class_token.data = self.class_token.data.to(**factory)
+        self.feature_layers = model.feature_layers
+        self.drop_first = model.feature_strategy == "default"
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode images.
+
+        Args:
+            x: normalised pixels ``[images, channels, height, width]``.
+
+        Returns:
+            ``[images, ModelConfig.image_tokens, hidden_size * number of feature layers]``.
+        """
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # [n, c, h, w] -> [n, patches, hidden]
+        if self.add_class_token:
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.position_embeddings(self.position_ids)
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
+        x = x.transpose(0, 1).contiguous()  # [n, positions, hidden] -> [positions, n, hidden]
+        states = {0: x}
+        for number, layer in enumerate(self.decoder.layers, start=1):
+            x, _ = layer(hidden_states=x, attention_mask=None)
+            if number in self.feature_layers:
+                states[number] = x
+        features = torch.cat([states[number] for number in self.feature_layers], dim=-1)
+        if self.drop_first:
+            features = features[1:]
+        return features.transpose(0, 1)

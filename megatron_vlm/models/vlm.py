@@ -1,0 +1,152 @@
+"""The vision-language model: tower, projector and language model as one pipeline stage sees them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.language import LanguageModel
+from megatron_vlm.models.projector import Projector
+from megatron_vlm.models.specs import default_transformer_impl
+from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
+from megatron_vlm.models.vision import VisionTower
+from megatron_vlm.parallel import Layout
+
+
+class VisionLanguageModel(MegatronModule):
+    """A LLaVA model, or the part of it that one pipeline stage holds.
+
+    The first stage holds tower, projector and token embedding; every stage its share of the language
+    model's layers; the last one the output layer and the loss. Equals transformers'
+    ``LlavaForConditionalGeneration``; parts are named as in Megatron-LM's ``LLaVAModel``.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        configs: TransformerConfigs,
+        layout: Layout,
+        impl: str,
+        vocab_divisible_by: int = 128,
+    ) -> None:
+        super().__init__(config=configs.language)
+        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
+        self.pre_process = layout.is_first_stage
+        self.post_process = layout.is_last_stage
+        self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
+        self.model_config = model
+        if self.pre_process:
+            self.vision_model = VisionTower(model, configs.vision, impl)
+            self.vision_projection = Projector(model.projector, configs.projector, impl)
+        self.language_model = LanguageModel(
+            model.language, configs.language, layout, impl, vocab_divisible_by
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            input_ids: ``[b, s]``; every image holds ``ModelConfig.image_tokens`` placeholders.
+            pixel_values: ``[images, channels, height, width]``, normalised, in the order of their
+                placeholders. Read on the first stage only.
+            image_positions: ``[2, images * image_tokens]``: batch and sequence index of each
+                placeholder, row by row, as :func:`find_image_positions` makes them.
+            labels: ``[b, s]``, the token to be predicted at each position, within the vocabulary.
+
+        Returns:
+            On the last stage the loss of each token ``[b, s]`` in float32, or without labels this
+            tensor parallel rank's logits ``[b, s, padded vocabulary / tp]``; on the others the hidden
+            states ``[s, b, hidden]`` (``s / tp`` with sequence parallelism).
+        """
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.embed(input_ids, pixel_values, image_positions)
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embeddings,
+            labels=labels,
+        )
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
+        """Token embeddings with image features at the placeholders, ``[s, b, hidden]``."""
+        embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            assert image_positions is not None
+            features = self.vision_projection(self.vision_model(pixel_values)).flatten(0, 1)
+            batch_index, sequence_index = image_positions
+            embeddings = embeddings.index_put(
+                (sequence_index, batch_index), features.to(embeddings.dtype)
+            )
+        elif any(parameter.requires_grad for parameter in self.vision_projection.parameters()):
+            # Without images this rank would skip the gradients that the others reduce, and with
+            # nothing else to train its output would have no gradient at all to receive.
+            vision = self.model_config.vision
+            blank = embeddings.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+            embeddings = embeddings + 0.0 * self.vision_projection(self.vision_model(blank)).sum()
+        if self.config.sequence_parallel:
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+        return embeddings
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the hidden states that the previous stage sent (called by the schedules)."""
+        self.language_model.set_input_tensor(input_tensor)  # type: ignore[arg-type]
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that first and last stage share when embeddings are tied."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+
+def find_image_positions(input_ids: Tensor, num_images: int, model: ModelConfig) -> Tensor:
+    """Where the image placeholders of a batch are.
+
+    Args:
+        input_ids: ``[b, s]``, best on the CPU: the result's size depends on the data.
+        num_images: images of the batch.
+
+    Returns:
+        int64 ``[2, placeholders]``: batch and sequence indices, row by row.
+
+    Raises:
+        ValueError: placeholders and image features differ in number.
+    """
+    positions = (input_ids == model.image_token_id).nonzero().t().contiguous()
+    expected = num_images * model.image_tokens
+    if positions.shape[1] != expected:
+        raise ValueError(
+            f"{positions.shape[1]} image tokens in the text but {num_images} images x "
+            f"{model.image_tokens} features = {expected}; the tokenizer and the model must agree on "
+            f"the image token ({model.image_token_id}) and on its count per image"
+        )
+    return positions
+
+
+def build_model(
+    model: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    deterministic: bool = False,
+    impl: str | None = None,
+    vocab_divisible_by: int = 128,
+) -> VisionLanguageModel:
+    """This rank's stage of the model, on the layout's device, with weights not yet set.
+
+    Args:
+        impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
+    """
+    configs = transformer_configs(model, layout, dtype, sequence_parallel, deterministic)
+    impl = impl or default_transformer_impl(layout.device.type)
+    stage = VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by)
+    return stage.to(layout.device)

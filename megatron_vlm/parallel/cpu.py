@@ -1,0 +1,118 @@
+"""Run megatron-core, which is written for CUDA, on a CPU with gloo.
+
+megatron-core names CUDA directly: it allocates on ``device="cuda"``, calls ``.cuda()``, asserts on
+``torch.cuda.*Tensor`` type names and keeps CUDA generators. :func:`install` redirects exactly these
+calls to the CPU. A ``TorchFunctionMode`` would catch them too, but costs Python time on every
+operation; these replacements cost it only where a tensor is created or moved by name.
+
+On a machine whose device is CUDA nothing here runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, Callable
+
+import torch
+
+# The tensor constructors that megatron-core calls with device="cuda" or torch.cuda.current_device().
+_CONSTRUCTORS = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like")
+
+_saved: dict[tuple[Any, str], Any] = {}
+
+
+def installed() -> bool:
+    """Whether the redirection is active."""
+    return bool(_saved)
+
+
+def install() -> None:
+    """Redirect megatron-core's CUDA calls to the CPU, for this process, until :func:`uninstall`.
+
+    Calling it twice is the same as calling it once.
+    """
+    if installed():
+        return
+    cpu = torch.device("cpu")
+
+    for name in _CONSTRUCTORS:
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "type", _cuda_type_names(torch.Tensor.type))
+
+    # megatron-core passes the result on as device=..., so a device has to come back, not an index.
+    _replace(torch.cuda, "current_device", lambda: cpu)
+    _replace(torch.cuda, "set_device", lambda device: None)
+    _replace(torch.cuda, "synchronize", lambda device=None: None)
+    _replace(torch.cuda, "current_stream", lambda device=None: _Stream())
+    _replace(torch.cuda, "default_stream", lambda device=None: _Stream())
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    _replace(torch.cuda, "manual_seed", torch.manual_seed)
+    _replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+
+    # Functions compiled by torch at first use would need a C++ compiler on the user's machine.
+    from torch._dynamo import config as dynamo_config
+
+    _replace(dynamo_config, "disable", True)
+
+    from megatron.core.tensor_parallel import random
+
+    _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # Its tracker warns when the CPU generator moves while a CUDA generator is forked; here they are one.
+    logging.getLogger(random.__name__).addFilter(_not_about_cpu_rng)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`."""
+    for (owner, name), original in _saved.items():
+        setattr(owner, name, original)
+    _saved.clear()
+    from megatron.core.tensor_parallel import random
+
+    logging.getLogger(random.__name__).removeFilter(_not_about_cpu_rng)
+
+
+def _replace(owner: Any, name: str, replacement: Any) -> None:
+    _saved[owner, name] = getattr(owner, name)
+    setattr(owner, name, replacement)
+
+
+def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def construct(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return constructor(*args, **kwargs)
+
+    construct.__name__ = constructor.__name__
+    construct.__doc__ = constructor.__doc__
+    return construct
+
+
+def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_
+
+
+def _not_about_cpu_rng(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+class _Stream:
+    """A stream where there are none: everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""

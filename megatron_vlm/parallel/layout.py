@@ -1,0 +1,169 @@
+"""Which rank does what: process groups for tensor, pipeline and data parallelism.
+
+The only reader of megatron-core's ``parallel_state``; the rest of the project asks a :class:`Layout`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of this rank among all ranks.
+
+    Ranks are numbered as megatron-core does by default: tensor parallel ranks are neighbours, then
+    data parallel ones, then pipeline stages.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup  # all ranks that hold one copy of the model
+    model_src: int  # the global rank of model_group that loads data for the others
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the tower, the projector and the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank computes the loss."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def loads_data(self) -> bool:
+        """This rank reads batches and hands them to the others of its model copy."""
+        return self.rank == self.model_src
+
+    def __str__(self) -> str:
+        return f"{self.world_size} ranks on {self.device.type}: TP {self.tp} x PP {self.pp} x DP {self.dp}"
+
+
+def choose_device(device: str | None = None, backend: str | None = None) -> tuple[str, str]:
+    """The device and the communication backend of this machine; flags override what is found.
+
+    Args:
+        device: "cuda", "cpu", or None for what is there.
+        backend: "nccl", "gloo", or None for the one that fits the device.
+
+    Raises:
+        ValueError: the two don't fit the machine or each other.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
+    if backend is None:
+        backend = "nccl" if device == "cuda" else "gloo"
+    if backend == "nccl" and device == "cpu":
+        raise ValueError("--backend nccl needs GPUs and this run is on the CPU; use --backend gloo")
+    return device, backend
+
+
+def initialize(
+    tp: int = 1,
+    pp: int = 1,
+    seed: int = 1234,
+    device: str | None = None,
+    backend: str | None = None,
+    timeout_minutes: float = 10.0,
+) -> Layout:
+    """Join the process group and cut the ranks into groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
+    them the process is a world of one. A process group that exists already is reused.
+
+    Args:
+        tp: tensor parallel size.
+        pp: pipeline parallel size.
+        seed: seeds the generators, differently for each pipeline stage, as Megatron-LM does.
+        timeout_minutes: after this long without an answer a collective is an error.
+
+    Raises:
+        ValueError: ``tp * pp`` does not divide the number of ranks, or the device isn't there.
+    """
+    device, backend = choose_device(device, backend)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        cpu.install()
+    if not dist.is_initialized():
+        world = "RANK" in os.environ
+        dist.init_process_group(
+            backend,
+            rank=None if world else 0,  # type: ignore[arg-type]
+            world_size=None if world else 1,  # type: ignore[arg-type]
+            store=None if world else dist.HashStore(),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=torch.device("cuda", local_rank) if device == "cuda" else None,
+        )
+    world_size = dist.get_world_size()
+    if world_size % (tp * pp):
+        raise ValueError(f"--tp {tp} x --pp {pp} does not divide {world_size} ranks")
+
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        # The distributed optimizer gathers its state over gloo when it is saved; on the CPU every
+        # group is gloo, and a second set would only cost memory and start-up time.
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    layout = Layout(
+        device=torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu"),
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tp=tp,
+        pp=pp,
+        dp=world_size // (tp * pp),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        model_group=mpu.get_model_parallel_group(),
+        model_src=mpu.get_model_parallel_src_rank(),
+    )
+    stage_seed = seed + 100 * layout.pp_rank
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+    return layout
+
+
+def reset() -> None:
+    """Forget the groups but keep the process group, so that another layout can be set up."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+
+
+def finalize() -> None:
+    """Leave the process group. A process that exits without it can abort in a gloo thread."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state as mpu
+
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()

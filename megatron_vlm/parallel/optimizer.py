@@ -1,0 +1,205 @@
+"""megatron-core's optimizers: built, stepped, and saved in one form whatever their kind.
+
+megatron-core has a plain, a mixed-precision and a distributed optimizer, each with a checkpoint form
+of its own. Here every one of them is saved as whole tensors per parameter::
+
+    optimizer.state.exp_avg.<parameter>       fp32
+    optimizer.state.exp_avg_sq.<parameter>    fp32
+    optimizer.state.param.<parameter>         fp32 master weight, where the weights aren't fp32
+
+so that a run goes on at any layout, with or without the distributed optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from megatron_vlm.parallel.adam import use_in_megatron_core
+
+_PREFIX = "optimizer.state"
+
+
+def wrap_model(model: MegatronModule, distributed_optimizer: bool, overlap: bool) -> DistributedDataParallel:
+    """Wrap a pipeline stage for mixed precision and data parallelism.
+
+    Gradients are summed, not averaged: the loss is divided by the global number of trained tokens.
+
+    Args:
+        distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO 1).
+        overlap: reduce gradients while the backward pass runs.
+    """
+    config = model.config
+    inner: MegatronModule = Float16Module(config, model) if config.bf16 else model
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and distributed_optimizer,
+        ),
+        inner,
+    )
+
+
+class Optimizer:
+    """AdamW over the trainable parameters of a wrapped stage.
+
+    Biases and norms aren't decayed.
+
+    Args:
+        model: from :func:`wrap_model`, with ``requires_grad`` already set as the stage wants it.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        weight_decay: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        clip_grad: float,
+    ) -> None:
+        use_in_megatron_core()
+        self.config = OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,  # set before each step
+            min_lr=0.0,
+            weight_decay=weight_decay,
+            adam_beta1=beta1,
+            adam_beta2=beta2,
+            adam_eps=eps,
+            clip_grad=clip_grad,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            overlap_param_gather=model.ddp_config.overlap_param_gather,
+        )
+        self.model = model
+        self.chained = get_megatron_optimizer(self.config, [model])
+        (self.optimizer,) = self.chained.chained_optimizers
+        for group in self.groups:
+            group["weight_decay"] = weight_decay * group["wd_mult"]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups; the same list on every rank, though some are empty on some."""
+        inner = self.optimizer.optimizer
+        return [] if inner is None else inner.param_groups
+
+    @property
+    def steps(self) -> int:
+        """Updates done so far."""
+        return max((int(group.get("step", 0)) for group in self.groups), default=0)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, those in the reduction buffers too."""
+        self.model.zero_grad_buffer()
+        self.chained.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the reduced gradients, before clipping; a collective call."""
+        self.chained.prepare_grads()
+        return float(self.chained.get_grad_norm())
+
+    def step(self, lr: float, gradient_norm: float) -> None:
+        """Clip and update; a collective call.
+
+        Args:
+            lr: learning rate of every group.
+            gradient_norm: from :meth:`gradient_norm`, of the gradients that are there now.
+        """
+        for group in self.groups:
+            group["lr"] = lr
+        parameters = self.optimizer.get_parameters()
+        if self.config.clip_grad > 0 and parameters and math.isfinite(gradient_norm):
+            clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, gradient_norm)
+        self.chained.step_with_ready_grads()
+
+    def sharded_state(self, model_state: dict[str, Any], loading: bool = False) -> dict[Any, dict[str, Any]]:
+        """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``.
+
+        Args:
+            model_state: sharded state dict of the same stage, flat.
+            loading: allocate the state first, and don't gather what will be overwritten.
+        """
+        inner = self.optimizer.optimizer
+        if inner is None:
+            return {}
+        if loading or not inner.state:
+            self.optimizer.init_state_fn(inner, self.config)
+        if isinstance(self.optimizer, DistributedOptimizer):
+            sharded = self.optimizer.sharded_param_state_fully_reshardable(model_state, loading, {})
+        else:
+            entries = {id(entry.data): entry for entry in model_state.values()}
+            sharded = {
+                index: {
+                    key: _sharded_like(entries[id(parameter)], key, tensor)
+                    for key, tensor in self._tensors(parameter).items()
+                }
+                for index, parameter in enumerate(self._parameters())
+            }
+        if not self.config.bf16:
+            for tensors in sharded.values():
+                del tensors["param"]  # the weights themselves
+        return sharded
+
+    def load_sharded_state(self, loaded: dict[Any, dict[str, Any]], steps: int) -> None:
+        """Take over what ``dist_checkpointing.load`` made of :meth:`sharded_state`.
+
+        The model's weights must be loaded already.
+
+        Args:
+            steps: updates done when the state was saved.
+        """
+        for group in self.groups:
+            group["step"] = steps
+        for index, parameter in enumerate(self._parameters()):
+            loaded[index].setdefault("param", parameter.detach())
+        if isinstance(self.optimizer, DistributedOptimizer):
+            self.optimizer.load_parameter_state_from_fully_reshardable(loaded)
+            return
+        for index, parameter in enumerate(self._parameters()):
+            for key, tensor in self._tensors(parameter).items():
+                tensor.copy_(loaded[index][key])
+
+    def reload_weights(self) -> None:
+        """Take the model's weights as master weights, after loading them without optimizer state."""
+        self.chained.reload_model_params()
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """This stage's trainable parameters, in the order of the sharded state."""
+        if isinstance(self.optimizer, DistributedOptimizer):
+            return [p for buffer in self.optimizer.buffers for p in buffer.param_index_map]
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _tensors(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Master weight and moments of a parameter (not for the distributed optimizer)."""
+        main = parameter if isinstance(self.optimizer, FP32Optimizer) else parameter.main_param  # type: ignore[attr-defined]
+        state = self.optimizer.optimizer.state[main]
+        return {
+            "param": main.detach(),
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+        }
+
+
+def _sharded_like(
+    entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: torch.Tensor
+) -> ShardedTensor | ShardedTensorFactory:
+    """``tensor``, cut as the parameter of ``entry`` is."""
+    changes: dict[str, Any] = {"key": f"{_PREFIX}.{key}.{entry.key}", "data": tensor}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return replace(entry, **changes)

@@ -1,0 +1,182 @@
+"""Global batches: read by one rank of each model copy, handed to the others, put on the device.
+
+A whole global batch is read before its forward pass begins. Handing out microbatches one by one
+inside a pipeline schedule would deadlock: a stage waits for its neighbour's activations while that
+neighbour waits for it to take part in the broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
+from megatron_vlm.models.vlm import find_image_positions
+from megatron_vlm.parallel import Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A microbatch on this rank's device."""
+
+    input_ids: Tensor  # int64 [b, s]
+    labels: Tensor  # int64 [b, s], within the vocabulary
+    loss_mask: Tensor  # bool [b, s], True where a token is trained
+    pixel_values: Tensor | None = None  # [images, c, h, w], normalised; first stage only
+    image_positions: Tensor | None = None  # int64 [2, placeholders]; first stage only
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This data parallel rank's share of a global batch."""
+
+    microbatches: list[Batch]
+    sequence_length: int  # of every microbatch, where there are pipeline stages
+    tokens: int  # real positions, padding left out
+    images: int
+    keys: list[list[str]] = field(default_factory=list)  # sample keys; on the rank that reads
+    counts: dict[str, int] = field(default_factory=dict)  # the reader's counters; likewise
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How a Hugging Face image processor makes pixel values: ``(uint8 * rescale - mean) / std``."""
+
+    rescale: float
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 ``[n, c, h, w]`` to normalised ``dtype``."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=pixels.device).view(shape)
+        std = torch.tensor(self.std, device=pixels.device).view(shape)
+        return ((pixels.float() * self.rescale - mean) / std).to(dtype)
+
+
+class BatchReader:
+    """Yields this rank's part of each global batch; a collective call over a model copy.
+
+    Args:
+        source: microbatches, on the rank of each model copy that loads data; None on the others.
+        num_microbatches: microbatches per data parallel rank in a global batch.
+        pad_token_id: fills sequences up.
+        sequence_multiple: sequence lengths are padded up to a multiple of this (sequence
+            parallelism cuts them into equal parts).
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Microbatch] | None,
+        layout: Layout,
+        model: ModelConfig,
+        normalization: Normalization,
+        num_microbatches: int,
+        pad_token_id: int,
+        dtype: torch.dtype,
+        sequence_multiple: int = 1,
+    ) -> None:
+        self.source = source
+        self.layout = layout
+        self.model = model
+        self.normalization = normalization
+        self.num_microbatches = num_microbatches
+        self.pad_token_id = pad_token_id
+        self.dtype = dtype
+        self.sequence_multiple = sequence_multiple
+
+    def next(self) -> GlobalBatch:
+        """Read the next global batch.
+
+        Raises:
+            ValueError: image tokens and image features differ in number, on every rank alike.
+        """
+        read: list[Microbatch] = []
+        if self.layout.loads_data:
+            assert self.source is not None
+            read = [next(self.source) for _ in range(self.num_microbatches)]
+        shared = self._share(read)
+        multiple = self.sequence_multiple
+        lengths = [-(-part.input_ids.shape[1] // multiple) * multiple for part in shared]
+        if self.layout.pp > 1:  # the schedules exchange activations of one shape
+            lengths = [max(lengths)] * len(lengths)
+        return GlobalBatch(
+            microbatches=[self._on_device(part, length) for part, length in zip(shared, lengths)],
+            sequence_length=max(lengths),
+            tokens=sum(part.tokens for part in shared),
+            images=sum(part.num_images for part in shared),
+            keys=[microbatch.keys for microbatch in read],
+            counts=read[-1].counts if read else {},
+        )
+
+    def _share(self, read: list[Microbatch]) -> list[_Shared]:
+        """Hand what one rank read to all ranks of its model copy; images to the first stage only."""
+        if dist.get_world_size(self.layout.model_group) == 1:
+            return [
+                _Shared(m.input_ids, m.labels, len(m.pixels), int(m.lengths.sum()), m.pixels) for m in read
+            ]
+        src, group, device = self.layout.model_src, self.layout.model_group, self.layout.device
+        sizes = torch.zeros(self.num_microbatches, 4, dtype=torch.int64)
+        if read:
+            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels), m.lengths.sum()] for m in read])
+        sizes = sizes.to(device)
+        dist.broadcast(sizes, src, group=group)
+        shapes = sizes.tolist()
+
+        text = torch.empty(sum(2 * b * s for b, s, _, _ in shapes), dtype=torch.int64, device=device)
+        if read:
+            text.copy_(torch.cat([t.flatten() for m in read for t in (m.input_ids, m.labels)]))
+        dist.broadcast(text, src, group=group)
+
+        pixels = None
+        num_images = sum(images for _, _, images, _ in shapes)
+        if self.layout.is_first_stage and num_images:
+            vision = self.model.vision
+            shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
+            pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+            if read:
+                pixels.copy_(torch.cat([m.pixels for m in read]))
+            dist.broadcast(pixels, src, group=self.layout.tp_group)
+
+        text = text.cpu()
+        shared, at, image_at = [], 0, 0
+        for b, s, images, tokens in shapes:
+            ids, labels = text[at : at + 2 * b * s].view(2, b, s)
+            own = None if pixels is None else pixels[image_at : image_at + images]
+            shared.append(_Shared(ids, labels, images, tokens, own))
+            at, image_at = at + 2 * b * s, image_at + images
+        return shared
+
+    def _on_device(self, part: _Shared, length: int) -> Batch:
+        positions = find_image_positions(part.input_ids, part.num_images, self.model)
+        missing = length - part.input_ids.shape[1]
+        ids = F.pad(part.input_ids, (0, missing), value=self.pad_token_id)
+        labels = F.pad(part.labels, (0, missing), value=IGNORE_INDEX)
+        device = self.layout.device
+        pixel_values = None
+        if part.pixels is not None and part.num_images:
+            pixel_values = self.normalization(part.pixels.to(device, non_blocking=True), self.dtype)
+        return Batch(
+            input_ids=ids.to(device, non_blocking=True),
+            labels=labels.clamp(min=0).to(device, non_blocking=True),
+            loss_mask=labels.ne(IGNORE_INDEX).to(device, non_blocking=True),
+            pixel_values=pixel_values,
+            image_positions=None if pixel_values is None else positions.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every rank of a model copy knows of a microbatch, before it is padded and moved."""
+
+    input_ids: Tensor  # int64 [b, s], on the CPU
+    labels: Tensor  # int64 [b, s], on the CPU
+    num_images: int
+    tokens: int
+    pixels: Tensor | None  # uint8 [num_images, c, h, w]; first stage only

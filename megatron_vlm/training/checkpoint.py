@@ -1,0 +1,285 @@
+"""Save and load training checkpoints in megatron-core's sharded ``torch_dist`` format.
+
+A checkpoint is written into a hidden folder, flushed, renamed, and only then named in the tracker
+file: a run that is killed at any moment leaves the last finished checkpoint as the latest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+import megatron_vlm
+from megatron_vlm.config.checkpoint import (
+    HF_FOLDER,
+    checkpoint_name,
+    finish_folder,
+    list_checkpoints,
+    read_manifest,
+    staging_folder,
+    start_folder,
+    write_manifest,
+    write_tracker,
+)
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.hf.native import read_metadata
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel.optimizer import Optimizer
+
+RUN_CONFIG = "run_config.json"
+RUN_STATE = "run_state.json"
+DATA_STATE = "data_state.json"
+RNG_FOLDER = "rng"
+# Each layer is saved under its own number, as its parameters are named.
+_SHARDING = {"non_homogeneous_layers": True}
+
+
+@dataclass
+class RunState:
+    """How far a run is. Counts are of the whole run, over all data parallel ranks."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    optimizer_steps: int = 0
+    skipped: int = 0  # iterations without an update
+    data_workers: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # samples truncated, dropped, corrupt
+
+
+def save_checkpoint(
+    root: Path,
+    model: VisionLanguageModel,
+    optimizer: Optimizer | None,
+    layout: Layout,
+    state: RunState,
+    config: RunConfig,
+    hf_source: Path,
+    data_state: Callable[[], dict[str, Any]] | None,
+    keep: int | None = None,
+) -> Path:
+    """Write ``<root>/iter_<iteration>``; a collective call.
+
+    Args:
+        root: folder of the run's checkpoints.
+        model: this rank's stage, unwrapped.
+        optimizer: None for a checkpoint with weights only, which can't be resumed from.
+        hf_source: folder with the Hugging Face files that the checkpoint carries on.
+        data_state: the loader's state on ranks that load data; asked only with an optimizer.
+        keep: delete all but the last this many checkpoints; None keeps all.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = root / checkpoint_name(state.iteration)
+    if layout.rank == 0:
+        start_folder(final, replace=True)
+    dist.barrier()
+    staging = staging_folder(final)
+
+    weights = _sharded_weights(model)
+    sharded: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.sharded_state(weights)
+    dist_checkpointing.save(sharded, str(staging))
+
+    tensors = _gather(_describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
+    data = {}
+    if optimizer is not None:
+        _save_rng(staging, layout)
+        own = data_state() if data_state is not None and layout.loads_data else {}
+        data = _gather(own, layout)
+    if layout.rank == 0:
+        _link_folder(hf_source, staging / HF_FOLDER)
+        config.save(str(staging / RUN_CONFIG))
+        _write_json(staging / RUN_STATE, asdict(state))
+        if optimizer is not None:
+            _write_json(staging / DATA_STATE, data)
+        write_manifest(
+            staging,
+            {
+                "format": "torch_dist",
+                "iteration": state.iteration,
+                "consumed_samples": state.consumed_samples,
+                "has_optimizer": optimizer is not None,
+                "model": model.model_config.to_dict(),
+                "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+                "tensors": tensors,
+                "versions": {
+                    "megatron_vlm": megatron_vlm.__version__,
+                    "torch": torch.__version__,
+                    "megatron_core": megatron.core.__version__,
+                },
+            },
+        )
+    dist.barrier()
+    if layout.rank == 0:
+        finish_folder(staging, final)
+        write_tracker(root, state.iteration)
+        if keep is not None:
+            for old in list_checkpoints(root)[:-keep]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_weights(folder: Path, model: VisionLanguageModel) -> None:
+    """Load a checkpoint's weights into a stage of any layout; a collective call.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
+            the first one.
+    """
+    weights = _sharded_weights(model)
+    _check_tensors(folder, weights, model.model_config)
+    loaded = _load(folder, {"model": weights})["model"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(loaded[name])
+
+
+def load_optimizer(folder: Path, model: VisionLanguageModel, optimizer: Optimizer, state: RunState) -> None:
+    """Load optimizer state; the weights must be loaded before. A collective call.
+
+    Raises:
+        ValueError: the checkpoint was written while other parts of the model were trained.
+    """
+    request = optimizer.sharded_state(_sharded_weights(model), loading=True)
+    saved = read_metadata(folder).state_dict_metadata
+    for tensors in request.values():
+        for entry in tensors.values():
+            if entry.key not in saved:
+                raise ValueError(
+                    f"{folder}: no optimizer state for {entry.key.split('.', 3)[-1]}; it was saved with other "
+                    "--stage, --freeze-lm or --train-vision. Use the same, or start a new run from its weights"
+                )
+    loaded = _load(folder, {"optimizer": request})["optimizer"] if request else {}
+    with torch.no_grad():
+        optimizer.load_sharded_state(loaded, state.optimizer_steps)
+
+
+def load_rng(folder: Path, layout: Layout) -> None:
+    """Restore the generators, if the checkpoint was saved at this layout."""
+    saved = read_manifest(folder)["layout"]
+    if saved != {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}:
+        return
+    states = torch.load(_rng_file(folder, layout), weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if layout.device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def load_run_state(folder: Path) -> RunState:
+    """How far the run was when this checkpoint was saved."""
+    return RunState(**_read_json(folder / RUN_STATE))
+
+
+def load_data_state(folder: Path) -> dict[str, Any]:
+    """The states of all data loader workers of the run."""
+    return _read_json(folder / DATA_STATE)
+
+
+def latest_resumable(root: Path) -> Path | None:
+    """The newest checkpoint that holds optimizer state; None if there is none."""
+    for folder in reversed(list_checkpoints(root)):
+        if read_manifest(folder)["has_optimizer"]:
+            return folder
+    return None
+
+
+def _sharded_weights(model: VisionLanguageModel) -> dict[str, Any]:
+    """Sharded tensors by parameter name. ``_extra_state``, which holds FP8 scales, is left out:
+    it would tie a checkpoint to the layer spec that wrote it."""
+    entries = model.sharded_state_dict(metadata=dict(_SHARDING))
+    return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
+
+
+def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    read_metadata(folder)  # refuses a crafted file, which the next line would execute
+    return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
+
+
+def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) -> None:
+    saved = read_manifest(folder)["tensors"]
+    for key, wanted in _describe(weights).items():
+        if key not in saved:
+            raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
+        shape, expected = saved[key]["shape"], wanted["shape"]
+        if "word_embeddings" in key or "output_layer" in key:  # padded differently at each TP
+            fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
+        else:
+            fits = shape == expected
+        if not fits:
+            raise ValueError(f"{folder}: {key} is {shape}, the model's is {expected}; it is of another model")
+
+
+def _describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:
+    described = {}
+    for entry in weights.values():
+        part = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
+        described[part.key] = {"shape": list(part.global_shape), "dtype": str(part.dtype).removeprefix("torch.")}
+    return described
+
+
+def _gather(own: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """All ranks' dictionaries as one, on rank 0."""
+    parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
+    dist.gather_object(own, parts)
+    return {key: value for part in parts or [] for key, value in part.items()}
+
+
+def _rng_file(folder: Path, layout: Layout) -> Path:
+    return folder / RNG_FOLDER / f"rank_{layout.rank:05d}.pt"
+
+
+def _save_rng(folder: Path, layout: Layout) -> None:
+    file = _rng_file(folder, layout)
+    file.parent.mkdir(exist_ok=True)
+    version, words, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+        "python": (version, list(words), gauss),
+    }
+    torch.save(states, file)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Carry small files on: linked where the file system can, since nothing ever changes them."""
+
+    def link(src: str, dst: str) -> None:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None

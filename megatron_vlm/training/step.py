@@ -1,0 +1,129 @@
+"""One training step: forward, backward, check, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel.optimizer import Optimizer
+from megatron_vlm.training.batch import Batch, GlobalBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on every rank."""
+
+    loss: float  # mean over the trained tokens of the global batch
+    trained_tokens: int  # of the global batch
+    gradient_norm: float  # before clipping
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient is NaN or infinite; nothing was updated.
+
+    Attributes:
+        microbatches: indices of this data parallel rank's microbatches whose loss is not finite.
+    """
+
+    def __init__(self, what: str, microbatches: list[int]) -> None:
+        super().__init__(what)
+        self.microbatches = microbatches
+
+
+def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the trained tokens' losses, their number, and the sum again for the report.
+
+    Args:
+        loss_mask: ``[b, s]``, True where a token is trained.
+        losses: ``[b, s]``.
+    """
+    # Not a product with the mask: an infinite loss at an untrained position would become NaN.
+    total = losses.where(loss_mask, 0.0).sum()
+    return total, loss_mask.sum().int(), total.detach()
+
+
+def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
+    """Forward pass of one microbatch on this stage, in the form megatron-core's schedules call."""
+    batch = next(batches)
+    output = model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        image_positions=batch.image_positions,
+        labels=batch.labels,
+    )
+    return output, partial(token_loss, batch.loss_mask)
+
+
+def compute_gradients(
+    model: DistributedDataParallel, global_batch: GlobalBatch, layout: Layout, micro_batch_size: int
+) -> tuple[float, int]:
+    """Forward and backward over a global batch; gradients end reduced and divided by trained tokens.
+
+    Returns:
+        Mean loss and number of trained tokens of the global batch, on every rank.
+
+    Raises:
+        NonFiniteError: on every rank, if any microbatch's loss is NaN or infinite.
+    """
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(global_batch.microbatches),
+        model=[model],
+        num_microbatches=len(global_batch.microbatches),
+        seq_length=global_batch.sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    count = len(global_batch.microbatches)
+    # Every stage learns the microbatches' losses: the rank that knows the samples' names is on the first.
+    report = torch.zeros(count + 1, dtype=torch.float64, device=layout.device)
+    if layout.is_last_stage:
+        report[:count] = torch.stack(list(losses))
+        report[count] = sum(batch.loss_mask.sum() for batch in global_batch.microbatches)
+    if layout.pp > 1:
+        dist.broadcast(report, dist.get_global_rank(layout.pp_group, layout.pp - 1), group=layout.pp_group)
+    totals = torch.stack([report[:count].sum(), report[count]])
+    dist.all_reduce(totals, group=layout.dp_group)
+    loss_sum, trained = totals.tolist()
+    if not math.isfinite(loss_sum):
+        bad = [index for index, loss in enumerate(report[:count].tolist()) if not math.isfinite(loss)]
+        raise NonFiniteError("loss", bad)
+    return loss_sum / max(trained, 1.0), int(trained)
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: Optimizer,
+    global_batch: GlobalBatch,
+    layout: Layout,
+    micro_batch_size: int,
+    lr: float,
+) -> StepResult:
+    """One update; a collective call.
+
+    Raises:
+        NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
+    """
+    optimizer.zero_grad()
+    loss, trained = compute_gradients(model, global_batch, layout, micro_batch_size)
+    norm = optimizer.gradient_norm()
+    if not math.isfinite(norm):
+        raise NonFiniteError("gradient norm", [])
+    optimizer.step(lr, norm)
+    return StepResult(loss=loss, trained_tokens=trained, gradient_norm=norm)
+
+
+def prepare_for_schedules(model: DistributedDataParallel) -> None:
+    """Give megatron-core's schedules the functions they call between microbatches."""
+    config = model.config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model.no_sync if model.ddp_config.overlap_grad_reduce else None

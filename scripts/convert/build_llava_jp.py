@@ -1,0 +1,78 @@
+"""Join a text model and a vision tower into a Hugging Face LLaVA with an untrained projector.
+
+    python scripts/convert/build_llava_jp.py --save-dir llava --text-model text --vision-model tower --lang en
+
+The models are folders, or tags that the Hugging Face cache or hub knows. With ``--sif-path`` the
+script runs itself inside that container image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import List
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from megatron_vlm.hf import cli
+
+
+def main(argv: List[str]) -> int:
+    """Build as ``argv`` says; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Join a text model and a vision tower into a LLaVA.")
+    parser.add_argument("--save-dir", required=True, help="folder to make")
+    parser.add_argument("--text-model", required=True, help="Llama or Qwen2 causal language model")
+    parser.add_argument(
+        "--vision-model",
+        default="openai/clip-vit-large-patch14-336",
+        help="CLIP or SigLIP model or tower (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--projector-type",
+        choices=("mlp2x_gelu", "linear"),
+        default="mlp2x_gelu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--vocab-size-padding",
+        action="store_true",
+        help="round the vocabulary up to a multiple of 128",
+    )
+    parser.add_argument(
+        "--lang", choices=("jp", "en"), default="jp", help="of the chat template (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of all weights (default: as the text model is stored)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    cli.add_container_flags(parser)
+    args = parser.parse_args(argv)
+    if args.sif_path:
+        from megatron_vlm.launch.container import reenter
+
+        models = [path for path in (args.text_model, args.vision_model) if os.path.exists(path)]
+        return reenter([__file__, *argv], args.sif_path, [*args.bind, args.save_dir, *models])
+
+    from megatron_vlm.hf.build import build_llava
+
+    build_llava(
+        args.save_dir,
+        args.text_model,
+        args.vision_model,
+        projector_type=args.projector_type,
+        vocab_size_padding=args.vocab_size_padding,
+        lang=args.lang,
+        seed=args.seed,
+        dtype=args.dtype,
+        force=args.force,
+    )
+    print(f"{args.save_dir}: next, scripts/convert/convert_hf_to_megatron.py --hf-dir {args.save_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

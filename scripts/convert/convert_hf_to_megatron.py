@@ -1,0 +1,46 @@
+"""Convert a Hugging Face LLaVA folder to a megatron-core checkpoint, tensor by tensor, without a GPU.
+
+    python scripts/convert/convert_hf_to_megatron.py --hf-dir llava --megatron-dir checkpoint --tp 2 --pp 1
+
+With ``--sif-path`` the script runs itself inside that container image; then Python 3.9 without any
+package is enough outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import List
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from megatron_vlm.hf import cli
+
+
+def main(argv: List[str]) -> int:
+    """Convert as ``argv`` says; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face LLaVA to a Megatron checkpoint.")
+    parser.add_argument("--hf-dir", required=True, help="folder with config.json and weights")
+    parser.add_argument("--megatron-dir", required=True, help="checkpoint root to make")
+    parser.add_argument("--tp", type=cli.positive, default=1, help="tensor-parallel size it is cut for")
+    parser.add_argument("--pp", type=cli.positive, default=1, help="pipeline-parallel size, checked only")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    cli.add_container_flags(parser)
+    args = parser.parse_args(argv)
+    if args.sif_path:
+        from megatron_vlm.launch.container import reenter
+
+        return reenter([__file__, *argv], args.sif_path, [*args.bind, args.hf_dir, args.megatron_dir])
+
+    from megatron_vlm.hf.convert import import_hf
+
+    checkpoint = import_hf(
+        args.hf_dir, args.megatron_dir, args.tp, args.pp, args.force, progress=cli.ProgressLine()
+    )
+    print(f"{checkpoint}: loads at any tensor- and pipeline-parallel size, fastest at --tp {args.tp}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

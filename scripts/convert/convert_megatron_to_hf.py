@@ -1,0 +1,64 @@
+"""Convert a megatron-core checkpoint of a LLaVA to a Hugging Face folder, tensor by tensor, without a GPU.
+
+    python scripts/convert/convert_megatron_to_hf.py --megatron-dir runs/demo --hf-dir llava-trained
+
+``--megatron-dir`` is a checkpoint folder, a checkpoint root or a run folder; of the last two, the
+latest checkpoint is taken. With ``--sif-path`` the script runs itself inside that container image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import List
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from megatron_vlm.hf import cli
+
+
+def main(argv: List[str]) -> int:
+    """Convert as ``argv`` says; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint to a Hugging Face LLaVA.")
+    parser.add_argument("--megatron-dir", required=True, help="checkpoint, checkpoint root or run folder")
+    parser.add_argument("--hf-dir", required=True, help="folder to make")
+    parser.add_argument(
+        "--tokenizer-dir", help="take tokenizer and chat template from here, not from the checkpoint"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=cli.size, metavar="SIZE", help="such as 5GB (default: files as imported)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    # The format doesn't depend on the layout, so the two change nothing; the checkpoint knows its own.
+    parser.add_argument("--tp", type=cli.positive, help="not needed; checked against the model")
+    parser.add_argument("--pp", type=cli.positive, help="not needed; checked against the model")
+    cli.add_container_flags(parser)
+    args = parser.parse_args(argv)
+    if args.sif_path:
+        from megatron_vlm.launch.container import reenter
+
+        paths = [args.megatron_dir, args.hf_dir, *([args.tokenizer_dir] if args.tokenizer_dir else [])]
+        return reenter([__file__, *argv], args.sif_path, [*args.bind, *paths])
+
+    from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
+    from megatron_vlm.config.model import ModelConfig
+    from megatron_vlm.hf.convert import export_hf
+
+    checkpoint = resolve_checkpoint(args.megatron_dir)
+    ModelConfig.from_hf_dir(str(checkpoint / HF_FOLDER)).check_layout(args.tp or 1, args.pp or 1)
+    print(f"converting {checkpoint}")
+    export_hf(
+        checkpoint,
+        args.hf_dir,
+        args.tokenizer_dir,
+        args.max_shard_size,
+        args.force,
+        progress=cli.ProgressLine(),
+    )
+    print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

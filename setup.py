@@ -1,0 +1,29 @@
+"""Package metadata. Ranges stand here; the exact versions that are tested stand in environments/."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-vlm",
+    version="0.1.0",
+    description="Train LLaVA-type vision-language models with megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
+    install_requires=[
+        "torch>=2.9,<=2.13.0",
+        "megatron-core>=0.16.1,<0.20",
+        "megatron-energon>=7.4,<8",
+        "transformers>=5,<6",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "pillow>=10",
+        "numpy>=1.26",
+        "peft>=0.18",
+        "tensorboard>=2.16",
+        "wandb>=0.19",
+    ],
+    extras_require={
+        "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "dev": ["import-linter>=2", "mypy>=1.15", "pytest>=8", "ruff>=0.12"],
+    },
+)

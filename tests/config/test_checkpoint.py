@@ -1,0 +1,113 @@
+"""Where checkpoints are found, and how they appear."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config.checkpoint import (
+    TRACKER,
+    appearing_folder,
+    checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+    write_manifest,
+    write_tracker,
+)
+
+MANIFEST = {
+    "format": "torch_dist",
+    "iteration": 0,
+    "has_optimizer": False,
+    "model": {},
+    "layout": {},
+    "tensors": {},
+}
+
+
+def make(root: Path, *iterations: object) -> None:
+    for iteration in iterations:
+        folder = root / checkpoint_name(iteration)
+        folder.mkdir(parents=True)
+        write_manifest(folder, {**MANIFEST, "iteration": iteration})
+
+
+def test_a_root_a_checkpoint_and_a_run_folder_resolve(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    make(root, "release", 5, 100)
+    write_tracker(root, 5)
+    assert resolve_checkpoint(root) == resolve_checkpoint(tmp_path / "run") == root / "iter_0000005"
+    assert resolve_checkpoint(root / "iter_0000100") == root / "iter_0000100"
+    assert read_manifest(tmp_path / "run")["iteration"] == 5
+    write_tracker(root, "release")
+    assert (root / TRACKER).read_text() == "release"
+    assert resolve_checkpoint(root) == root / "release"
+
+
+def test_checkpoints_are_listed_in_order_and_only_finished_ones(tmp_path: Path) -> None:
+    make(tmp_path, 100, "release", 20, 12345678)
+    (tmp_path / "iter_0000030").mkdir()
+    (tmp_path / "other").mkdir()
+    names = [folder.name for folder in list_checkpoints(tmp_path)]
+    assert names == ["release", "iter_0000020", "iter_0000100", "iter_12345678"]
+    assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        resolve_checkpoint(tmp_path / "missing")
+    with pytest.raises(ValueError, match="convert_hf_to_megatron"):
+        resolve_checkpoint(tmp_path)
+    make(tmp_path, 5, 6)
+    with pytest.raises(ValueError, match=r"name the checkpoint itself: .*iter_0000005, .*iter_0000006"):
+        resolve_checkpoint(tmp_path)
+    write_tracker(tmp_path, 7)
+    with pytest.raises(ValueError, match="names iter_0000007, which is not a finished checkpoint"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / TRACKER).write_text("../../etc")
+    with pytest.raises(ValueError, match="neither an iteration nor 'release'"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensors missing"):
+        write_manifest(tmp_path, {k: v for k, v in MANIFEST.items() if k != "tensors"})
+    file = tmp_path / "manifest.json"
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "format_version is None; supported: 1"),
+        ('{"format_version": 2}', "format_version is 2"),
+        ('{"format_version": 1, "format": "torch_dist"}', "iteration, has_optimizer, model, layout, tensors"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_manifest(tmp_path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "a" / "final"
+    with pytest.raises(KeyError), appearing_folder(final) as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert os.listdir(tmp_path / "a") == []
+    with appearing_folder(final) as folder:
+        (folder / "whole").touch()
+        assert not final.exists()
+    assert os.listdir(final) == ["whole"] and os.listdir(tmp_path / "a") == ["final"]
+    with pytest.raises(ValueError, match="is there already"), appearing_folder(final):
+        pass
+    with pytest.raises(KeyError), appearing_folder(final, replace=True):
+        raise KeyError
+    assert os.listdir(final) == ["whole"]
+    with appearing_folder(final, replace=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(final) == ["new"] and os.listdir(tmp_path / "a") == ["final"]
+
+
+def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".final.incomplete"
+    left.mkdir()
+    (left / "stale").touch()
+    with appearing_folder(tmp_path / "final") as folder:
+        assert folder == left and os.listdir(folder) == []

@@ -1,0 +1,348 @@
+"""The run config: one table of flags, read from a command line or from JSON, and its rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+
+import pytest
+
+from megatron_vlm.config.flags import REQUIRED, flag_name
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import SECTIONS, RunConfig
+
+# What every run has to say; the rest has defaults.
+BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+BASE += ["--train-iters", "10"]
+
+# Flags in the README of the system that this one takes the place of.
+ORIGINAL_FLAGS = """
+-g --gpus --gpu-ids --save --name --wandb --log-interval --megatron-load-dir --tokenizer-load-dir --save-dir
+--sif-path --save-optim --load-optim --init --save-interval --skip-train-iteration-range --tp --pp
+--micro-batch-size --global-batch-size --num-workers --node -r --rank -m --master-addr -p --master-port
+--backend --interface --rdzv-port --dist-optim --image-token-id --pad-token-id --freeze-lm --stage --lang
+--slurm-job-id --slurm-output-name --fp8 --no-add-class-token --debug --deterministic
+"""
+MEGATRON_FLAGS = """
+--train-iters --train-samples --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters
+--lr-warmup-fraction --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --seed --seq-length
+--bf16 --fp32 --sequence-parallel --make-vocab-size-divisible-by
+"""
+
+
+def all_fields() -> list[tuple[str, dataclasses.Field, object]]:
+    found = []
+    for section, cls in SECTIONS.items():
+        types = typing.get_type_hints(cls)
+        found += [(section, field, types[field.name]) for field in dataclasses.fields(cls)]
+    return found
+
+
+FIELDS = all_fields()
+FIELD_NAMES = [field.name for _, field, _ in FIELDS]
+AVAILABLE = [entry for entry in FIELDS if not entry[1].metadata["not_yet"]]
+# What a field's rule asks for beside it.
+COMPANIONS = {
+    "sequence_parallel": ["--tp", "2"],
+    "gpu_ids": ["--gpus", "2"],
+    "lr_warmup_iters": ["--lr-warmup-iters", "3"],
+}
+
+
+def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
+    """A legal value that is not the default, to see that it survives."""
+    special = {"tp": 2, "seq_length": 77, "lr_warmup_fraction": 0.25, "max_corrupt_rate": 0.5, "min_lr": 1e-9}
+    special |= {"adam_beta1": 0.5, "adam_beta2": 0.25, "global_batch_size": 96, "micro_batch_size": 4}
+    special |= {"train_samples": 1000, "backend": "gloo", "bind": ("/a:/b:ro", "/c"), "gpus": 3}
+    special |= {"name": "-odd 'name' $HOME\t\"x\"", "lr": 0.1 + 0.2, "gpu_ids": ("0", "2"), "stage": 2}
+    if field.name in special:
+        return special[field.name]
+    choices = field.metadata["choices"]
+    if choices:
+        return next(choice for choice in choices if choice != field.default)
+    if kind is bool:
+        return field.default is not True
+    scalar = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
+    return {int: 7, float: 0.125, str: "a b"}[scalar]
+
+
+def test_all_flags_of_the_readme_exist(capsys) -> None:
+    with pytest.raises(SystemExit):
+        RunConfig.from_flags(["--help"])
+    options = set(re.findall(r"(?<!\S)--?[a-z0-9-]+", capsys.readouterr().out))
+    assert {
+        *ORIGINAL_FLAGS.split(),
+        *MEGATRON_FLAGS.split(),
+        "--no-save",
+        "--config",
+        "--dry-run",
+    } - options == set()
+
+
+def test_names_are_unique_and_no_section_is_named_like_a_flag() -> None:
+    assert len(set(FIELD_NAMES)) == len(FIELD_NAMES)
+    assert not set(FIELD_NAMES) & set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "kind"), AVAILABLE, ids=[field.name for _, field, _ in AVAILABLE]
+)
+def test_every_field_survives_flags_json_and_dict(section, field, kind, tmp_path) -> None:
+    value = other_value(section, field, kind)
+    companions = COMPANIONS.get(field.name, [])
+    base = [arg for arg in BASE if field.name != "train_samples" or arg not in ("--train-iters", "10")]
+    start = RunConfig.from_flags(base + companions)
+    changed = dataclasses.replace(getattr(start, section), **{field.name: value})
+    config = dataclasses.replace(start, **{section: changed})
+    assert (
+        getattr(getattr(config, section), field.name) == value != getattr(getattr(start, section), field.name)
+    )
+
+    assert RunConfig.from_flags(config.to_flags()) == config
+    assert RunConfig.from_dict(config.to_dict()) == config
+    path = str(tmp_path / "config.json")
+    config.save(path)
+    assert RunConfig.load(path) == config
+    assert RunConfig.from_flags(["--config", path]) == config
+
+
+def test_flags_win_over_the_file(tmp_path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps({"tp": 2, "train-samples": 512, "wandb": True, "optimizer": {"lr": 0.5}, "fp32": True})
+    )
+    config = RunConfig.from_flags(["--config", str(path), "--tp", "4", "--train-iters", "3", "--no-wandb"])
+    assert config.parallel.tp == 4
+    assert (config.training.train_iters, config.training.train_samples) == (3, None)
+    assert not config.logging.wandb
+    assert config.optimizer.lr == 0.5
+    assert config.training.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tpp": 2}, ["run.json", "tpp", "did you mean tp?"]),
+        ({"optimiser": {"lr": 1}}, ["optimiser", "did you mean optimizer?"]),
+        ({"training": {"lr": 1}}, ["training.lr", "belongs to section optimizer"]),
+        ({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate"]),
+        ({"optimizer": {"weight-decy": 1}}, ["did you mean weight_decay?"]),
+        ({"tp": "two"}, ["--tp", "two"]),
+        ({"tp": 2.5}, ["--tp", "2.5"]),
+        ({"tp": True}, ["tp", "True"]),
+        ({"tp": [2]}, ["tp", "an integer"]),
+        ({"save": "yes"}, ["save", "true or false"]),
+        ({"precision": "fp16"}, ["precision", "bf16, fp32"]),
+        ({"bind": "/a"}, ["bind", "a list"]),
+        ({"optimizer": 3}, ["optimizer is a section"]),
+        ({"help": True}, ["help"]),
+        ({"config": "other.json"}, ["config"]),
+        ({"fp8": True}, ["--fp8 is not available yet"]),
+        ([1], ["expected a JSON object"]),
+    ],
+)
+def test_bad_json_is_one_line(values, words, tmp_path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError) as error:
+        RunConfig.from_flags(["--config", str(path)])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"--config .*none\.json: No such file"):
+        RunConfig.from_flags(["--config", str(tmp_path / "none.json")])
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"--config .*bad\.json: not valid JSON"):
+        RunConfig.load(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tpp", "2"], ["--tpp", "did you mean --tp?"]),
+        (["--global-batchsize=3"], ["did you mean --global-batch-size?"]),
+        (["oops"], ["unexpected argument 'oops'"]),
+        (["--tp", "x"], ["--tp", "x"]),
+        (["--tp", "0"], ["--tp 0", "above 0"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "-1"], ["--lr", "0 or more"]),
+        (["--gpus", "0"], ["--gpus 0", "-1 for all"]),
+        (["--stage", "3"], ["--stage", "3"]),
+        (["--stage", "1", "--no-freeze-lm"], ["--no-freeze-lm", "--stage 1"]),
+        (["--backend", "mpi"], ["--backend mpi", "nccl", "gloo"]),
+        (["--backend", "nccl", "--device", "cpu"], ["--backend nccl", "--device cpu"]),
+        (["--sequence-parallel"], ["--sequence-parallel", "--tp 2"]),
+        (["--save-optim", "--no-save"], ["--save-optim", "--no-save"]),
+        (["--name", "a/b"], ["--name", "a/b"]),
+        (["--name", ".."], ["--name"]),
+        (["--name", ""], ["--name"]),
+        (["--min-lr", "1", "--lr", "0.1"], ["--min-lr 1.0", "--lr 0.1"]),
+        (
+            ["--lr-warmup-iters", "1", "--lr-warmup-fraction", "0.1"],
+            ["--lr-warmup-iters", "--lr-warmup-fraction"],
+        ),
+        (["--train-iters", "1", "--train-samples", "1000"], ["--train-iters", "--train-samples"]),
+        (["--train-samples", "100"], ["--train-samples 100", "--global-batch-size 128"]),
+        (["--micro-batch-size", "3", "--global-batch-size", "10"], ["--global-batch-size 9 or 12"]),
+        (["--gpu-ids", "0,1", "-g", "1"], ["--gpu-ids", "--gpus 2"]),
+        (["--gpu-ids", "0,0"], ["--gpu-ids", "twice"]),
+        (["--master-port", "70000"], ["--master-port 70000", "65535"]),
+        (["--fp8"], ["--fp8", "not available yet", "--bf16"]),
+        (["--debug"], ["--debug", "not available yet"]),
+        (["--skip-train-iteration-range", "100-110", "300-400"], ["not available yet"]),
+    ],
+)
+def test_bad_flags_are_one_line(argv, words) -> None:
+    with pytest.raises(ValueError) as error:
+        RunConfig.from_flags(argv)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_unavailable_switch_may_be_off() -> None:
+    assert RunConfig.from_flags(["--no-fp8"]) == RunConfig.from_flags([])
+
+
+@pytest.mark.parametrize(
+    ("argv", "freeze_lm", "micro", "batch", "lr"),
+    [
+        (["--stage", "1"], True, 16, 256, 1e-3),
+        (["--stage", "2"], False, 1, 128, 2e-5),
+        ([], False, 1, 128, 2e-5),
+        (["--stage", "2", "--freeze-lm", "--lr", "0.5"], True, 1, 128, 0.5),
+    ],
+)
+def test_the_stage_chooses_the_recipe(argv, freeze_lm, micro, batch, lr) -> None:
+    config = RunConfig.from_flags(argv)
+    assert config.model.freeze_lm is freeze_lm
+    assert (config.training.micro_batch_size, config.training.global_batch_size) == (micro, batch)
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (lr, 1e-8)
+    assert (config.optimizer.lr_decay_style, config.optimizer.weight_decay) == ("cosine", 0.1)
+    assert (config.optimizer.clip_grad, config.training.precision) == (1.0, "bf16")
+
+
+def test_a_learning_rate_of_zero_needs_no_other_flag() -> None:
+    config = RunConfig.from_flags([*BASE, "--lr", "0"])
+    assert config.optimizer.min_lr == 0.0
+    config.validate(1)
+
+
+def test_schedule_lengths() -> None:
+    config = RunConfig.from_flags(["--train-samples", "2600", "--global-batch-size", "25"])
+    assert (config.train_iterations, config.decay_iterations, config.warmup_iterations) == (104, 104, 3)
+    config = RunConfig.from_flags(["--train-iters", "50", "--lr-warmup-iters", "5", "--lr-decay-iters", "40"])
+    assert (config.train_iterations, config.decay_iterations, config.warmup_iterations) == (50, 40, 5)
+
+
+def test_to_flags_leaves_fixed_defaults_out_and_names_the_recipe() -> None:
+    flags = RunConfig.from_flags([*BASE, "--stage", "1", "--save", "--tp", "1"]).to_flags()
+    assert "--save" not in flags and "--tp" not in flags
+    assert flags[flags.index("--lr") + 1] == "0.001"
+
+
+def test_help_is_grouped_and_shows_defaults(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        RunConfig.from_flags(["--help"], prog="run.py")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    headings = [
+        "GPU-related",
+        "Logging",
+        "Save/Load",
+        "Model parallel",
+        "Distributed settings",
+        "Tokenizer-related",
+    ]
+    positions = [
+        text.index(f"\n{heading}") for heading in [*headings, "Training settings", "SLURM", "Other", "Debug"]
+    ]
+    assert positions == sorted(positions)
+    assert "(default: 9902)" in text and "1e-3 in --stage 1" in text
+    for _, field, _ in FIELDS:
+        if not field.metadata["switches"]:
+            assert flag_name(field.name) in text
+        assert field.default is not REQUIRED or field.metadata["shown_default"], field.name
+
+
+# --- rules between sections
+
+
+def error_of(argv: list[str], world_size: int, model: ModelConfig | None = None) -> str:
+    with pytest.raises(ValueError) as error:
+        RunConfig.from_flags(argv).validate(world_size, model)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_missing_is_named() -> None:
+    for name in ("--name", "--save-dir", "--data-path", "--megatron-load-dir", "--train-iters"):
+        at = BASE.index(name)
+        assert name in error_of(BASE[:at] + BASE[at + 2 :], 1)
+
+
+def test_layout_and_batch_rules() -> None:
+    assert "use 4 or 8 ranks" in error_of([*BASE, "--tp", "2", "--pp", "2"], 6)
+    assert "use 2 ranks" in error_of([*BASE, "--tp", "2"], 1)
+    message = error_of([*BASE, "--micro-batch-size", "4", "--global-batch-size", "12"], 2)
+    assert "--global-batch-size 12" in message and "8 or 16" in message and "--micro-batch-size 3" in message
+    config = RunConfig.from_flags(
+        [*BASE, "--tp", "2", "--micro-batch-size", "4", "--global-batch-size", "32"]
+    )
+    config.validate(8)
+    assert (config.dp(8), config.num_microbatches(8)) == (4, 2)
+    assert "leaves none" in error_of([*BASE, "--lr-warmup-iters", "10"], 1)
+    assert "--init" in error_of([*BASE, "--init", "--load-optim"], 1)
+
+
+def test_default_loader_workers_do_not_depend_on_dp_where_that_is_possible() -> None:
+    def workers(microbatches: int, world_size: int) -> int:
+        argv = ["--global-batch-size", str(microbatches), "--micro-batch-size", "1"]
+        return RunConfig.from_flags(argv).data_workers(world_size)
+
+    assert [workers(128, dp) for dp in (1, 2, 4)] == [4, 4, 4]
+    assert [workers(12, dp) for dp in (1, 2, 4)] == [4, 4, 4]
+    assert [workers(6, dp) for dp in (1, 2, 3, 6)] == [6, 6, 6, 6]
+    assert [workers(2, dp) for dp in (1, 2)] == [2, 2]
+    assert workers(1, 1) == 1
+    assert workers(64, 8) == 8  # more ranks than four: as many as there are ranks
+
+
+def test_loader_workers_that_do_not_fit() -> None:
+    batch = [*BASE, "--global-batch-size", "12", "--micro-batch-size", "1"]
+    assert "use --data-workers 2, 4, 6 or 12" in error_of([*batch, "--data-workers", "3"], 2)
+    assert "use --data-workers 2, 4, 6 or 12" in error_of([*batch, "--data-workers", "8"], 2)
+    assert "leave one of them out" in error_of([*batch, "--data-workers", "4", "--num-workers", "2"], 2)
+    two_nodes = [*batch, "--num-workers", "2", "--node", "2"]
+    assert RunConfig.from_flags(two_nodes).data_workers(2) == 4
+    assert RunConfig.from_flags([*two_nodes, "--data-workers", "4"]).data_workers(2) == 4
+    assert "--num-workers 5 x 1 node(s) = 5" in error_of([*batch, "--num-workers", "5"], 1)
+
+
+def test_rules_that_need_the_model() -> None:
+    model = ModelConfig.from_hf(
+        {
+            "model_type": "llava",
+            "vision_config": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": 100,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_attention_heads": 8,
+                "num_hidden_layers": 4,
+            },
+            "image_token_index": 99,
+        }
+    )
+    assert "--tp 3 does not divide" in error_of([*BASE, "--tp", "3", "--global-batch-size", "3"], 3, model)
+    assert "--pp 3 does not divide" in error_of([*BASE, "--pp", "3", "--global-batch-size", "3"], 3, model)
+    assert "16 tokens" in error_of([*BASE, "--seq-length", "16"], 1, model)
+    assert "clip tower has a class token" in error_of([*BASE, "--no-add-class-token"], 1, model)
+    assert "vocabulary of 100" in error_of([*BASE, "--image-token-id", "100"], 1, model)
+    RunConfig.from_flags([*BASE, "--tp", "4", "--pp", "2", "--seq-length", "17"]).validate(8, model)

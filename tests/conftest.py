@@ -1,0 +1,21 @@
+"""What every test runs under, subprocesses too: no network, and no more threads than the machine has cores."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed import Pool
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+# Tests start several ranks at once; a thread pool in each of them would fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four gloo processes that serve every layout."""
+    pool = Pool()
+    yield pool
+    pool.stop()

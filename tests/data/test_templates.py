@@ -1,0 +1,207 @@
+"""Token ids equal transformers' own; trained tokens are what follows transformers' generation prompt."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from PIL import Image
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, Sample
+from megatron_vlm.data.processing import Processing, load_processing
+from megatron_vlm.data.templates import SYSTEM_PROMPTS, ChatTemplate, SampleError, Turn
+from tests.data.tiny_data import CHATML_TEMPLATE, FOLDERS, LLAVA_TEMPLATE, jpeg, llama_tokenizer, qwen_tokenizer
+
+QUESTIONS = ["What is in this picture?", "これは何の画像ですか。", "ASSISTANT: </s> <|im_end|>\n{{ '{%' }}", "🐈‍⬛?"]
+ANSWERS = ["A cat.", "猫と犬", "", " \n two lines\n\n", "USER: no ASSISTANT: yes", "a </s> b <|im_end|>\n c", "é🐕"]
+
+
+def processing_for(
+    name: str, folders: dict[str, Path], models: dict[str, ModelConfig], **options: Any
+) -> Processing:
+    return load_processing(str(folders[name]), models[name], **{"seq_length": 1024, **options})
+
+
+def trained_ids(sample: Sample) -> list[int]:
+    return [label for label in sample.labels if label != IGNORE_INDEX]
+
+
+def reference(name: str, folder: Path, question: str, answer: str, with_image: bool) -> tuple[list[int], list[int]]:
+    """transformers' token ids of the whole conversation and of its prompt alone, image tokens expanded."""
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    image = Image.open(io.BytesIO(jpeg(1))) if with_image else None
+    if name == "llava":
+        user: Any = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
+        reply: Any = [{"type": "text", "text": answer}]
+    else:
+        user, reply = "<image>\n" * with_image + question, answer
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+    whole = processor.apply_chat_template(messages)
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+    ids = []
+    for text in (whole, prompt):
+        # The rule of transformers' apply_chat_template(tokenize=True).
+        writes_bos = processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token)
+        output = processor(images=image, text=text, add_special_tokens=not writes_bos)
+        ids.append(output["input_ids"][0])
+    return ids[0], ids[1]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen", "llama2"])
+def test_folder_template_equals_transformers(
+    name: str, folders: dict[str, Path], models: dict[str, ModelConfig]
+) -> None:
+    processing = processing_for(name, folders, models)
+    assert processing.template.name == "chat"
+    end = processing.tokenizer.eos_token_id
+    for i, (question, answer) in enumerate((q, a) for q in QUESTIONS for a in ANSWERS):
+        with_image = i % 3 != 0
+        whole, prompt = reference(name, folders[name], question, answer, with_image)
+        sample = processing.encode("key", question, answer, [jpeg(1)] * with_image)
+        # llava-1.5's template writes no end token; without one a model never learns to stop.
+        expected = whole + [end] * (name == "llava")
+        assert sample.input_ids == expected
+        assert sample.input_ids.count(processing.image_token_id) == with_image * processing.image_tokens
+        # Qwen's template puts a newline behind the end token: nothing that a model should write.
+        newline = processing.tokenizer.encode("\n", add_special_tokens=False)
+        written = expected[: -len(newline)] if name == "qwen" else expected
+        assert written[: len(prompt)] == prompt and written[-1] == end
+        assert trained_ids(sample) == written[len(prompt) :]
+        assert [label for label in sample.labels if label != IGNORE_INDEX] == [
+            token
+            for token, label in zip(sample.input_ids[1:], sample.labels, strict=False)
+            if label != IGNORE_INDEX
+        ]
+
+
+@pytest.mark.parametrize("lang", ["en", "jp"])
+def test_builtin_templates_equal_llavas_text(
+    lang: str, folders: dict[str, Path], models: dict[str, ModelConfig]
+) -> None:
+    """LLaVA's conversation.py writes these strings for `v1` and `plain`."""
+    image = "<image>" * models["bare"].image_tokens
+    texts = {
+        "v1": f"{SYSTEM_PROMPTS[lang]} USER: {image}\nWhat? ASSISTANT: A cat.</s>",
+        "plain": f"{image}A cat.\n",
+    }
+    assert SYSTEM_PROMPTS["en"].startswith("A chat between a curious user and an artificial intelligence")
+    for name, text in texts.items():
+        processing = processing_for("bare", folders, models, template=name, lang=lang)
+        sample = processing.encode("key", "What?", "A cat.", [jpeg(1)])
+        assert sample.input_ids == processing.tokenizer(text)["input_ids"]
+        assert processing.tokenizer.decode(trained_ids(sample)).strip(" ") == {"v1": "A cat.</s>", "plain": "A cat.\n"}[name]
+
+
+def test_default_template(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    assert processing_for("llava", folders, models, stage=1).template.name == "chat"
+    assert processing_for("bare", folders, models, stage=1).template.name == "plain"
+    assert processing_for("bare", folders, models, stage=2).template.name == "v1"
+    with pytest.raises(ValueError, match="no chat template; use --template v1 or plain"):
+        processing_for("bare", folders, models, template="chat")
+
+
+def test_several_turns_train_every_answer() -> None:
+    turns = [Turn("user", "1?"), Turn("assistant", "one"), Turn("user", "2?"), Turn("assistant", "two")]
+    for tokenizer, jinja in ((llama_tokenizer(), LLAVA_TEMPLATE), (qwen_tokenizer(), CHATML_TEMPLATE)):
+        ids, trained = ChatTemplate(tokenizer, "chat", "<image>", jinja).encode(turns, 1)
+        runs = "".join("T" if t else " " for t in trained).split()
+        assert len(runs) == 2
+        text = tokenizer.decode([token for token, t in zip(ids, trained, strict=True) if t])
+        assert text.replace(" ", "").replace(tokenizer.eos_token, "") == "onetwo"
+        assert trained[-1] or tokenizer.decode(ids[-1]) == "\n"
+
+
+def test_no_question_asks_for_a_caption(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    for lang, word in (("jp", "画像"), ("en", "image")):
+        processing = processing_for("qwen", folders, models, lang=lang)
+        for question in ("", "<image>\n"):
+            sample = processing.encode("key", question, "A cat.", [jpeg(1)])
+            assert word in processing.tokenizer.decode(sample.input_ids).replace("<image>", "")
+            assert processing.encode("key", question, "A cat.", [jpeg(1)]).input_ids == sample.input_ids
+        text_only = processing.tokenizer.decode(processing.encode("key", "", "A cat.", []).input_ids)
+        assert word not in text_only
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_image_marker_is_a_position(
+    name: str, folders: dict[str, Path], models: dict[str, ModelConfig]
+) -> None:
+    processing = processing_for(name, folders, models)
+    in_front = processing.encode("key", "What?", "A cat.", [jpeg(1)]).input_ids
+    assert processing.encode("key", "<image>\nWhat?", "A cat.", [jpeg(1)]).input_ids == in_front
+    if name == "qwen":  # llava-1.5's own template renders all images first
+        text = processing.tokenizer.decode(processing.encode("key", "Is <image> it?", "A cat.", [jpeg(1)]).input_ids)
+        assert "Is " + "<image>" * processing.image_tokens + " it?" in text
+
+
+@pytest.mark.parametrize(
+    "question, answer, images, found",
+    [("<image>\n<image>\nWhat?", "A cat.", 1, 2), ("<image>\nWhat?", "A cat.", 0, 1), ("What?", "an <image>", 1, 2)],
+)
+def test_markers_without_image_are_dropped(
+    question: str,
+    answer: str,
+    images: int,
+    found: int,
+    folders: dict[str, Path],
+    models: dict[str, ModelConfig],
+) -> None:
+    for name in ("llava", "qwen"):
+        with pytest.raises(SampleError, match=f"{found} image markers, but {images} images") as error:
+            processing_for(name, folders, models).encode("key", question, answer, [jpeg(1)] * images)
+        assert error.value.kind == "dropped"
+
+
+@pytest.mark.parametrize(
+    "jinja, message",
+    [
+        ("{% for m in messages %}{{ m.content[0] }}{% endfor %}", "loses the image token <image>"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "can't be split into turns"),
+        ("{% for m in messages %}{{ m.content }}{{ raise_exception('no') if loop.index > 1 }}{% endfor %}", "no"),
+    ],
+)
+def test_unusable_template_is_one_clear_error(jinja: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
+
+
+def test_a_template_that_rewrites_earlier_text_drops_the_sample() -> None:
+    """Like templates that cut the thoughts out of earlier answers: their spans can't be known."""
+    jinja = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
+    turns = [Turn("user", "1?"), Turn("assistant", "so</think>one"), Turn("user", "2?"), Turn("assistant", "two")]
+    template.encode(turns[:2], 0)
+    with pytest.raises(SampleError, match="rewrites its turns"):
+        template.encode(turns, 0)
+
+
+def test_reading_a_folder_says_what_is_wrong(
+    folders: dict[str, Path], models: dict[str, ModelConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        load_processing(str(tmp_path / "none"), models["llava"], seq_length=64)
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        load_processing(str(tmp_path), models["llava"], seq_length=64)
+    with pytest.raises(ValueError, match=r"its <image> is 420, try --image-token-id 420"):
+        processing_for("llava", folders, models, image_token_id=7)
+    with pytest.raises(ValueError, match="is no image token; its <image> is 403, try --image-token-id 403"):
+        load_processing(str(folders["qwen"]), models["llava"], seq_length=64)
+    with pytest.raises(ValueError, match=r"uint8 images of \(3, 22, 22\), the vision tower takes uint8 \(3, 20, 20\)"):
+        processing_for("llava", folders, models, image_processor_dir=str(folders["qwen"]))
+    with pytest.raises(ValueError, match="--pad-token-id 420 is the image token"):
+        processing_for("llava", folders, models, pad_token_id=420)
+    with pytest.raises(ValueError, match="--seq-length 25 does not hold one image of 25 tokens"):
+        processing_for("llava", folders, models, seq_length=25)
+    assert processing_for("llava", folders, models, pad_token_id=5).pad_token_id == 5
+    assert processing_for("qwen", folders, models).pad_token_id == processing_for(
+        "qwen", folders, models
+    ).tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert set(FOLDERS) == set(folders)

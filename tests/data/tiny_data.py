@@ -1,0 +1,144 @@
+"""Tiny tokenizers, image processors, pictures and shards for the tests of the data pipeline."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import tokenizers
+import transformers
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+# As llava-hf/llava-1.5-7b-hf has it: content in parts, no end token after an answer.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+    "{% endif %}{# Render all images first #}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
+    "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# As Qwen2's tokenizer has it: content as a string, a default system turn, a newline after the end token.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Llama 2's: strips what it is given, writes bos_token itself.
+LLAMA2_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_CORPUS = [
+    "USER: What is in this picture? ASSISTANT: The answer is a cat and two dogs.",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful answers.",
+    "この画像には何が写っていますか。これは猫と犬の会話です。質問に丁寧に答えます。",
+    "system user assistant You are a helpful assistant. Describe the image. 0 1 2 3 4 5 6 7 8 9",
+] * 4
+
+
+def llama_tokenizer() -> Any:
+    """Metaspace BPE with byte fallback and a bos_token that is added, as Llama's."""
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=specials + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
+    )
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    raw.train_from_iterator(_CORPUS, trainer)
+    model = json.loads(raw.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = transformers.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    tokenizer.add_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
+    return tokenizer
+
+
+def qwen_tokenizer() -> Any:
+    """Byte-level BPE without a bos_token, as Qwen2's."""
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(_CORPUS, trainer)
+    model = json.loads(raw.to_str())["model"]
+    vocab = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>")
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<image>")]
+    )
+    return tokenizer
+
+
+def _clip_processor() -> Any:
+    return CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
+
+
+def _siglip_processor() -> Any:
+    return SiglipImageProcessorPil(size={"height": 22, "width": 22})
+
+
+# name: tokenizer, image processor, chat template, tower, number of tokens beside the patches
+FOLDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str | None, dict[str, Any], int]] = {
+    "llava": (llama_tokenizer, _clip_processor, LLAVA_TEMPLATE, {"image_size": 20, "patch_size": 4}, 1),
+    "qwen": (qwen_tokenizer, _siglip_processor, CHATML_TEMPLATE, {"image_size": 22, "patch_size": 4}, 0),
+    "llama2": (llama_tokenizer, _clip_processor, LLAMA2_TEMPLATE, {"image_size": 20, "patch_size": 4}, 1),
+    "bare": (llama_tokenizer, _clip_processor, None, {"image_size": 20, "patch_size": 4}, 1),
+}
+
+
+def jpeg(seed: int, width: int = 31, height: int = 24) -> bytes:
+    """A random but smooth picture."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_shards(root: Path, samples: list[dict[str, bytes | str]], shards: int) -> None:
+    """Write samples (``key`` and one entry per file) to ``shards`` tars of about the same length."""
+    root.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(root / f"{shard:06d}.tar", "w") as tar:
+            for sample in samples[shard * len(samples) // shards : (shard + 1) * len(samples) // shards]:
+                for part, data in sample.items():
+                    if isinstance(data, bytes):
+                        info = tarfile.TarInfo(f"{sample['key']}.{part}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+
+
+def prepare(command: str) -> None:
+    """Run an ``energon prepare`` command line as a user would, with this environment's energon."""
+    energon = Path(sys.executable).with_name("energon")
+    command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
+    subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def make_samples(count: int) -> list[dict[str, bytes | str]]:
+    """Question-answer samples in the layout that users have: some without an image, some damaged."""
+    samples: list[dict[str, bytes | str]] = []
+    for i in range(count):
+        sample: dict[str, bytes | str] = {"key": f"{i:05d}"}
+        if i % 7 == 3:
+            sample["key"] = f"{i:05d}-noimage"
+        elif i % 7 != 5:
+            sample["jpg"] = b"not a picture" if i % 29 == 4 else jpeg(i, 20 + i % 9, 20 + i % 7)
+        question = "" if i % 11 == 6 else f"What is in picture {i}?"
+        sample["json"] = json.dumps({"question": question, "id": i}).encode()
+        sample["txt"] = ("" if i % 13 == 8 else f"The answer is {i}. " * (1 + i % 3)).encode()
+        samples.append(sample)
+    return samples

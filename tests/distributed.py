@@ -1,0 +1,100 @@
+"""Run a test function on several ranks: one pool of gloo processes serves the whole session.
+
+Starting a process costs seconds of imports; joining and leaving a process group costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+TIMEOUT = 240  # seconds; far above any test here, so that a hang ends as a failure
+
+
+def _worker(rank: int, tasks: Any, results: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    from megatron_vlm import parallel
+
+    torch.set_num_threads(1)
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        function, args, world, store = task
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=60),
+            )
+            # Pickled here: what can't be is this task's error, and tensors travel by value.
+            results.put((rank, pickle.dumps(function(*args)), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+        finally:
+            parallel.finalize()
+
+
+class Pool:
+    """``size`` processes that wait for work.
+
+    Functions and their arguments travel by pickle, so functions stand at the top of a module.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self.folder = tempfile.TemporaryDirectory()
+        self.count = 0
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.results = context.Queue()
+        self.tasks = [context.Queue() for _ in range(self.size)]
+        self.processes = [
+            context.Process(target=_worker, args=(rank, self.tasks[rank], self.results), daemon=True)
+            for rank in range(self.size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(*args)`` on ranks 0 to ``world - 1`` of a fresh process group.
+
+        Returns:
+            What each rank returned, by rank.
+        """
+        self.count += 1
+        store = os.path.join(self.folder.name, str(self.count))
+        for rank in range(world):
+            self.tasks[rank].put((function, args, world, store))
+        answers: list[Any] = [None] * world
+        for _ in range(world):
+            try:
+                rank, answer, error = self.results.get(timeout=TIMEOUT)
+            except queue.Empty:
+                error, rank = f"no answer after {TIMEOUT} s", None
+            if error is not None:
+                self.stop()
+                self._start()  # the other ranks may hang in a collective
+                raise AssertionError(f"rank {rank} of {world}: {error}")
+            answers[rank] = pickle.loads(answer)
+        return answers
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()

@@ -1,0 +1,324 @@
+"""Hugging Face -> Megatron -> Hugging Face, bit for bit, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
+from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.folder import HFFolder, verify
+from tests.tiny import FAMILIES, save_tiny_llava, tiny_llava
+
+OTHER_FILES = {
+    "tokenizer.json": b'{"any": "bytes"}',
+    "tokenizer.model": bytes(range(256)),
+    "chat_template.jinja": "{{ 'ユーザー' }}\n".encode(),
+    "README.md": b"",
+    ".gitattributes": b"*.safetensors filter=lfs\n",
+    "additional_chat_templates/tool.jinja": b"x",
+}
+
+
+def hub_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As checkpoints of the hub are named, with the buffers that old releases wrote."""
+    old = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    positions = old["vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0]
+    old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(positions).unsqueeze(0)
+    dim = old["language_model.model.layers.0.self_attn.q_proj.weight"].shape[0] // 4  # heads of tests/tiny.py
+    old["language_model.model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.rand(dim // 2)
+    return old
+
+
+def module_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As the modules are named inside transformers 5."""
+
+    def rename(name: str) -> str:
+        name = name.replace("language_model.lm_head.", "lm_head.").replace(
+            "language_model.model.", "language_model."
+        )
+        return name if name.startswith("lm_head.") else "model." + name
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+NAMES = {"transformers 5": dict, "hub": hub_names, "modules": module_names}
+
+
+def make(
+    folder: Path, family: str, names: str = "transformers 5", dtype: torch.dtype = torch.float32
+) -> Path:
+    tiny_llava(family).to(dtype).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    tensors = NAMES[names](load_file(weights))
+    save_file(tensors, weights, {"format": "pt"})
+    for name, content in OTHER_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    """A digest of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rewrite(folder: Path, change) -> None:
+    """Replace the weights by what ``change`` makes of them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    return make(tmp_path / "llava", "clip-llama")
+
+
+# The Llamas of tests/tiny.py have two key-value groups.
+LAYOUTS = [(family, tp) for family in FAMILIES for tp in (1, 2, 4) if tp < 4 or "qwen2" in family]
+
+
+@pytest.mark.parametrize("family, tp", LAYOUTS)
+@pytest.mark.parametrize("names", NAMES)
+def test_round_trip(tmp_path: Path, family: str, names: str, tp: int) -> None:
+    dtype = torch.bfloat16 if names == "hub" else torch.float32
+    source = make(tmp_path / "hf", family, names, dtype)
+    import_hf(source, tmp_path / "megatron", tp, pp=2)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert verify(source, back) == len(load_file(source / "model.safetensors"))
+    # verify() is ours too, so the files themselves are compared as well: safetensors wrote the first.
+    assert contents(source) == contents(back)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "hf"
+    model = tiny_llava("siglip-qwen2")
+    model.save_pretrained(source, max_shard_size="50KB")
+    assert len(list(source.glob("model-*"))) > 2
+    if kind == "bin":
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        names = {file: file.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+                 for file in set(index["weight_map"].values())}  # fmt: skip
+        for file, new in names.items():
+            torch.save(load_file(source / file), source / new)
+            (source / file).unlink()
+        index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
+        (source / "model.safetensors.index.json").unlink()
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    import_hf(source, tmp_path / "megatron", 2, 1)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert verify(source, back)
+    assert len(list(back.glob("*.safetensors"))) > 2
+    loaded, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_one_bin_file_with_a_tied_head(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", "clip-qwen2-tied", "hub")
+    tensors = load_file(source / "model.safetensors")
+    tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"]
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    import_hf(source, tmp_path / "megatron", 1, 1)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert verify(source, back) == len(tensors)
+    assert (back / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["clip-llama", "siglip-qwen2"])
+def test_other_shards_on_export_load_in_transformers(tmp_path: Path, family: str) -> None:
+    model = save_tiny_llava(tmp_path / "hf", family)
+    import_hf(tmp_path / "hf", tmp_path / "megatron", 1, 1)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=50_000)
+    sizes = [file.stat().st_size for file in back.glob("*.safetensors")]
+    assert len(sizes) > 2 and sorted(sizes)[-2] < 60_000
+    assert verify(tmp_path / "hf", back)
+    loaded, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_manifest(llava: Path, tmp_path: Path) -> None:
+    folder = import_hf(llava, tmp_path / "megatron", 2, 2)
+    assert folder == tmp_path / "megatron" / "release" == resolve_checkpoint(tmp_path / "megatron")
+    manifest = read_manifest(tmp_path / "megatron")
+    assert manifest["layout"] == {"tp": 2, "pp": 2, "dp": 1}
+    assert manifest["has_optimizer"] is False
+    # 203 words in two parts, each a multiple of 128.
+    assert manifest["tensors"]["language_model.output_layer.weight"] == {
+        "shape": [256, 48],
+        "dtype": "float32",
+    }
+    # Three blocks, of which the feature layer -2 runs two.
+    layers = {name.split(".")[3] for name in manifest["tensors"] if name.startswith("vision_model.decoder")}
+    assert layers == {"0", "1"}
+    with safe_open(folder / "hf" / "carried.safetensors", "pt") as carried:
+        names = set(carried.keys())
+    assert "vision_tower.encoder.layers.2.mlp.fc1.weight" in names
+    assert "vision_tower.post_layernorm.weight" in names
+
+
+def test_weights_of_other_frameworks_stay_behind(llava: Path, tmp_path: Path) -> None:
+    (llava / "tf_model.h5").write_bytes(b"x")
+    (llava / "pytorch_model.bin.index.json").write_text("{}")
+    import_hf(llava, tmp_path / "megatron", 1, 1)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert not (back / "tf_model.h5").exists() and not (back / "pytorch_model.bin.index.json").exists()
+
+
+def test_tokenizer_from_elsewhere(llava: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    import_hf(llava, tmp_path / "megatron", 1, 1)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        export_hf(tmp_path / "megatron", tmp_path / "back", tokenizer_dir=other)
+    (other / "tokenizer.json").write_bytes(b"another")
+    (other / "config.json").write_bytes(b"not a tokenizer's file")
+    back = export_hf(tmp_path / "megatron", tmp_path / "back", tokenizer_dir=other)
+    assert (back / "tokenizer.json").read_bytes() == b"another"
+    assert (back / "config.json").read_bytes() == (llava / "config.json").read_bytes()
+
+
+KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
+
+
+def set_nan(tensors: dict[str, torch.Tensor], name: str = KEY) -> None:
+    tensors[name].view(-1)[-1] = float("nan")
+
+
+def not_identity(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["multi_modal_projector.linear_2.weight"].fill_(1)
+
+
+def another_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["language_model.lm_head.weight"] = torch.ones(203, 48)
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("clip-llama", lambda t: t.pop(KEY), f"{KEY} is missing"),
+        ("clip-llama", lambda t: t.update({"vision_tower.x": torch.ones(1)}), r"vision_tower\.x is no part"),
+        ("clip-llama", lambda t: t.update({KEY: t[KEY][1:].clone()}), rf"{KEY} has shape \[23,.*\[24, 48\]"),
+        ("clip-llama", set_nan, f"{KEY} holds NaN"),
+        ("clip-llama", lambda t: set_nan(t, "vision_tower.post_layernorm.bias"), r"norm\.bias holds NaN"),
+        ("clip-llama", lambda t: t.update({KEY: t[KEY].long()}), f"{KEY} is int64"),
+        ("clip-llama", lambda t: t.pop("vision_tower.encoder.layers.2.mlp.fc2.bias"), "fc2.bias is missing"),
+        ("siglip-qwen2", lambda t: t.pop("vision_tower.head.probe"), r"head\.probe is missing"),
+        ("clip-qwen2-tied", another_head, r"lm_head\.weight differs from .*embed_tokens"),
+        ("clip-llama-linear", not_identity, r"linear_2\.weight is not the identity"),
+    ],
+)
+def test_bad_tensors_leave_nothing(tmp_path: Path, family: str, change, message: str) -> None:
+    source = make(tmp_path / "hf", family)
+    rewrite(source, change)
+    with pytest.raises(ValueError, match=message):
+        import_hf(source, tmp_path / "megatron", 1, 1)
+    assert not list(tmp_path.glob("megatron/*")) and not list(tmp_path.glob("megatron/.*"))
+
+
+def test_siglip_without_its_head(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", "siglip-qwen2")
+    rewrite(source, lambda t: [t.pop(name) for name in list(t) if ".head." in name])
+    import_hf(source, tmp_path / "megatron", 1, 1)
+    assert verify(source, export_hf(tmp_path / "megatron", tmp_path / "back"))
+
+
+def test_bad_folders(llava: Path, tmp_path: Path) -> None:
+    weights = llava / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file"):
+        HFFolder(llava)
+    weights.unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        HFFolder(llava)
+    index = llava / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(ValueError, match="not a file in this folder"):
+        HFFolder(llava)
+    index.write_text('{"weight_map": {"a": "one.safetensors"}}')
+    with pytest.raises(ValueError, match=r"one.safetensors, which the index names, is not there"):
+        HFFolder(llava)
+    save_file({"b": torch.ones(1)}, llava / "one.safetensors")
+    with pytest.raises(ValueError, match=r"the index promises a in one.safetensors"):
+        HFFolder(llava)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="not an index"):
+        HFFolder(llava)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploited"),))
+
+
+def test_a_bin_file_is_not_executed(llava: Path, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (llava / "model.safetensors").unlink()
+    torch.save({"a": Exploit()}, llava / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a file of weights"):
+        HFFolder(llava)
+    torch.save({"a": 1}, llava / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="something else than named tensors"):
+        HFFolder(llava)
+    assert not Path("exploited").exists()
+
+
+def test_layouts_that_do_not_divide(llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--tp 3 does not divide .*; try 1 or 2"):
+        import_hf(llava, tmp_path / "megatron", 3, 1)
+    with pytest.raises(ValueError, match="--pp 3 does not divide the 4 layers"):
+        import_hf(llava, tmp_path / "megatron", 1, 3)
+
+
+def test_outputs_are_not_overwritten(llava: Path, tmp_path: Path) -> None:
+    root, back = tmp_path / "megatron", tmp_path / "back"
+    import_hf(llava, root, 1, 1)
+    with pytest.raises(ValueError, match="--force"):
+        import_hf(llava, root, 1, 1)
+    import_hf(llava, root, 2, 1, force=True)
+    assert read_manifest(root)["layout"]["tp"] == 2
+    export_hf(root, back)
+    with pytest.raises(ValueError, match="--force"):
+        export_hf(root, back)
+    (back / "stale").touch()
+    export_hf(root, back, force=True)
+    assert not (back / "stale").exists()
+    with pytest.raises(ValueError, match="lie in each other"):
+        export_hf(root, root, force=True)
+    unrelated = tmp_path / "unrelated"
+    unrelated.mkdir()
+    (unrelated / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="no Hugging Face folder"):
+        export_hf(root, unrelated, force=True)
+
+
+def test_verify_names_the_first_difference(llava: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(llava, other)
+    assert verify(llava, other)
+    (other / "tokenizer.json").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"tokenizer.json differs"):
+        verify(llava, other)
+    rewrite(other, lambda t: t[KEY].view(torch.int32).view(-1)[7].add_(1))
+    with pytest.raises(ValueError, match=f"{KEY} has other values"):
+        verify(llava, other)
+    rewrite(other, lambda t: t.update({KEY: t[KEY].half()}))
+    with pytest.raises(ValueError, match=f"{KEY}: float32 .* float16"):
+        verify(llava, other)
+    rewrite(other, lambda t: t.pop(KEY))
+    with pytest.raises(ValueError, match=f"{KEY} is in .*llava but not in"):
+        verify(llava, other)

@@ -1,0 +1,187 @@
+"""What command a config becomes on a machine with given GPUs, ports, interfaces and SLURM variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import socket
+
+import pytest
+
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch import machine
+from megatron_vlm.launch.plan import LaunchPlan, make_plan
+from megatron_vlm.launch.slurm import first_host
+
+BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+BASE += ["--train-iters", "10"]
+
+
+def plan(*argv: str, **environ: str) -> LaunchPlan:
+    return make_plan(RunConfig.from_flags([*BASE, *argv]), {"CUDA_VISIBLE_DEVICES": "", **environ})
+
+
+def environment(command: list[str]) -> dict[str, str]:
+    assert command[0] == "env"
+    return dict(arg.split("=", 1) for arg in command[1:] if "=" in arg and not arg.startswith("-"))
+
+
+def after(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+@pytest.fixture(autouse=True)
+def two_networks(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "network_interfaces", lambda: ["lo", "eth0", "ib1", "ib0"])
+
+
+def test_on_a_cpu_machine_all_means_one_process_per_model_part() -> None:
+    result = plan("--tp", "2", "--pp", "2")
+    assert (result.device, result.processes, result.world_size) == ("cpu", 4, 4)
+    assert after(result.command, "--nproc-per-node") == "4"
+    variables = environment(result.command)
+    assert variables["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in variables
+    assert plan("--tp", "2", "-g", "4").world_size == 4
+
+
+def test_the_ranks_get_the_same_config_without_what_only_the_launcher_needs() -> None:
+    argv = ["--tp", "2", "--stage", "1", "--dry-run", "--bind", "/x:/y"]
+    result = plan(*argv)
+    at = result.command.index("megatron_vlm.training")
+    given = RunConfig.from_flags([*BASE, *argv])
+    launch = dataclasses.replace(given.launch, dry_run=False, bind=(), node=1, rank=0)
+    assert RunConfig.from_flags(result.command[at + 1 :]) == dataclasses.replace(given, launch=launch)
+
+
+def test_gpus() -> None:
+    result = plan("--tp", "2", CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert (result.device, result.processes) == ("cuda", 4)
+    variables = environment(result.command)
+    assert (variables["CUDA_VISIBLE_DEVICES"], variables["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("4,5,6,7", "1")
+    assert environment(plan("-g", "2", CUDA_VISIBLE_DEVICES="4,5,6").command)["CUDA_VISIBLE_DEVICES"] == "4,5"
+    picked = plan("--gpu-ids", "6,4", CUDA_VISIBLE_DEVICES="4,5,6")
+    assert (environment(picked.command)["CUDA_VISIBLE_DEVICES"], picked.processes) == ("6,4", 2)
+    forced = plan("--device", "cpu", "-g", "3", CUDA_VISIBLE_DEVICES="4")
+    assert (forced.device, forced.processes) == ("cpu", 3)
+    assert environment(forced.command)["CUDA_VISIBLE_DEVICES"] == ""
+    assert plan("--device", "cuda", "-g", "8", "--dry-run").device == "cuda"
+
+
+def test_gpus_are_counted_without_torch(tmp_path, monkeypatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    lines = ["GPU 0: X (UUID: a)", "  MIG 1g.10gb Device 0: (UUID: b)", "GPU 1: X (UUID: c)"]
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert machine.visible_gpus({}) == ["0", "1"]
+    assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a,3,-1,2"}) == ["GPU-a", "3"]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.visible_gpus({}) == []
+    tool.unlink()
+    assert machine.visible_gpus({}) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "words"),
+    [
+        (["-g", "3"], {"CUDA_VISIBLE_DEVICES": "0,1"}, ["--gpus 3", "--gpus 2", "--device cpu"]),
+        (["--gpu-ids", "1,9"], {"CUDA_VISIBLE_DEVICES": "0,1"}, ["--gpu-ids 9", "0,1"]),
+        (["--gpu-ids", "1"], {}, ["--gpu-ids", "no GPU"]),
+        (["--device", "cuda"], {}, ["--device cuda", "--device cpu"]),
+        (["--backend", "nccl"], {}, ["--backend nccl", "gloo"]),
+        (["--interface", "ib7"], {}, ["--interface ib7", "ib0"]),
+        (["--node", "2"], {}, ["--rank"]),
+        (["--node", "2", "-r", "0"], {}, ["--master-addr"]),
+        (["--node", "2", "-r", "2", "-m", "h"], {}, ["--rank 2", "0 to 1"]),
+        (["--node", "3", "-r", "0", "-m", "h", "--tp", "2"], {}, ["--node 3", "--gpus"]),
+        ([], {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, ["2 nodes", "srun", "--node 1"]),
+    ],
+)
+def test_what_the_machine_does_not_have(argv, environ, words) -> None:
+    with pytest.raises(ValueError) as error:
+        plan(*argv, **environ)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_two_nodes() -> None:
+    result = plan("--node", "2", "-r", "1", "-m", "node0", "-p", "9999", "--tp", "2", "--pp", "2")
+    command = result.command
+    assert [after(command, f) for f in ("--nnodes", "--node-rank", "--nproc-per-node")] == ["2", "1", "2"]
+    assert [after(command, f) for f in ("--master-addr", "--master-port")] == ["node0", "9999"]
+    assert result.world_size == 4
+    assert environment(command)["GLOO_SOCKET_IFNAME"] == "ib0" == environment(command)["NCCL_SOCKET_IFNAME"]
+    chosen = plan("--interface", "eth0", "--node", "2", "-r", "1", "-m", "node0", "-g", "1")
+    assert environment(chosen.command)["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_what_the_user_has_exported_stays() -> None:
+    variables = environment(plan(OMP_NUM_THREADS="3", GLOO_SOCKET_IFNAME="eth0", PYTHONPATH="/mine").command)
+    assert (variables["OMP_NUM_THREADS"], variables["GLOO_SOCKET_IFNAME"]) == ("3", "eth0")
+    assert variables["PYTHONPATH"].endswith(":/mine")
+
+
+def test_inside_slurm_srun_tells_nodes_rank_and_master() -> None:
+    step = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+        "SLURM_NODEID": "1",
+    }
+    result = plan("-g", "1", **step)
+    launch = result.config.launch
+    assert (launch.node, launch.rank, launch.master_addr, launch.slurm_job_id) == (2, 1, "gpu07", "42")
+    assert plan("-g", "1", "-m", "other", **step).config.launch.master_addr == "other"
+    with pytest.raises(ValueError, match="--ntasks-per-node 1"):
+        plan("-g", "1", **{**step, "SLURM_STEP_NUM_TASKS": "8"})
+    alone = plan("--node", "1", **step).config.launch
+    assert (alone.node, alone.rank, alone.master_addr) == (1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[3-5,9],m", "n3"),
+        ("n[01,04]", "n01"),
+        ("r[1-2]n[03-04]", "r1n03"),
+        ("n7,n[8-9]", "n7"),
+    ],
+)
+def test_first_host(node_list, host) -> None:
+    assert first_host(node_list) == host
+
+
+def test_a_busy_port() -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        busy = listener.getsockname()[1]
+        result = plan("-p", str(busy))
+        port = int(after(result.command, "--master-port"))
+        assert port in machine.PORT_RANGE
+        assert result.notes == [f"port {busy} is busy, using {port}"]
+        with pytest.raises(ValueError, match=rf"--master-port {busy} is busy.* is free.*every node"):
+            plan("-p", str(busy), "--node", "2", "-r", "0", "-m", "h", "-g", "1")
+        with pytest.raises(ValueError, match=rf"--rdzv-port {busy} is busy"):
+            plan("--rdzv-port", str(busy))
+        # Only node 0 listens.
+        assert after(
+            plan("-p", str(busy), "--node", "2", "-r", "1", "-m", "h", "-g", "1").command, "--master-port"
+        ) == str(busy)
+
+
+def test_two_launchers_that_start_together_get_different_ports() -> None:
+    first, second = plan(), plan()
+    assert after(first.command, "--master-port") != after(second.command, "--master-port")
+
+
+def test_odd_names_come_back_from_the_quoted_command() -> None:
+    name = 'it\'s $HOME `x` "q" -y'
+    result = plan("--name", name, "--tp", "2")
+    assert after(shlex.split(shlex.join(result.command)), "--name") == name

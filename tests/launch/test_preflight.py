@@ -1,0 +1,69 @@
+"""What is found wrong before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch import preflight
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder with one shard, prepared as far as the launcher looks."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "000.tar").touch()
+    (tmp_path / ".nv-meta").mkdir()
+    info = tmp_path / ".nv-meta" / ".info.json"
+    info.write_text(json.dumps({"energon_version": "7", "shard_counts": {"shards/000.tar": 5}}))
+    return tmp_path
+
+
+def test_a_prepared_dataset(dataset) -> None:
+    preflight.check_dataset(str(dataset))
+
+
+def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> None:
+    def message() -> str:
+        with pytest.raises(ValueError) as error:
+            preflight.check_dataset(str(dataset))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    with pytest.raises(ValueError, match=r"--data-path .*none: no such folder"):
+        preflight.check_dataset(str(tmp_path / "none"))
+    shard, info = dataset / "shards" / "000.tar", dataset / ".nv-meta" / ".info.json"
+    shard.unlink()
+    assert "shards/000.tar is gone" in message()
+    info.write_text(json.dumps({"shard_counts": {}}))
+    assert "no samples" in message()
+    info.write_text("{")
+    assert "damaged" in message()
+    info.unlink()
+    assert "no .tar shards" in message()
+    shard.touch()
+    assert f"not prepared; run: {preflight.prepare_command(str(dataset))}" in message()
+
+
+def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
+    command = shlex.split(preflight.prepare_command("/a b"))
+    assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"
+    assert json.loads(command[command.index("--field-map") + 1])["context"] == "json[question]"
+
+
+def test_paths_and_model(dataset, tmp_path) -> None:
+    def check(*argv: str) -> None:
+        preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset), *argv]))
+
+    check("--tokenizer-load-dir", str(tmp_path))
+    with pytest.raises(ValueError, match=r"--tokenizer-load-dir .*no such folder"):
+        check("--tokenizer-load-dir", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"--sif-path .*no such image"):
+        check("--sif-path", str(tmp_path / "none.sif"))
+    with pytest.raises(ValueError, match="none: no such checkpoint"):
+        preflight.read_model(RunConfig.from_flags(["--megatron-load-dir", str(tmp_path / "none")]))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        preflight.read_model(RunConfig.from_flags(["--init", "--tokenizer-load-dir", str(tmp_path)]))

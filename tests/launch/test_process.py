@@ -1,0 +1,137 @@
+"""The child of run.py: its output, its exit code, and how it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.launch.container import CHECKOUT
+
+LAUNCHER = (
+    "import sys; from megatron_vlm.launch import process; sys.exit(process.run(sys.argv[2:], sys.argv[1]))"
+)
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux only")
+
+# Starts a grandchild in a session of its own, as torchrun does with its ranks; both sleep.
+FAMILY = """
+import os, subprocess, sys, time
+sleeper = "import time; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True)
+print(os.getpid(), child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def launcher(log: Path, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(log), *command],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_dead(*pids: int) -> None:
+    for _ in range(200):
+        if not any(map(alive, pids)):
+            return
+        time.sleep(0.05)
+    still = [pid for pid in pids if alive(pid)]
+    for pid in still:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"still alive: {still}")
+
+
+def test_output_is_streamed_and_logged_and_the_exit_code_handed_on(tmp_path) -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(2)"
+    (tmp_path / "log").write_text("earlier\n")
+    run = launcher(tmp_path / "log", sys.executable, "-c", code)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (2, "out\n", "err\n")
+    assert sorted((tmp_path / "log").read_text().split()) == ["earlier", "err", "out"]
+
+
+def test_a_program_that_is_not_there(tmp_path) -> None:
+    run = launcher(tmp_path / "log", "no-such-program")
+    assert "ValueError: no-such-program: No such file" in run.communicate(timeout=60)[1]
+
+
+@needs_linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_handed_on_and_nobody_stays(tmp_path, number) -> None:
+    run = launcher(tmp_path / "log", sys.executable, "-c", FAMILY)
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    wait_until_dead(*pids)
+
+
+@needs_linux
+def test_a_child_that_ignores_the_first_interrupt_dies_of_the_second(tmp_path) -> None:
+    code = (
+        "import signal, time; signal.signal(2, lambda *a: print('no', flush=True)); print('up', flush=True)\n"
+    )
+    run = launcher(tmp_path / "log", sys.executable, "-c", code + "while True: time.sleep(0.1)")
+    assert run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGINT)
+    assert run.stdout.readline() == "no\n"
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGKILL
+
+
+@needs_linux
+def test_when_the_child_is_killed_what_it_started_dies_too(tmp_path) -> None:
+    run = launcher(tmp_path / "log", sys.executable, "-c", FAMILY)
+    child, grandchild = map(int, run.stdout.readline().split())
+    os.kill(child, signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGKILL
+    wait_until_dead(grandchild)
+
+
+@needs_linux
+def test_when_the_launcher_is_killed_its_child_dies_too(tmp_path) -> None:
+    run = launcher(
+        tmp_path / "log",
+        sys.executable,
+        "-c",
+        "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+    )
+    child = int(run.stdout.readline())
+    run.kill()
+    run.communicate(timeout=60)
+    wait_until_dead(child)
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "words"),
+    [
+        # Rank 1 has a user error, rank 0 would go on for ever.
+        ("sys.exit(print('error: bad input', file=sys.stderr) or 2)", 2, ["error: bad input"]),
+        ("os.kill(os.getpid(), 9)", 128 + 9, ["rank 1 was ended by SIGKILL"]),
+    ],
+    ids=["user error", "killed"],
+)
+def test_torchrun_ends_with_the_code_of_the_rank_that_failed(tmp_path, action, code, words) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {action}\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.splitlines() == words

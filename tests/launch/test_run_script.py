@@ -1,0 +1,140 @@
+"""scripts/train/run.py as a user starts it: with a bare Python, isolated from the environment."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch.container import CHECKOUT
+
+RUN = str(CHECKOUT / "scripts" / "train" / "run.py")
+FOLDERS = [CHECKOUT / "megatron_vlm" / name for name in ("config", "launch")]
+PARTS = sorted(path for folder in FOLDERS for path in folder.glob("*.py")) + [Path(RUN)]
+
+
+def find_python39() -> str | None:
+    candidates = [shutil.which("python3.9"), *map(str, Path.home().glob(".pyenv/versions/3.9.*/bin/python"))]
+    for candidate in filter(None, candidates):
+        # A pyenv shim is there without its version.
+        check = subprocess.run(
+            [candidate, "-c", "import sys; print(sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if check.stdout.strip() == "(3, 9)":
+            return candidate
+    return None
+
+
+@pytest.fixture(params=["this Python", "Python 3.9"])
+def python(request) -> str:
+    if request.param == "this Python":
+        return sys.executable
+    found = find_python39()
+    if found is None:
+        pytest.skip("no Python 3.9 is installed")
+    return found
+
+
+def start(python: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [python, "-I", "-S", RUN, *argv]
+    return subprocess.run(
+        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+BASE += ["--train-iters", "10"]
+
+
+def test_dry_run_prints_a_command_that_parses_back_and_touches_no_file(python, tmp_path) -> None:
+    name = 'it\'s "odd" $HOME'
+    argv = [*BASE, "--name", name, "--tp", "2", "--stage", "1", "--dry-run"]
+    before = files(tmp_path), *map(files, FOLDERS)
+    result = start(python, *argv, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (files(tmp_path), *map(files, FOLDERS)) == before
+    assert result.stdout.count("\n") == 1
+    command = shlex.split(result.stdout)
+    at = command.index("megatron_vlm.training")
+    ranks = RunConfig.from_flags(command[at + 1 :])
+    assert (ranks.checkpoint.name, ranks.parallel.tp, ranks.training.stage) == (name, 2, 1)
+    assert "--data-path data: no such folder" in result.stderr  # said, though only a real start stops
+
+
+def test_help(python, tmp_path) -> None:
+    result = start(python, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    assert "usage: run.py" in result.stdout and "Save/Load arguments" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--tpp", "2"],
+        ["--backend", "mpi"],
+        ["--fp8"],
+        [*BASE],
+        [*BASE, "--tp", "2", "-g", "3", "--dry-run"],
+        [*BASE, "--global-batch-size", "3", "-g", "2", "--dry-run"],
+        ["--config", "none.json"],
+    ],
+    ids=["unknown flag", "mpi", "not yet", "no dataset", "world size", "batch size", "no file"],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path) -> None:
+    result = start(sys.executable, *argv, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 or argv[-1] == "--dry-run"  # which may warn of files too
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoints_architecture_is_checked_without_torch(tmp_path) -> None:
+    from megatron_vlm.config.checkpoint import write_manifest
+    from megatron_vlm.config.model import ModelConfig
+
+    text = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
+    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
+    (tmp_path / "ckpt").mkdir()
+    manifest = {"format": "torch_dist", "iteration": 0, "has_optimizer": False, "layout": {}, "tensors": {}}
+    write_manifest(tmp_path / "ckpt", {**manifest, "model": model.to_dict()})
+    data = tmp_path / "data"
+    (data / ".nv-meta").mkdir(parents=True)
+    (data / "0.tar").touch()
+    (data / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": {"0.tar": 9}}))
+    result = start(sys.executable, *BASE, "--tp", "4", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "error: --tp 4 does not divide the 6 attention heads of the language model; try 1 or 2\n"
+    )
+    assert start(sys.executable, *BASE, "--tp", "2", "--dry-run", cwd=tmp_path).returncode == 0
+
+
+def test_only_the_standard_library_is_imported() -> None:
+    allowed = set(sys.stdlib_module_names) | {"megatron_vlm"}
+    for path in PARTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{path}: {name}"
+                if name.startswith("megatron_vlm."):
+                    assert name.split(".")[1] in ("config", "launch"), f"{path}: {name}"

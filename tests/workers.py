@@ -1,0 +1,116 @@
+"""What ranks do in tests, for :class:`tests.distributed.Pool`; nothing here imports transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from megatron_vlm import parallel
+from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.parallel.optimizer import wrap_model
+from megatron_vlm.training.batch import Batch, GlobalBatch
+from megatron_vlm.training.checkpoint import _sharded_weights, load_weights
+from megatron_vlm.training.stages import set_trainable
+from megatron_vlm.training.step import compute_gradients, prepare_for_schedules
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a layout under test."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        switches = ["sp"] * self.sequence_parallel + ["do"] * self.distributed_optimizer
+        return "-".join([f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", *switches])
+
+
+def global_batch(microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int) -> GlobalBatch:
+    """Microbatches of ``input_ids``, ``labels`` (shifted, -100 untrained), ``pixel_values`` as the model takes them."""
+    length = -(-max(m["input_ids"].shape[1] for m in microbatches) // multiple) * multiple
+    batches = []
+    for m in microbatches:
+        missing = length - m["input_ids"].shape[1]
+        ids = torch.nn.functional.pad(m["input_ids"], (0, missing))
+        labels = torch.nn.functional.pad(m["labels"], (0, missing), value=-100)
+        pixels = m["pixel_values"]
+        batches.append(
+            Batch(
+                input_ids=ids,
+                labels=labels.clamp(min=0),
+                loss_mask=labels != -100,
+                pixel_values=pixels if len(pixels) else None,
+                image_positions=find_image_positions(ids, len(pixels), model) if len(pixels) else None,
+            )
+        )
+    return GlobalBatch(batches, length, tokens=0, images=0)
+
+
+def logits_and_gradients(
+    checkpoint: str, microbatches: list[dict[str, torch.Tensor]], sizes: Layout
+) -> tuple[float, list[torch.Tensor] | None, list[tuple[str, Any, Any, torch.Tensor]]]:
+    """Loss, this rank's part of the logits, and the pieces of every gradient.
+
+    Returns:
+        loss; logits of each microbatch on the last stage; ``(name, shape, offset, piece)`` for each
+        parameter piece that this rank holds.
+    """
+    layout = parallel.initialize(sizes.tp, sizes.pp)
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    stage = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    set_trainable(stage, train_language=True, train_vision=True)
+    load_weights(Path(checkpoint), stage)
+    wrapped = wrap_model(stage, sizes.distributed_optimizer, overlap=False)
+    prepare_for_schedules(wrapped)
+    batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1)
+    loss, _ = compute_gradients(wrapped, batch, layout, len(microbatches[0]["input_ids"]))
+
+    pieces = []
+    entries = _sharded_weights(stage)
+    for name, parameter in stage.named_parameters():
+        entry = replace(entries[name], data=parameter.main_grad.detach().clone())
+        for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+            pieces.append((part.key, part.global_shape, part.global_offset, part.data))
+
+    logits = None
+    if sizes.pp == 1:
+        with torch.no_grad():
+            logits = [
+                stage(b.input_ids, b.pixel_values, b.image_positions).clone() for b in batch.microbatches
+            ]
+    else:
+        logits = _pipeline_logits(wrapped, batch, layout, len(microbatches[0]["input_ids"]))
+    return loss, logits, pieces
+
+
+def _pipeline_logits(wrapped: Any, batch: GlobalBatch, layout: Any, micro_batch_size: int) -> Any:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(batches: Any, model: Any) -> Any:
+        b = next(batches)
+        output = model(input_ids=b.input_ids, pixel_values=b.pixel_values, image_positions=b.image_positions)
+        return output, lambda logits: (logits.sum(), torch.tensor(1), logits.detach().clone())
+
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batch.microbatches),
+        model=[wrapped],
+        num_microbatches=len(batch.microbatches),
+        seq_length=batch.sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=True,
+    )
