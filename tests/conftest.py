@@ -1,4 +1,4 @@
-"""What every test runs under, subprocesses too: no network, and no more threads than the machine has cores."""
+"""What every test runs under, subprocesses too: no network, one thread each; and the pool of ranks."""
 
 import os
 from collections.abc import Iterator

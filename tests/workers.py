@@ -57,7 +57,7 @@ def global_batch(microbatches: list[dict[str, torch.Tensor]], model: ModelConfig
                 image_positions=find_image_positions(ids, len(pixels), model) if len(pixels) else None,
             )
         )
-    return GlobalBatch(batches, length, tokens=0, images=0)
+    return GlobalBatch(batches, length)
 
 
 def logits_and_gradients(

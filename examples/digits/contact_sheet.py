@@ -40,12 +40,12 @@ def draw_digits(axes: Any, images: list[np.ndarray], rows: list[dict[str, str]])
 
 
 def draw_loss(axes: Any, metrics: list[dict[str, float]]) -> None:
-    """The loss as logged, and its running mean over a twentieth of the run."""
+    """The loss as logged, and its running mean over a tenth of the run."""
     iterations = [row["iteration"] for row in metrics]
     losses = np.array([row["loss"] for row in metrics])
-    window = max(1, len(losses) // 20)
+    window = max(1, len(losses) // 10)
     mean = [losses[max(0, i - window + 1) : i + 1].mean() for i in range(len(losses))]
-    axes.plot(iterations, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="as logged")
+    axes.plot(iterations, losses, color="tab:blue", alpha=0.4, linewidth=1, label="as logged")
     axes.plot(iterations, mean, color="tab:blue", label="running mean")
     axes.set(xlabel="iteration", ylabel="loss per trained token", yscale="log", title="Training loss")
     axes.grid(alpha=0.3)
@@ -68,11 +68,11 @@ def main() -> None:
     correct = sum(row["answer"] == row["prediction"] for row in rows)
     shown = sorted(rows, key=lambda row: row["answer"] == row["prediction"])[: COLUMNS * ROWS]
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(15, 7), width_ratios=[1.7, 1], layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5), width_ratios=[1.7, 1], layout="constrained")
     draw_digits(left, [images[row["key"]] for row in shown], shown)
-    left.set_title(f"{correct} of {len(rows)} held-out digits right ({correct / len(rows):.1%}); wrong ones first")
+    left.set_title(
+        f"{correct} of {len(rows)} held-out digits right ({correct / len(rows):.1%}); wrong ones first"
+    )
     draw_loss(right, metrics)
     figure.savefig(args.output, dpi=110)
     print(f"wrote {args.output}")

@@ -27,7 +27,7 @@ run folder       demo/runs/digits/
                    checkpoints/             iter_*/ in megatron-core's torch_dist format
                    metrics.jsonl            one line per logged iteration: loss, lr, grad_norm, ...
                    logs/
-exported model   demo/export/               a Hugging Face folder: LlavaForConditionalGeneration.from_pretrained
+exported model   demo/export/               a Hugging Face folder, for LlavaForConditionalGeneration
 held-out data    demo/data/held-out-*.tar   [idx].jpg image, [idx].txt answer, [idx].json question
 answers          demo/predictions.json      key, question, answer and prediction of each held-out digit
 picture          demo/digits.png            held-out digits with the model's answers, and the loss curve
@@ -62,7 +62,7 @@ def main() -> None:
     start = time.monotonic()
     shutil.rmtree(CHECKOUT / "demo", ignore_errors=True)
 
-    step("1. Handwritten digits become a dataset: 1,500 to train on, 297 held out")
+    step("1. 1,797 handwritten digits become a dataset: 1,500 to train on, 297 held out")
     run("python", "examples/digits/make_dataset.py", "--save-dir", "demo/data")
     run(
         *("energon", "prepare", "--non-interactive", "--no-progress", "--num-workers", "2"),

@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--hf-dir", type=Path, required=True, help="the model, a Hugging Face folder")
     parser.add_argument("--data-path", type=Path, required=True, help="the folder of the shards")
     parser.add_argument("--shards", default="held-out-*.tar", help="which of them (default: %(default)s)")
-    parser.add_argument("--predictions", type=Path, help="write key, question, answer, prediction here, as JSON")
+    parser.add_argument(
+        "--predictions", type=Path, help="write key, question, answer, prediction here, as JSON"
+    )
     parser.add_argument("--expect", type=float, default=0.0, help="exit 1 when the accuracy is below this")
     parser.add_argument("--batch-size", type=int, default=99)
     args = parser.parse_args()
@@ -92,7 +94,9 @@ def main() -> None:
     if not samples:
         sys.exit(f"error: {args.data_path}: no shard matches {args.shards}")
     predictions = generate(args.hf_dir, samples, args.batch_size)
-    correct = sum(sample.answer == prediction for sample, prediction in zip(samples, predictions, strict=True))
+    correct = sum(
+        sample.answer == prediction for sample, prediction in zip(samples, predictions, strict=True)
+    )
     for sample, prediction in list(zip(samples, predictions, strict=True))[:3]:
         print(f'{sample.key}: "{sample.question}" answer {sample.answer}, the model says {prediction!r}')
     accuracy = correct / len(samples)

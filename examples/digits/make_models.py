@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+IMAGE_SIZE = 32
+
 # What the tokenizer's merges are learned from; it is byte level, so that it can write any text.
 CORPUS = [
     "Which digit is this? What is in this picture? Describe the image. Answer the question.",
@@ -65,6 +67,7 @@ def make_text_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
+            initializer_range=0.05,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -72,7 +75,7 @@ def make_text_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def make_vision_model(image_size: int = 32, patch_size: int = 8) -> CLIPVisionModel:
+def make_vision_model() -> CLIPVisionModel:
     # LLaVA takes the features of the last block but one: of three blocks, two run.
     return CLIPVisionModel(
         CLIPVisionConfig(
@@ -80,8 +83,9 @@ def make_vision_model(image_size: int = 32, patch_size: int = 8) -> CLIPVisionMo
             intermediate_size=128,
             num_hidden_layers=3,
             num_attention_heads=4,
-            image_size=image_size,
-            patch_size=patch_size,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            initializer_range=0.1,
         )
     )
 
@@ -100,9 +104,8 @@ def main() -> None:
     text_model.save_pretrained(text_dir)
     vision_model = make_vision_model()
     vision_model.save_pretrained(vision_dir)
-    size = vision_model.config.image_size
     CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ).save_pretrained(vision_dir)
     for kind, directory, model in ("text", text_dir, text_model), ("vision", vision_dir, vision_model):
         print(f"{kind} model of {model.num_parameters():,} parameters: {directory}")

@@ -387,5 +387,3 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
         attention_output_bias=kind == "llama" and attention_bias,
         mlp_bias=kind == "llama" and bool(get["mlp_bias"]),
     )
-
-

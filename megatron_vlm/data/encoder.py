@@ -62,6 +62,8 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Sample, Microbatch, Microbatc
             self._report(sample, error)
             self._check_rates(error)
             raise SkipSample() from None
+        except Exception as error:  # not foreseen: stops the run, and says where
+            raise RuntimeError(f"encoding {_name(sample)} failed") from error
         if encoded.truncated:
             self._count("truncated")
         self._unusable_in_a_row = 0
@@ -83,8 +85,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Sample, Microbatch, Microbatc
     def _report(self, sample: RawSample, error: SampleError) -> None:
         reported = self._totals["corrupt"] + self._totals["dropped"]
         log: Callable[..., None] = logger.warning if reported <= MESSAGES_PER_WORKER else logger.debug
-        shard = sample.__sources__[0].shard_name if sample.__sources__ else "?"
-        log("sample %s of %s is skipped (%s): %s", sample.__key__, shard, error.kind, error)
+        log("%s is skipped (%s): %s", _name(sample), error.kind, error)
         if reported == MESSAGES_PER_WORKER:
             logger.warning("this loader worker goes on counting, without a message for each")
 
@@ -100,6 +101,11 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Sample, Microbatch, Microbatc
             raise FatalSampleError(
                 f"{STOPPED}{self._unusable_in_a_row} samples in a row can't be used; the last one: {error}"
             )
+
+
+def _name(sample: RawSample) -> str:
+    shard = sample.__sources__[0].shard_name if sample.__sources__ else "unknown shard"
+    return f"sample {sample.__key__} of {shard}"
 
 
 def _worker_config() -> WorkerConfig:

@@ -9,7 +9,7 @@ from typing import Any, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.data.templates import SampleError
@@ -80,6 +80,8 @@ class ImageTransform:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 pixels = self._pixels(image)
+        except UnidentifiedImageError:
+            raise SampleError("its image is in no format that PIL knows", kind="corrupt") from None
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...

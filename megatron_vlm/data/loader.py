@@ -16,19 +16,19 @@ import contextlib
 import ctypes
 import functools
 import gc
-import itertools
 import os
 import queue
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
 
 import torch
 from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig
-from megatron.energon.errors import FatalSampleError
-from megatron.energon.savable_loader import SavableDataLoaderState
+from megatron.energon.errors import FatalSampleError, reraise_exception
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
 
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
@@ -95,7 +95,13 @@ class TrainLoader(Iterator[Microbatch]):
             "micro_batch_size": micro_batch_size,
             "shuffle_buffer_size": shuffle_buffer_size,
         }
-        worker_config = WorkerConfig(rank=dp_rank, world_size=dp_size, num_workers=per_rank, seed_offset=seed)
+        worker_config = WorkerConfig(
+            rank=dp_rank,
+            world_size=dp_size,
+            num_workers=per_rank,
+            seed_offset=seed,
+            global_error_handler=reraise_exception,  # what is not foreseen stops the run, and is not skipped
+        )
         encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate)
         self._loader = _Loader(
             encoder.build_train_datasets(
@@ -104,9 +110,9 @@ class TrainLoader(Iterator[Microbatch]):
                 batch_size=micro_batch_size,
                 shuffle_buffer_size=shuffle_buffer_size,
             ),
+            dataset.path,
             timeout,
         )
-        self._iterator: Iterator[Microbatch] | None = None
         self._peeked: Microbatch | None = None
         self._states: Dict[int, Any] = {worker: self._fresh_state() for worker in self._worker_ids}
         self._taken: Counter[int] = Counter()  # microbatches per worker since the start or the restore
@@ -125,10 +131,8 @@ class TrainLoader(Iterator[Microbatch]):
         Raises:
             as ``next()``.
         """
-        if self._iterator is None:
-            self._iterator = self._loader.start()
         if self._peeked is None:
-            self._peeked = _next(self._iterator)
+            self._peeked = self._loader.take()
         return self._peeked
 
     def __next__(self) -> Microbatch:
@@ -152,7 +156,8 @@ class TrainLoader(Iterator[Microbatch]):
             one JSON value per global worker id of this rank.
         """
         if self._taken:
-            assert self._peeked is None, "take the microbatch that was peeked at first"
+            if self._peeked is not None:
+                raise RuntimeError("state_dict: take the microbatch that was peeked at first")
             for worker, checkpoint in zip(self._worker_ids, self._loader.checkpoints(), strict=True):
                 if self._taken[worker]:  # else what was restored still holds
                     self._states[worker]["checkpoint"] = to_json(checkpoint)
@@ -168,7 +173,7 @@ class TrainLoader(Iterator[Microbatch]):
             ValueError: they are of other data, another number of workers, or can't be shared out over
                 this many ranks.
         """
-        if self._iterator is not None:
+        if self._loader.started:
             raise RuntimeError("load_state_dict comes before the first next()")
         by_worker = {int(worker): state for worker, state in states.items()}
         for state in by_worker.values():
@@ -186,14 +191,16 @@ class TrainLoader(Iterator[Microbatch]):
                 "the data loader state was saved within a global batch, at another data-parallel size; "
                 "go on at that size, or from another checkpoint"
             )
-        checkpoints = [from_json(state["checkpoint"]) for state in own.values()]
-        if any(checkpoint is not None for checkpoint in checkpoints):
+        checkpoints = [
+            from_json(state["checkpoint"]) or SavableDatasetCheckpoint(state=None, offset=0)
+            for state in own.values()
+        ]
+        if any(taken):
             self._loader.restore(checkpoints, next_worker, self._identity["micro_batch_size"])
         self._states = own
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
-        self._iterator = None
         self._loader.close()
 
     def _fresh_state(self) -> Dict[str, Any]:
@@ -253,7 +260,9 @@ def validation_batches(
         dataset: usually ``PreparedDataset.open(path, "val")``.
         limit: most microbatches per rank.
     """
-    worker_config = WorkerConfig(rank=dp_rank, world_size=dp_size, num_workers=1)
+    worker_config = WorkerConfig(
+        rank=dp_rank, world_size=dp_size, num_workers=1, global_error_handler=reraise_exception
+    )
     encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate=1.0)
     loader = _Loader(
         encoder.build_val_datasets(
@@ -262,13 +271,13 @@ def validation_batches(
             batch_size=micro_batch_size,
             limit=limit,
         ),
+        dataset.path,
         timeout,
     )
     try:
-        iterator = loader.start()
         while True:
             try:
-                microbatch = _next(iterator)
+                microbatch = loader.take()
             except StopIteration:
                 return
             yield microbatch
@@ -282,7 +291,7 @@ class _Loader(SavableDataLoader):
     worker_init_fn: Any
     _iterator: Any
 
-    def __init__(self, dataset: SavableDataset[Microbatch], timeout: float) -> None:
+    def __init__(self, dataset: SavableDataset[Microbatch], path: str, timeout: float) -> None:
         with _no_worker_number_warning():
             super().__init__(
                 dataset,
@@ -293,24 +302,48 @@ class _Loader(SavableDataLoader):
                 watchdog_timeout_seconds=None,
             )
         self.timeout = timeout
+        self.started = False
+        self._path = path
         self.pin_memory = torch.cuda.is_available()
         self.worker_init_fn = functools.partial(_init_worker, os.getpid(), self.worker_init_fn)
 
-    def start(self) -> Iterator[Microbatch]:
-        """Forks the workers and returns the microbatches they make."""
-        iterator: Iterator[Microbatch] = iter(self)
+    def take(self) -> Microbatch:
+        """The next microbatch; the first call forks the workers.
+
+        Raises:
+            ValueError: the data can't be read further; one line that says why.
+            RuntimeError: a worker died, or gave nothing for ``timeout`` seconds.
+        """
+        if self.started:
+            return self._next()
+        self.started = True
         atexit.register(self.close)
         # What exists now is no concern of the workers' garbage collectors, which would look at all of it,
-        # and so copy it, time and again.
+        # and so copy it, time and again: a start takes a tenth of the time.
         already_frozen = gc.get_freeze_count()
         gc.freeze()
         try:
             with _no_worker_number_warning():
-                first = _next(iterator)
+                return self._next()
         finally:
             if not already_frozen:
                 gc.unfreeze()
-        return itertools.chain([first], iterator)
+
+    def _next(self) -> Microbatch:
+        """``next`` with an error of a worker process as one line."""
+        try:
+            microbatch: Microbatch = next(iter(self))
+            return microbatch
+        except (FatalSampleError, ValueError, OSError) as error:
+            # torch raises a worker's error again; its message is the worker's whole traceback.
+            lines = str(error).strip().splitlines()
+            if not lines or "DataLoader worker process" not in lines[0]:
+                raise RuntimeError(f"a data loader worker died ({type(error).__name__})") from None
+            stopped = [line.partition(STOPPED)[2] for line in lines if STOPPED in line]
+            message = stopped[-1] if stopped else lines[-1].partition(": ")[2]
+            raise ValueError(f"--data-path {self._path}: {message}") from None
+        except (EOFError, RuntimeError) as error:
+            raise RuntimeError(f"a data loader worker died or hangs ({error})") from None
 
     def checkpoints(self) -> List[Any]:
         """Each worker's state right after the last microbatch that was taken from it."""
@@ -331,11 +364,18 @@ class _Loader(SavableDataLoader):
         for commands in self.cmd_queues:
             commands.put(command)
         results: Dict[int, Any] = {}
+        deadline = time.monotonic() + self.timeout
         for answers in self.result_queues:
-            try:
-                results.update(answers.get(timeout=self.timeout))
-            except queue.Empty:
-                raise RuntimeError(f"a data loader worker gave no answer for {self.timeout:g} s") from None
+            answer = None
+            while answer is None:
+                try:
+                    answer = answers.get(timeout=1.0)
+                except queue.Empty:
+                    if not all(worker.is_alive() for worker in self._iterator._workers):
+                        raise RuntimeError("a data loader worker died; is there memory enough?") from None
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"a data loader worker hangs for {self.timeout:g} s") from None
+            results.update(answer)
         for result in results.values():
             if isinstance(result, Exception):
                 raise result
@@ -374,13 +414,3 @@ def _no_worker_number_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield
-
-
-def _next(iterator: Iterator[Microbatch]) -> Microbatch:
-    """``next`` with the errors of the worker processes as one line."""
-    try:
-        return next(iterator)
-    except FatalSampleError as error:
-        # Raised again by torch: the message is the worker's whole traceback.
-        line = next((s for s in reversed(str(error).splitlines()) if STOPPED in s), str(error))
-        raise ValueError(line.partition(STOPPED)[2] or line) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from megatron_vlm.config.checkpoint import appearing_folder, check_absent
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.mapping import LANGUAGE_TABLES
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 VOCAB_MULTIPLE = 128
-DTYPES = ("float32", "bfloat16", "float16")
-PROJECTORS = ("mlp2x_gelu", "linear")
 
 # One turn after the other; an image stands in front of its turn's text. Content is a string or a
 # list of parts. The generation marks tell transformers which tokens the assistant said.
@@ -105,11 +105,8 @@ def build_llava(
     text_config = _load("--text-model", AutoConfig, text_model)
     vision_config = _load("--vision-model", AutoConfig, vision_model)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    if vision_config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"--vision-model {vision_model}: model_type is {vision_config.model_type!r}; "
-            f"supported: {', '.join(_FAMILIES)}"
-        )
+    _check_type("--text-model", text_model, text_config, LANGUAGE_TABLES)
+    _check_type("--vision-model", vision_model, vision_config, _FAMILIES)
     family = _FAMILIES[vision_config.model_type]
 
     tokenizer, added = _tokenizer(text_model)
@@ -173,6 +170,13 @@ def build_llava(
     return Path(save_dir)
 
 
+def _check_type(flag: str, name: str, config: Any, supported: Iterable[str]) -> None:
+    if config.model_type not in supported:
+        raise ValueError(
+            f"{flag} {name}: model_type is {config.model_type!r}; supported: {', '.join(supported)}"
+        )
+
+
 def _load(flag: str, kind: Any, name: str, **kwargs: Any) -> Any:
     """``kind.from_pretrained(name)``; that it isn't there, or is no such thing, is the user's error."""
     try:
@@ -233,8 +237,8 @@ def _check_image_tokens(processor: Any, model: ModelConfig, vision_model: str) -
     pixels = tuple(batch["pixel_values"].shape[-2:])
     if tokens != model.image_tokens or pixels != (side, side):
         raise ValueError(
-            f"--vision-model {vision_model}: its image processor makes {tokens} image tokens of {pixels[0]} x "
-            f"{pixels[1]} pixels, the tower {model.image_tokens} of {side} x {side}; "
+            f"--vision-model {vision_model}: its image processor makes {tokens} image tokens of "
+            f"{pixels[0]} x {pixels[1]} pixels, the tower {model.image_tokens} of {side} x {side}; "
             "correct the image size in preprocessor_config.json"
         )
 
@@ -242,14 +246,22 @@ def _check_image_tokens(processor: Any, model: ModelConfig, vision_model: str) -
 def _load_models(text_model: str, vision_model: str, family: _Family, dtype: str | None) -> tuple[Any, Any]:
     import transformers
 
-    text = _load(
+    text = _load_weights(
         "--text-model",
         transformers.AutoModelForCausalLM,
         text_model,
-        dtype=getattr(torch, dtype) if dtype else "auto",
+        getattr(torch, dtype) if dtype else "auto",
     )
-    tower = _load("--vision-model", getattr(transformers, family.model_class), vision_model, dtype=text.dtype)
-    return text, tower
+    tower_class = getattr(transformers, family.model_class)
+    return text, _load_weights("--vision-model", tower_class, vision_model, text.dtype)
+
+
+def _load_weights(flag: str, kind: Any, name: str, dtype: torch.dtype | str) -> Any:
+    model, info = _load(flag, kind, name, dtype=dtype, output_loading_info=True)
+    # transformers only warns, and fills in random values.
+    for key in sorted(info["missing_keys"]):
+        raise ValueError(f"{flag} {name}: {key} is missing in its weights")
+    return model
 
 
 def _fill_with_mean(weight: Tensor, known: int, rows: list[int]) -> None:

@@ -45,7 +45,8 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
     torchrun = [python, "-m", "megatron_vlm.launch.torchrun"]
     torchrun += ["--nnodes", str(nodes), "--node-rank", str(rank), "--nproc-per-node", str(processes)]
     torchrun += ["--master-addr", address, "--master-port", str(port)]
-    command = [*torchrun, "-m", "megatron_vlm.training", *_training_flags(config)]
+    # The "--" keeps torchrun from taking the flags after it, --node for one, for its own.
+    command = [*torchrun, "-m", "--", "megatron_vlm.training", *_training_flags(config)]
     command = container.with_environment(_environment(config, environ, device, gpu_ids, processes), command)
     if launch.sif_path:
         command = container.container_command(

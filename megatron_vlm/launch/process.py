@@ -14,6 +14,9 @@ from typing import Any, BinaryIO, Callable, List, Optional, Sequence
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind
+# Tells the child that its stdin ends when this process does, which launch/torchrun.py watches: the parent
+# death signal alone does not pass a container runtime, which loses it when it changes credentials.
+STDIN_IS_LAUNCHER = "MEGATRON_VLM_STDIN_IS_LAUNCHER"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -38,7 +41,8 @@ def run(command: Sequence[str], log_path: str) -> int:
         try:
             child = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
+                env={**os.environ, STDIN_IS_LAUNCHER: "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -51,6 +55,9 @@ def run(command: Sequence[str], log_path: str) -> int:
             _stream(child, log)
         except BrokenPipeError:  # nobody reads the console any more
             _signal_group(child, signal.SIGTERM)
+        except BaseException:  # the log's disk is full, say: do not wait for a child that cannot print
+            _signal_group(child, signal.SIGTERM)
+            raise
         finally:
             code = child.wait()
             _kill_orphans()

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import sys
+import threading
 from typing import Any, List
+
+from megatron_vlm.launch.process import STDIN_IS_LAUNCHER
 
 USER_ERROR = 2
 
 
 def main(argv: List[str]) -> int:
     """Run torchrun with ``argv``; returns the exit code."""
+    if os.environ.pop(STDIN_IS_LAUNCHER, None):
+        threading.Thread(target=_die_with_launcher, daemon=True).start()
     # It repeats below, at length, what this module says in one line.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
@@ -35,6 +41,11 @@ def main(argv: List[str]) -> int:
             return 128 + int(error.sigval)  # type: ignore[attr-defined]
         raise
     return 0
+
+
+def _die_with_launcher() -> None:
+    os.read(0, 1)  # nothing is ever written: this returns when the launcher is gone
+    os.kill(os.getpid(), signal.SIGKILL)  # the ranks die with their parent
 
 
 def _report_failure(error: Any) -> int:

@@ -20,6 +20,11 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """An initialiser that does nothing."""
+    return weight
+
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -58,8 +63,12 @@ def transformer_configs(
         tensor_model_parallel_size=layout.tp,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights always come from a checkpoint, and a load that misses one is an error.
-        perform_initialization=False,
+        # Weights always come from a checkpoint, and a load that misses one is an error. Still,
+        # megatron-core marks a weight as cut by tensor parallelism only where it initialises it,
+        # and without the mark the gradient norm leaves it out.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,  # needs apex

@@ -1,5 +1,21 @@
 """Layouts, process groups, and the CPU backend."""
 
-from megatron_vlm.parallel.layout import Layout, choose_device, finalize, initialize, reset
+from megatron_vlm.parallel.layout import (
+    Layout,
+    choose_device,
+    finalize,
+    first_to_arrive,
+    initialize,
+    on_first_rank,
+    reset,
+)
 
-__all__ = ["Layout", "choose_device", "finalize", "initialize", "reset"]
+__all__ = [
+    "Layout",
+    "choose_device",
+    "finalize",
+    "first_to_arrive",
+    "initialize",
+    "on_first_rank",
+    "reset",
+]

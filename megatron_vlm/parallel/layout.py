@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlm.parallel import cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,12 @@ def initialize(
     else:
         cpu.install()
     if not dist.is_initialized():
-        world = "RANK" in os.environ
+        started_alone = "RANK" not in os.environ
         dist.init_process_group(
             backend,
-            rank=None if world else 0,  # type: ignore[arg-type]
-            world_size=None if world else 1,  # type: ignore[arg-type]
-            store=None if world else dist.HashStore(),
+            rank=0 if started_alone else -1,  # -1: as the environment says
+            world_size=1 if started_alone else -1,
+            store=dist.HashStore() if started_alone else None,
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=torch.device("cuda", local_rank) if device == "cuda" else None,
         )
@@ -167,3 +171,26 @@ def finalize() -> None:
 
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def first_to_arrive(name: str) -> bool:
+    """Whether no other rank has called this with the same name; not a collective call."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(f"megatron_vlm/{name}", 1) == 1
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 and give its result, or its ``ValueError``, to every rank."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function(), None]
+        except ValueError as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer)
+    result, message = answer
+    if message is not None:
+        raise ValueError(message)
+    return result

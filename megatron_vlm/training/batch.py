@@ -7,7 +7,7 @@ neighbour waits for it to take part in the broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
+from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
 
@@ -37,27 +39,18 @@ class GlobalBatch:
     """This data parallel rank's share of a global batch."""
 
     microbatches: list[Batch]
-    sequence_length: int  # of every microbatch, where there are pipeline stages
-    tokens: int  # real positions, padding left out
-    images: int
-    keys: list[list[str]] = field(default_factory=list)  # sample keys; on the rank that reads
-    counts: dict[str, int] = field(default_factory=dict)  # the reader's counters; likewise
+    sequence_length: int  # of the longest microbatch; of each, where there are pipeline stages
+    # On the rank that reads; elsewhere empty.
+    tokens: int = 0  # positions, padding left out
+    images: int = 0
+    keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
 
 
-@dataclass(frozen=True)
-class Normalization:
-    """How a Hugging Face image processor makes pixel values: ``(uint8 * rescale - mean) / std``."""
-
-    rescale: float
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 ``[n, c, h, w]`` to normalised ``dtype``."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=pixels.device).view(shape)
-        std = torch.tensor(self.std, device=pixels.device).view(shape)
-        return ((pixels.float() * self.rescale - mean) / std).to(dtype)
+def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:
+    """uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in ``dtype``."""
+    mean = torch.tensor(images.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(images.std, device=pixels.device).view(1, -1, 1, 1)
+    return ((pixels.float() * images.rescale - mean) / std).to(dtype)
 
 
 class BatchReader:
@@ -66,7 +59,8 @@ class BatchReader:
     Args:
         source: microbatches, on the rank of each model copy that loads data; None on the others.
         num_microbatches: microbatches per data parallel rank in a global batch.
-        pad_token_id: fills sequences up.
+        processing: says how pixels are normalised and which token fills sequences up.
+        dtype: of the pixel values.
         sequence_multiple: sequence lengths are padded up to a multiple of this (sequence
             parallelism cuts them into equal parts).
     """
@@ -76,18 +70,17 @@ class BatchReader:
         source: Iterator[Microbatch] | None,
         layout: Layout,
         model: ModelConfig,
-        normalization: Normalization,
+        processing: Processing,
         num_microbatches: int,
-        pad_token_id: int,
         dtype: torch.dtype,
         sequence_multiple: int = 1,
     ) -> None:
         self.source = source
         self.layout = layout
         self.model = model
-        self.normalization = normalization
+        self.images = processing.images
         self.num_microbatches = num_microbatches
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = processing.pad_token_id
         self.dtype = dtype
         self.sequence_multiple = sequence_multiple
 
@@ -109,33 +102,30 @@ class BatchReader:
         return GlobalBatch(
             microbatches=[self._on_device(part, length) for part, length in zip(shared, lengths)],
             sequence_length=max(lengths),
-            tokens=sum(part.tokens for part in shared),
-            images=sum(part.num_images for part in shared),
-            keys=[microbatch.keys for microbatch in read],
-            counts=read[-1].counts if read else {},
+            tokens=sum(int(m.lengths.sum()) for m in read),
+            images=sum(len(m.pixels) for m in read),
+            keys=[m.keys for m in read],
         )
 
     def _share(self, read: list[Microbatch]) -> list[_Shared]:
         """Hand what one rank read to all ranks of its model copy; images to the first stage only."""
         if dist.get_world_size(self.layout.model_group) == 1:
-            return [
-                _Shared(m.input_ids, m.labels, len(m.pixels), int(m.lengths.sum()), m.pixels) for m in read
-            ]
+            return [_Shared(m.input_ids, m.labels, len(m.pixels), m.pixels) for m in read]
         src, group, device = self.layout.model_src, self.layout.model_group, self.layout.device
-        sizes = torch.zeros(self.num_microbatches, 4, dtype=torch.int64)
+        sizes = torch.zeros(self.num_microbatches, 3, dtype=torch.int64)
         if read:
-            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels), m.lengths.sum()] for m in read])
+            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels)] for m in read])
         sizes = sizes.to(device)
         dist.broadcast(sizes, src, group=group)
         shapes = sizes.tolist()
 
-        text = torch.empty(sum(2 * b * s for b, s, _, _ in shapes), dtype=torch.int64, device=device)
+        text = torch.empty(sum(2 * b * s for b, s, _ in shapes), dtype=torch.int64, device=device)
         if read:
             text.copy_(torch.cat([t.flatten() for m in read for t in (m.input_ids, m.labels)]))
         dist.broadcast(text, src, group=group)
 
         pixels = None
-        num_images = sum(images for _, _, images, _ in shapes)
+        num_images = sum(images for _, _, images in shapes)
         if self.layout.is_first_stage and num_images:
             vision = self.model.vision
             shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
@@ -146,10 +136,10 @@ class BatchReader:
 
         text = text.cpu()
         shared, at, image_at = [], 0, 0
-        for b, s, images, tokens in shapes:
+        for b, s, images in shapes:
             ids, labels = text[at : at + 2 * b * s].view(2, b, s)
             own = None if pixels is None else pixels[image_at : image_at + images]
-            shared.append(_Shared(ids, labels, images, tokens, own))
+            shared.append(_Shared(ids, labels, images, own))
             at, image_at = at + 2 * b * s, image_at + images
         return shared
 
@@ -161,7 +151,7 @@ class BatchReader:
         device = self.layout.device
         pixel_values = None
         if part.pixels is not None and part.num_images:
-            pixel_values = self.normalization(part.pixels.to(device, non_blocking=True), self.dtype)
+            pixel_values = normalize(part.pixels.to(device, non_blocking=True), self.images, self.dtype)
         return Batch(
             input_ids=ids.to(device, non_blocking=True),
             labels=labels.clamp(min=0).to(device, non_blocking=True),
@@ -178,5 +168,4 @@ class _Shared:
     input_ids: Tensor  # int64 [b, s], on the CPU
     labels: Tensor  # int64 [b, s], on the CPU
     num_images: int
-    tokens: int
     pixels: Tensor | None  # uint8 [num_images, c, h, w]; first stage only

@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,6 @@ class RunState:
     consumed_samples: int = 0
     optimizer_steps: int = 0
     skipped: int = 0  # iterations without an update
-    data_workers: int = 0
-    counts: dict[str, int] = field(default_factory=dict)  # samples truncated, dropped, corrupt
 
 
 def save_checkpoint(
@@ -92,7 +90,8 @@ def save_checkpoint(
     staging = staging_folder(final)
 
     weights = _sharded_weights(model)
-    sharded: dict[str, Any] = {"model": weights}
+    # save() changes the dictionaries that it is given.
+    sharded: dict[str, Any] = {"model": dict(weights)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state(weights)
     dist_checkpointing.save(sharded, str(staging))
@@ -146,7 +145,7 @@ def load_weights(folder: Path, model: VisionLanguageModel) -> None:
     """
     weights = _sharded_weights(model)
     _check_tensors(folder, weights, model.model_config)
-    loaded = _load(folder, {"model": weights})["model"]
+    loaded = _load(folder, {"model": dict(weights)})["model"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(loaded[name])

@@ -57,8 +57,13 @@ def main(argv: List[str]) -> int:
         models = [path for path in (args.text_model, args.vision_model) if os.path.exists(path)]
         return reenter([__file__, *argv], args.sif_path, [*args.bind, args.save_dir, *models])
 
+    from transformers.utils import logging
+
     from megatron_vlm.hf.build import build_llava
 
+    # What matters of its warnings is an error here.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     build_llava(
         args.save_dir,
         args.text_model,

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import List
 
+# ruff: noqa: E402 - the imports below need the second of these lines.
 sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycache__
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 

@@ -194,8 +194,8 @@ def test_tokenizer_from_elsewhere(llava: Path, tmp_path: Path) -> None:
 KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
 
 
-def set_nan(tensors: dict[str, torch.Tensor], name: str = KEY) -> None:
-    tensors[name].view(-1)[-1] = float("nan")
+def set_nan(tensors: dict[str, torch.Tensor], name: str = KEY, value: float = float("nan")) -> None:
+    tensors[name].view(-1)[-1] = value
 
 
 def not_identity(tensors: dict[str, torch.Tensor]) -> None:
@@ -213,6 +213,7 @@ def another_head(tensors: dict[str, torch.Tensor]) -> None:
         ("clip-llama", lambda t: t.update({"vision_tower.x": torch.ones(1)}), r"vision_tower\.x is no part"),
         ("clip-llama", lambda t: t.update({KEY: t[KEY][1:].clone()}), rf"{KEY} has shape \[23,.*\[24, 48\]"),
         ("clip-llama", set_nan, f"{KEY} holds NaN"),
+        ("clip-llama", lambda t: set_nan(t, value=float("-inf")), f"{KEY} holds NaN or infinite"),
         ("clip-llama", lambda t: set_nan(t, "vision_tower.post_layernorm.bias"), r"norm\.bias holds NaN"),
         ("clip-llama", lambda t: t.update({KEY: t[KEY].long()}), f"{KEY} is int64"),
         ("clip-llama", lambda t: t.pop("vision_tower.encoder.layers.2.mlp.fc2.bias"), "fc2.bias is missing"),

@@ -185,3 +185,15 @@ def test_odd_names_come_back_from_the_quoted_command() -> None:
     name = 'it\'s $HOME `x` "q" -y'
     result = plan("--name", name, "--tp", "2")
     assert after(shlex.split(shlex.join(result.command)), "--name") == name
+
+
+def test_torchrun_takes_none_of_the_training_flags_for_its_own() -> None:
+    from torch.distributed.run import parse_args
+
+    # --node, --rank, --log-interval and others look like torchrun's own flags, or like the start of one.
+    command = plan("--log-interval", "5", "--tp", "2", "--rdzv-port", "9904", "--master-addr", "h").command
+    torchrun = command[command.index("megatron_vlm.launch.torchrun") + 1 :]
+    parsed = parse_args(torchrun)
+    assert (parsed.module, parsed.training_script) == (True, "megatron_vlm.training")
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank, parsed.master_port) == ("1", "2", 0, 9904)
+    assert parsed.training_script_args == torchrun[torchrun.index("megatron_vlm.training") + 1 :]

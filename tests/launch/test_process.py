@@ -119,6 +119,25 @@ def test_when_the_launcher_is_killed_its_child_dies_too(tmp_path) -> None:
     wait_until_dead(child)
 
 
+@needs_linux
+def test_torchrun_dies_with_its_launcher_through_a_container_runtime(tmp_path) -> None:
+    """A wrapper resets the parent death signal, as runtimes do; the rank asks for its own, as in training."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\n"
+        "print(os.getppid(), os.getpid(), flush=True)\ntime.sleep(60)\n"
+    )
+    wrapper = (
+        "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    torchrun = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "--nproc-per-node", "1", str(script)]
+    run = launcher(tmp_path / "log", sys.executable, "-c", wrapper, *torchrun)
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    run.kill()
+    run.communicate(timeout=60)
+    wait_until_dead(*pids)
+
+
 @pytest.mark.parametrize(
     ("action", "code", "words"),
     [

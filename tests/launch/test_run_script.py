@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config.checkpoint import write_manifest
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import CHECKOUT
 
@@ -46,8 +48,8 @@ def python(request) -> str:
     return found
 
 
-def start(python: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def start(python: str, *argv: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
     command = [python, "-I", "-S", RUN, *argv]
     return subprocess.run(
         command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60, check=False
@@ -101,15 +103,14 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path) -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1 or argv[-1] == "--dry-run"  # which may warn of files too
+    assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_checkpoints_architecture_is_checked_without_torch(tmp_path) -> None:
-    from megatron_vlm.config.checkpoint import write_manifest
-    from megatron_vlm.config.model import ModelConfig
-
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with a checkpoint's manifest and a dataset, as far as the launcher looks."""
     text = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
     model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
     (tmp_path / "ckpt").mkdir()
@@ -119,13 +120,36 @@ def test_the_checkpoints_architecture_is_checked_without_torch(tmp_path) -> None
     (data / ".nv-meta").mkdir(parents=True)
     (data / "0.tar").touch()
     (data / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": {"0.tar": 9}}))
-    result = start(sys.executable, *BASE, "--tp", "4", "--dry-run", cwd=tmp_path)
+    return tmp_path
+
+
+def test_a_start_makes_the_logs_and_hands_on_output_and_exit_code(python, workplace) -> None:
+    tools, image = workplace / "bin", workplace / "image.sif"
+    tools.mkdir()
+    image.touch()
+    # Stands for the container with torch in it.
+    (tools / "apptainer").write_text('#!/bin/sh\necho trained\necho "error: from a rank" >&2\nexit 2\n')
+    (tools / "apptainer").chmod(0o755)
+    argv = [*BASE, "--sif-path", str(image), "--slurm-output-name", "out"]
+    result = start(python, *argv, cwd=workplace, PATH=f"{tools}:/usr/bin:/bin")
+    assert result.returncode == 2
+    assert result.stderr.endswith("error: from a rank\n")  # another run's port may be noted before
+    command, output = result.stdout.splitlines()
+    assert shlex.split(command)[:2] == ["apptainer", "exec"] and output == "trained"
+    assert sorted((workplace / "runs/run/logs/out.log").read_text().splitlines()) == [
+        "error: from a rank",
+        "trained",
+    ]
+
+
+def test_the_checkpoints_architecture_is_checked_without_torch(workplace) -> None:
+    result = start(sys.executable, *BASE, "--tp", "4", "--dry-run", cwd=workplace)
     assert result.returncode == 2
     assert (
         result.stderr
         == "error: --tp 4 does not divide the 6 attention heads of the language model; try 1 or 2\n"
     )
-    assert start(sys.executable, *BASE, "--tp", "2", "--dry-run", cwd=tmp_path).returncode == 0
+    assert start(sys.executable, *BASE, "--tp", "2", "--dry-run", cwd=workplace).returncode == 0
 
 
 def test_only_the_standard_library_is_imported() -> None:

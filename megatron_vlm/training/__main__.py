@@ -1,0 +1,76 @@
+"""One rank of a training run: ``torchrun ... -m megatron_vlm.training <flags>``.
+
+Reads the same flags as ``scripts/train/run.py``, which starts it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank; returns the exit code, 2 for a user error."""
+    _die_with_torchrun()
+    _quiet_megatron_core()
+    from megatron_vlm.config.run import RunConfig
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = RunConfig.from_flags(argv, prog="python -m megatron_vlm.training")
+        config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        return _user_error(error, first)
+
+    from megatron_vlm import parallel
+    from megatron_vlm.training import trainer
+
+    try:
+        layout = parallel.initialize(
+            config.parallel.tp,
+            config.parallel.pp,
+            config.training.seed,
+            config.parallel.device,
+            config.parallel.backend,
+        )
+        trainer.run(config, layout)
+    except ValueError as error:
+        return _user_error(error, parallel.first_to_arrive("error"))
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        # Another rank failed and has said why; a traceback of this one would bury that.
+        print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        parallel.finalize()
+    return 0
+
+
+def _user_error(error: ValueError, speaks: bool) -> int:
+    if speaks:  # an error that all ranks meet is told once
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _quiet_megatron_core() -> None:
+    """Its warnings are about optional packages and its own deprecated calls: nothing a user can mend."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core|torch\.jit")
+
+
+def _die_with_torchrun() -> None:
+    """A rank whose torchrun is killed must not go on beside the one that takes its place."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

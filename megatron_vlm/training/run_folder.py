@@ -1,0 +1,131 @@
+"""The folder of a run: who may write into it, and where a start of the run begins."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_vlm.config.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest, resolve_checkpoint
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.observe.metrics import METRICS, SUPERSEDED
+from megatron_vlm.training.checkpoint import latest_resumable
+
+CONFIG = "config.json"
+_LOCK = ".lock"
+_LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a start of the run begins.
+
+    Attributes:
+        checkpoint: folder to load.
+        with_state: take optimizer, counters and data position from it, not the weights alone.
+        message: first line of the log.
+    """
+
+    checkpoint: Path
+    with_state: bool
+    message: str
+
+
+def lock(run: Path) -> IO[str]:
+    """Make the folder and keep every other run out of it until this process ends.
+
+    Raises:
+        ValueError: another process holds it, for a minute at least.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / _LOCK, "w")
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return file  # a file system without locks
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{run}: another process is training here; stop it, or give another --name"
+                ) from None
+            time.sleep(0.2)
+
+
+def choose_start(config: RunConfig, run: Path) -> Start:
+    """Resume if the run can be resumed, else begin at ``--megatron-load-dir``.
+
+    Raises:
+        ValueError: the run has only checkpoints without optimizer state, or what is to be loaded is
+            missing or of another model.
+    """
+    root = run / CHECKPOINTS
+    resumable = latest_resumable(root)
+    if resumable is not None:
+        iteration = read_manifest(resumable)["iteration"]
+        return Start(resumable, True, f"resuming {run} from {resumable.name}: {iteration} iterations are done")
+    finished = list_checkpoints(root)
+    if finished:
+        raise ValueError(
+            f"{run} has checkpoints but none with optimizer state, so it can't be resumed. Give another --name "
+            f"with --megatron-load-dir {finished[-1]} to go on from its weights, or --restart to start over "
+            "(the old checkpoints are kept aside); next time, --save-optim makes a run resumable"
+        )
+    if config.model.megatron_load_dir is None:
+        raise ValueError("--megatron-load-dir: give the checkpoint to start from")
+    source = resolve_checkpoint(config.model.megatron_load_dir)
+    if not config.checkpoint.load_optim:
+        return Start(source, False, f"starting {run} from the weights of {source}")
+    if not read_manifest(source)["has_optimizer"]:
+        raise ValueError(f"--load-optim: {source} has no optimizer state; leave the flag out")
+    return Start(source, True, f"starting {run} from {source}, with its optimizer state and position")
+
+
+def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> None:
+    """Check that everything the flags name is of the checkpoint's model.
+
+    Raises:
+        ValueError: the message names the first difference.
+    """
+    others: dict[str, ModelConfig] = {}
+    load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
+    if load_dir is not None:
+        others[f"--megatron-load-dir {load_dir}"] = ModelConfig.from_dict(read_manifest(load_dir)["model"])
+    if tokenizer_dir is not None and (Path(tokenizer_dir) / "config.json").exists():
+        others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)
+    for flag, other in others.items():
+        difference = _first_difference(model.to_dict(), other.to_dict())
+        if difference:
+            raise ValueError(f"{flag} is of another model than {start.checkpoint}: {difference}")
+
+
+def move_aside(run: Path) -> None:
+    """Keep what an earlier run left, out of the way of a new one: ``<run>/earlier/<number>/``."""
+    old = [run / name for name in (CHECKPOINTS, METRICS, SUPERSEDED, CONFIG) if (run / name).exists()]
+    if not old:
+        return
+    numbers = [int(folder.name) for folder in run.glob("earlier/*") if folder.name.isdigit()]
+    target = run / "earlier" / str(max(numbers, default=0) + 1)
+    target.mkdir(parents=True)
+    for path in old:
+        path.rename(target / path.name)
+
+
+def _first_difference(left: dict, right: dict, prefix: str = "") -> str | None:
+    for key, value in left.items():
+        if prefix == "" and key == "dtype":  # what the weights are stored in, not the model
+            continue
+        other = right.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = _first_difference(value, other, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif value != other:
+            return f"{prefix}{key} is {other!r} there and {value!r} here"
+    return None

@@ -1,0 +1,260 @@
+"""The training loop, and everything that has to stand before its first iteration."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm import parallel
+from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.batch import describe
+from megatron_vlm.data.loader import TrainLoader, build_train_loader
+from megatron_vlm.data.processing import Processing, build_processing
+from megatron_vlm.models.vlm import build_model
+from megatron_vlm.observe.metrics import IterationMetrics, MetricsLog, Progress
+from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.training import checkpoint, run_folder
+from megatron_vlm.training.batch import BatchReader, GlobalBatch
+from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.run_folder import Start
+from megatron_vlm.training.schedule import Schedule
+from megatron_vlm.training.stages import describe_trainable, set_trainable
+from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_schedules, train_step
+
+
+class Trainer:
+    """One rank of a training run.
+
+    Args:
+        config: the whole run.
+        layout: this rank's place.
+        start: where the run begins.
+
+    Raises:
+        ValueError: flags, checkpoint, data and tokenizer don't fit each other.
+    """
+
+    def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start) -> None:
+        self.config, self.layout = config, layout
+        self.run = Path(config.checkpoint.run_dir)
+        self.hf_source = start.checkpoint / HF_FOLDER
+        self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
+        config.validate(layout.world_size, self.model_config)
+        run_folder.check_same_model(config, start, self.model_config)
+        self.state = checkpoint.load_run_state(start.checkpoint) if start.with_state else RunState()
+        self.total_iterations = config.train_iterations
+        self.schedule = Schedule(
+            lr=config.optimizer.lr,
+            min_lr=config.optimizer.min_lr,
+            warmup_iters=config.warmup_iterations,
+            decay_iters=config.decay_iterations,
+            style=config.optimizer.lr_decay_style,
+        )
+        self._build_data(start)
+        self._build_model(start)
+        if start.with_state:
+            checkpoint.load_rng(start.checkpoint, layout)
+
+    def _build_data(self, start: Start) -> None:
+        processing = build_processing(self.config, self.model_config, str(self.hf_source))
+        self.loader: TrainLoader | None = None
+        if self.layout.loads_data:
+            self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
+            if start.with_state:
+                self.loader.load_state_dict(checkpoint.load_data_state(start.checkpoint))
+            if self.state.iteration < self.total_iterations:
+                self._show_first_sample(self.loader, processing)
+        self.reader = BatchReader(
+            self.loader,
+            self.layout,
+            self.model_config,
+            processing,
+            num_microbatches=self.config.num_microbatches(self.layout.world_size),
+            dtype=self._dtype,
+            sequence_multiple=self.layout.tp if self.config.parallel.sequence_parallel else 1,
+        )
+
+    def _build_model(self, start: Start) -> None:
+        config, layout = self.config, self.layout
+        self.stage = build_model(
+            self.model_config,
+            layout,
+            dtype=self._dtype,
+            sequence_parallel=config.parallel.sequence_parallel,
+            deterministic=config.training.deterministic,
+            vocab_divisible_by=config.model.make_vocab_size_divisible_by,
+        )
+        set_trainable(
+            self.stage, train_language=not config.model.freeze_lm, train_vision=config.model.train_vision
+        )
+        checkpoint.load_weights(start.checkpoint, self.stage)
+        # Overlapping communication with the backward pass needs streams of its own.
+        overlap = layout.device.type == "cuda" and layout.dp > 1
+        self.model = wrap_model(self.stage, config.parallel.dist_optim, overlap)
+        prepare_for_schedules(self.model)
+        self.optimizer = Optimizer(
+            self.model,
+            weight_decay=config.optimizer.weight_decay,
+            beta1=config.optimizer.adam_beta1,
+            beta2=config.optimizer.adam_beta2,
+            eps=config.optimizer.adam_eps,
+            clip_grad=config.optimizer.clip_grad,
+        )
+        if start.with_state:
+            checkpoint.load_optimizer(start.checkpoint, self.stage, self.optimizer, self.state)
+        self._say(f"trainable parameters: {describe_trainable(self.stage, layout)}")
+
+    def train(self) -> None:
+        """Run to the last iteration.
+
+        Raises:
+            ValueError: the data can't be read on, or a loss or gradient is not finite.
+        """
+        log = MetricsLog(self.run, self.state.iteration) if self.layout.rank == 0 else None
+        progress = Progress(self.state.iteration, self.total_iterations)
+        try:
+            while self.state.iteration < self.total_iterations:
+                started = time.perf_counter()
+                global_batch = self.reader.next()
+                data_seconds = time.perf_counter() - started
+                result = self._step(global_batch)
+                self.state.iteration += 1
+                self.state.consumed_samples += self.config.training.global_batch_size
+                self.state.optimizer_steps += 1
+                if self._every(self.config.logging.log_interval):
+                    metrics = self._metrics(global_batch, result, started, data_seconds)
+                    if log is not None:
+                        log.write(metrics)
+                        self._say(progress.line(metrics))
+                if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
+                    self.save()
+        finally:
+            if log is not None:
+                log.close()
+
+    def save(self) -> None:
+        """Write a checkpoint; a collective call."""
+        with_state = self.config.checkpoint.save_optim
+        folder = checkpoint.save_checkpoint(
+            self.run / CHECKPOINTS,
+            self.stage,
+            self.optimizer if with_state else None,
+            self.layout,
+            self.state,
+            self.config,
+            self.hf_source,
+            self.loader.state_dict if self.loader is not None else None,
+        )
+        self._say(f"saved {folder}" + ("" if with_state else " (weights only)"))
+
+    def close(self) -> None:
+        """End the data loader's workers."""
+        if self.loader is not None:
+            self.loader.close()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+
+    def _every(self, interval: int) -> bool:
+        return self.state.iteration % interval == 0 or self.state.iteration == self.total_iterations
+
+    def _step(self, global_batch: GlobalBatch) -> StepResult:
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                global_batch,
+                self.layout,
+                self.config.training.micro_batch_size,
+                self.schedule.at(self.state.iteration + 1),
+            )
+        except NonFiniteError as error:
+            raise ValueError(self._describe_failure(error, global_batch)) from None
+
+    def _describe_failure(self, error: NonFiniteError, global_batch: GlobalBatch) -> str:
+        """A collective call: only the ranks that read know the samples' names."""
+        own = [key for index in error.microbatches if global_batch.keys for key in global_batch.keys[index]]
+        everyones: list[list[str]] = [[] for _ in range(self.layout.world_size)]
+        dist.all_gather_object(everyones, own)
+        names = [key for keys in everyones for key in keys]
+        return (
+            f"iteration {self.state.iteration + 1}: the {error} is not finite; stopped before the weights "
+            "changed. "
+            + (f"It arose in a micro batch of these samples: {', '.join(names)}. " if names else "")
+            + "Look at the data, lower --lr, or go on from an earlier checkpoint"
+        )
+
+    def _metrics(
+        self, global_batch: GlobalBatch, result: StepResult, started: float, data_seconds: float
+    ) -> IterationMetrics:
+        """Collective over the ranks that load data; on the others the counts stay empty."""
+        counts = {"truncated": 0, "dropped": 0, "corrupt": 0}
+        sums = [global_batch.tokens, global_batch.images, 0, 0, 0]
+        if self.loader is not None:
+            sums[2:] = [self.loader.counts[name] for name in counts]
+            total = torch.tensor(sums, device=self.layout.device)
+            dist.all_reduce(total, group=self.layout.dp_group)
+            sums = total.tolist()
+        seconds = time.perf_counter() - started
+        tokens, images, truncated, dropped, corrupt = sums
+        return IterationMetrics(
+            iteration=self.state.iteration,
+            loss=result.loss,
+            lr=self.schedule.at(self.state.iteration),
+            grad_norm=result.gradient_norm,
+            tokens=tokens,
+            trained_tokens=result.trained_tokens,
+            samples=self.config.training.global_batch_size,
+            consumed_samples=self.state.consumed_samples,
+            images=images,
+            tokens_per_second=tokens / seconds,
+            iteration_seconds=seconds,
+            data_seconds=data_seconds,
+            skipped=self.state.skipped,
+            truncated=truncated,
+            dropped=dropped,
+            corrupt=corrupt,
+        )
+
+    def _show_first_sample(self, loader: TrainLoader, processing: Processing) -> None:
+        first = loader.peek()
+        if self.layout.rank == 0:
+            print("first sample:", describe(first, processing.tokenizer, processing.image_token_id), flush=True)
+
+    def _say(self, message: str) -> None:
+        if self.layout.rank == 0:
+            print(message, flush=True)
+
+
+def run(config: RunConfig, layout: parallel.Layout) -> None:
+    """Train as ``config`` says, from the start or from where an earlier start of the run ended.
+
+    Raises:
+        ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.
+    """
+    folder = Path(config.checkpoint.run_dir)
+    held = []
+
+    def prepare() -> Start:
+        held.append(run_folder.lock(folder))
+        if config.checkpoint.restart:
+            run_folder.move_aside(folder)
+        start = run_folder.choose_start(config, folder)
+        print(start.message, flush=True)
+        print(layout, flush=True)
+        return start
+
+    start = parallel.on_first_rank(prepare)
+    trainer = Trainer(config, layout, start)
+    try:
+        if layout.rank == 0:
+            config.save(str(folder / run_folder.CONFIG))
+        trainer.train()
+    finally:
+        trainer.close()

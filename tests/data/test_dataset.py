@@ -1,0 +1,113 @@
+"""Prepared folders: what is read from them, and what is said about those that can't be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.data.dataset import PreparedDataset, RawSample, prepare_command
+from megatron_vlm.data.templates import SampleError
+from tests.data.tiny_data import make_samples, prepare, write_shards
+
+
+@pytest.fixture
+def copy(dataset_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+
+
+def raw(key: str = "0", **parts: bytes) -> RawSample:
+    return RawSample(__key__=key, __restore_key__=(), parts=parts)
+
+
+def test_open_reads_both_splits(dataset_dir: Path) -> None:
+    train, val = PreparedDataset.open(str(dataset_dir)), PreparedDataset.open(str(dataset_dir), "val")
+    assert (train.num_samples, val.num_samples) == (120, 20)
+    assert not {shard.name for shard in train.shards} & {shard.name for shard in val.shards}
+    assert train.fingerprint != val.fingerprint
+
+
+def test_missing_or_unprepared_folder_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        PreparedDataset.open(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="not prepared; run: energon prepare --non-interactive"):
+        PreparedDataset.open(str(tmp_path))
+
+
+def test_the_command_that_is_suggested_mends_an_empty_split(tmp_path: Path) -> None:
+    write_shards(tmp_path, make_samples(4), shards=1)
+    prepare(prepare_command(str(tmp_path)))  # energon splits by shards, and puts the only one into val
+    with pytest.raises(ValueError, match="train split is empty") as error:
+        PreparedDataset.open(str(tmp_path))
+    prepare(str(error.value).partition("prepare again: ")[2])
+    assert PreparedDataset.open(str(tmp_path)).num_samples == 4
+
+
+def test_damaged_shards_are_found_at_the_start(copy: Path) -> None:
+    shard = copy / "000002.tar"
+    os.truncate(shard, 20000)
+    with pytest.raises(ValueError, match="shard 000002.tar is truncated"):
+        PreparedDataset.open(str(copy))
+    shard.unlink()
+    with pytest.raises(ValueError, match="shard 000002.tar is missing"):
+        PreparedDataset.open(str(copy))
+    # A prepare that met a truncated tar leaves its folder without .info.json.
+    (copy / ".nv-meta" / ".info.json").unlink()
+    with pytest.raises(ValueError, match="did not finish"):
+        PreparedDataset.open(str(copy))
+
+
+def test_fingerprint_changes_with_the_data(copy: Path) -> None:
+    before = PreparedDataset.open(str(copy)).fingerprint
+    assert PreparedDataset.open(str(copy)).fingerprint == before
+    with open(copy / "000003.tar", "ab") as file:
+        file.write(b"\0" * 512)
+    assert PreparedDataset.open(str(copy)).fingerprint != before
+    os.truncate(copy / "000003.tar", (copy / "000003.tar").stat().st_size - 512)
+    assert PreparedDataset.open(str(copy)).fingerprint == before
+    (copy / ".nv-meta" / "index.uuid").write_text("prepared again")
+    assert PreparedDataset.open(str(copy)).fingerprint != before
+
+
+def test_field_map_decides_what_is_read(copy: Path) -> None:
+    config = {"field_map": {"image": "png,jpg", "context": "json[turns][0][q]", "answers": "json[a],txt"}}
+    (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
+    dataset = PreparedDataset.open(str(copy))
+    sample = raw(jpg=b"image", txt=b"unused", json=b'{"turns": [{"q": "why?"}], "a": ["first", "second"]}')
+    assert dataset.read(sample) == ("why?", "first", [b"image"])
+    for config in ({"field_map": {"image": "jpg"}}, {"sample_loader": "sample_loader.py:sample_loader"}):
+        (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="run: energon prepare"):
+            PreparedDataset.open(str(copy))
+    # A folder for crude samples has no field map; it is read in the documented layout.
+    crude = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(crude))
+    assert PreparedDataset.open(str(copy)).read(raw(txt=b"7", json=b'{"question": "?"}')) == ("?", "7", [])
+
+
+def test_text_only_samples(dataset_dir: Path) -> None:
+    dataset = PreparedDataset.open(str(dataset_dir))
+    parts = {"txt": b"7", "json": b'{"question": "which?"}'}
+    assert dataset.read(raw("1", **parts)) == ("which?", "7", [])
+    assert dataset.read(raw("1", jpg=b"image", **parts)) == ("which?", "7", [b"image"])
+    assert dataset.read(raw("1-noimage", jpg=b"placeholder", **parts)) == ("which?", "7", [])
+    assert dataset.read(raw("1", jpg=b"image", txt=b"a caption")) == ("", "a caption", [b"image"])
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ({"json": b'{"question": "?"}'}, "it has no txt"),
+        ({"txt": b"7", "json": b"{"}, r"its json\[question\] can't be read \(JSONDecodeError"),
+        ({"txt": b"7", "json": b'{"text": "?"}'}, r"its json\[question\] can't be read \(KeyError: 'question'"),
+        ({"txt": b"7", "json": b'{"question": 7}'}, r"its json\[question\] is no text"),
+        ({"txt": b"\xff\xfe", "json": b'{"question": "?"}'}, r"its txt can't be read \(UnicodeDecodeError"),
+    ],
+)
+def test_malformed_fields_are_corrupt(parts: dict[str, bytes], message: str, dataset_dir: Path) -> None:
+    with pytest.raises(SampleError, match=message) as error:
+        PreparedDataset.open(str(dataset_dir)).read(raw(**parts))
+    assert error.value.kind == "corrupt"

@@ -1,0 +1,374 @@
+"""The loader in worker processes: order, counts, resume, errors and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_vlm.data.encoder as encoder_module
+import megatron_vlm.data.loader as loader_module
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate, describe
+from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.loader import TrainLoader, build_train_loader, validation_batches
+from megatron_vlm.data.processing import Processing, build_processing, load_processing
+from megatron_vlm.data.state import from_json, to_json
+from megatron_vlm.data.templates import SampleError
+from tests.data.tiny_data import jpeg, make_samples
+
+MICRO_BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset_dir: Path) -> PreparedDataset:
+    return PreparedDataset.open(str(dataset_dir))
+
+
+@pytest.fixture(scope="module")
+def processing(folders: dict[str, Path], models: dict[str, ModelConfig]) -> Processing:
+    return load_processing(str(folders["llava"]), models["llava"], seq_length=120)
+
+
+@pytest.fixture
+def make_loader(dataset: PreparedDataset, processing: Processing) -> Any:
+    """Makes loaders, and closes them at the end."""
+    made = []
+
+    def make(data_workers: int, dp_rank: int = 0, dp_size: int = 1, **options: Any) -> TrainLoader:
+        options = {"shuffle_buffer_size": 16, "max_corrupt_rate": 0.5, "dataset": dataset, **options}
+        made.append(
+            TrainLoader(
+                processing=options.pop("processing", processing),
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                data_workers=data_workers,
+                **{"micro_batch_size": MICRO_BATCH, **options},
+            )
+        )
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def content(microbatch: Microbatch) -> tuple[Any, ...]:
+    """Everything in a microbatch, comparable and exact."""
+    tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
+    arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
+    return (*arrays, microbatch.keys, microbatch.counts, microbatch.worker)
+
+
+def take(loader: TrainLoader, count: int) -> list[tuple[Any, ...]]:
+    return [content(next(loader)) for _ in range(count)]
+
+
+def test_global_batches_do_not_depend_on_the_data_parallel_size(make_loader: Any) -> None:
+    workers, rounds = 4, 6
+
+    def by_round(dp_size: int) -> list[list[tuple[Any, ...]]]:
+        """The microbatches in global order: round after round, workers in the order of their ids."""
+        ranks = [make_loader(workers, rank, dp_size) for rank in range(dp_size)]
+        each = workers // dp_size
+        taken = [[take(loader, each) for _ in range(rounds)] for loader in ranks]
+        for loader in ranks:
+            loader.close()
+        return [[m for rank in taken for m in rank[i]] for i in range(rounds)]
+
+    alone = by_round(1)
+    assert [m[-1] for m in alone[0]] == [0, 1, 2, 3]
+    assert by_round(2) == alone
+    assert by_round(4) == alone
+
+
+def test_an_epoch_holds_every_sample_once(make_loader: Any, dataset: PreparedDataset) -> None:
+    loader = make_loader(2, shuffle_buffer_size=1, max_corrupt_rate=1.0)
+    usable, keys, counts = 120 - 4, Counter[str](), Counter[str]()  # four pictures of make_samples are damaged
+    while sum(keys.values()) < usable - 2 * MICRO_BATCH:
+        microbatch = next(loader)
+        keys.update(microbatch.keys)
+        counts.update(microbatch.counts)
+    assert max(keys.values()) == 1
+    expected = {str(s["key"]) for s in make_samples(120) if s.get("jpg") != b"not a picture"}
+    assert len(expected) == usable and set(keys) <= expected
+    assert counts["seen"] == sum(keys.values()) + counts["corrupt"] + counts["dropped"]
+    assert loader.counts == {"truncated": 0, "dropped": 0, "corrupt": 0, **counts}
+
+
+def test_the_seed_changes_the_order(make_loader: Any) -> None:
+    first, again, other = (make_loader(1, seed=seed) for seed in (1, 1, 2))
+    assert take(first, 3) == take(again, 3) != take(other, 3)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.0], ids=["state noted always", "state noted once"])
+@pytest.mark.parametrize("from_dp, to_dp", [(1, 1), (1, 2), (2, 1)])
+def test_resume_is_exact(
+    from_dp: int, to_dp: int, seconds: float, make_loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the second epoch, with damaged pictures, counts, and at another data-parallel size."""
+    monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", seconds)
+    workers, before, after = 2, 24, 12  # microbatches of each worker; an epoch has about 20
+    states: dict[str, Any] = {}
+    expected: dict[int, list[Any]] = {}
+    for rank in range(from_dp):
+        loader = make_loader(workers, rank, from_dp)
+        take(loader, before * workers // from_dp)
+        states.update(json.loads(json.dumps(loader.state_dict())))
+        for microbatch in take(loader, after * workers // from_dp):
+            expected.setdefault(microbatch[-1], []).append(microbatch)
+        loader.close()
+    assert any(m[-2].get("corrupt") for taken in expected.values() for m in taken)
+    resumed: dict[int, list[Any]] = {}
+    for rank in range(to_dp):
+        loader = make_loader(workers, rank, to_dp)
+        loader.load_state_dict(states)
+        assert loader.state_dict() == {w: states[str(w)] for w in loader.state_dict()}
+        for microbatch in take(loader, after * workers // to_dp):
+            resumed.setdefault(microbatch[-1], []).append(microbatch)
+    assert resumed == expected
+
+
+def test_resume_at_any_microbatch_again_and_again(make_loader: Any) -> None:
+    reference = make_loader(2)
+    expected = take(reference, 16)
+    states: dict[int, Any] | None = None
+    taken: list[Any] = []
+    for steps in (1, 2, 3, 5, 5):  # odd numbers stop between the workers
+        loader = make_loader(2)
+        if states is not None:
+            loader.load_state_dict(states)
+        loader.peek()  # the workers run ahead of what is taken
+        taken += take(loader, steps)
+        states = loader.state_dict()
+        counts = loader.counts
+        loader.close()
+    assert taken == expected
+    assert counts == reference.counts
+    assert states is not None and [state["microbatches"] for state in states.values()] == [8, 8]
+
+
+def test_state_of_something_else_is_refused(make_loader: Any, dataset: PreparedDataset, dataset_dir: Path) -> None:
+    loader = make_loader(2)
+    take(loader, 3)
+    states = loader.state_dict()
+    for options, message in [
+        ({"data_workers": 4}, "--data-workers 4 differs from 2, .* go on with --data-workers 2"),
+        ({"micro_batch_size": 2}, "--micro-batch-size 2 differs from 3"),
+        ({"shuffle_buffer_size": 8}, "--shuffle-buffer-size 8 differs from 16"),
+        ({"dataset": PreparedDataset.open(str(dataset_dir), "val")}, "the training data changed"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_loader(**{"data_workers": 2, **options}).load_state_dict(states)
+    with pytest.raises(ValueError, match="has 1 of 2 workers"):
+        make_loader(2).load_state_dict({0: states[0]})
+    with pytest.raises(ValueError, match="within a global batch"):
+        make_loader(2).load_state_dict({0: states[1], 1: states[0]})
+    with pytest.raises(ValueError, match="can't be shared by 2 data-parallel ranks; try 2"):
+        make_loader(3, dp_size=2)
+
+
+def test_state_is_read_as_data_only() -> None:
+    loader_state = {"a": [1, (2, b"\x00\xff", None)], "b": 0.5}
+    from megatron.energon.state import FlexState
+
+    value = FlexState({"x": (1, [2, b"\x00\xff"], None), "y": FlexState()})
+    restored = from_json(json.loads(json.dumps(to_json(value))))
+    assert restored == value and type(restored) is FlexState and type(restored["x"]) is tuple
+    with pytest.raises(TypeError, match="no JSON form"):
+        to_json(loader_state)  # a plain dict is nothing that energon saves
+    for crafted in ({"os.system": {"command": "true"}}, {"SliceState": {"index": 0, "run": 1}}, {"tuple": {"0": 1}}):
+        with pytest.raises(ValueError, match="data loader state"):
+            from_json(crafted)
+
+
+def test_too_many_corrupt_samples_stop_the_run(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "MIN_SEEN_FOR_RATE", 40)
+    loader = make_loader(1, max_corrupt_rate=0.01)
+    with pytest.raises(ValueError, match=r"^--data-path .*samples are corrupt, more than --max-corrupt-rate 0.01 allows"):
+        take(loader, 100)
+    take(make_loader(1, max_corrupt_rate=0.1), 100)
+
+
+def test_nothing_usable_stops_the_run(
+    make_loader: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, Path],
+    models: dict[str, ModelConfig],
+) -> None:
+    monkeypatch.setattr(encoder_module, "MAX_UNUSABLE_IN_A_ROW", 50)
+    short = load_processing(str(folders["llava"]), models["llava"], seq_length=26, overlong="drop")
+    loader = make_loader(1, processing=short)
+    with pytest.raises(ValueError, match="50 samples in a row can't be used; the last one: .* than --seq-length 26"):
+        next(loader)
+
+
+def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Processing, "encode", broken)
+    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*encoding sample \S+ of 00000\d.tar failed"):
+        next(make_loader(1))
+
+
+def test_overlong_samples(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    whole = load_processing(str(folders["qwen"]), models["qwen"], seq_length=500)
+    reference = whole.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+    assert not reference.truncated
+    length = len(reference.input_ids)
+    for seq_length in (length, length - 1, length - 20):
+        processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
+        sample = processing.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+        assert sample.truncated == (seq_length < length)
+        assert sample.input_ids == reference.input_ids[:seq_length]
+        # What is cut off is not predicted either.
+        assert sample.labels == reference.labels[: seq_length - 1] + [IGNORE_INDEX]
+    dropping = load_processing(str(folders["qwen"]), models["qwen"], seq_length=length - 1, overlong="drop")
+    with pytest.raises(SampleError, match=f"^{length} tokens are more than --seq-length {length - 1}$"):
+        dropping.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+    image_end = max(i for i, t in enumerate(reference.input_ids) if t == whole.image_token_id) + 1
+    for seq_length, message in ((image_end - 1, "its image does not fit"), (image_end + 1, "nothing of its answer")):
+        processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
+        with pytest.raises(SampleError, match=message):
+            processing.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+
+
+def test_collate_pads_on_the_right() -> None:
+    image = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
+    samples = [Sample("a", [5, 6], [6, -100], [image]), Sample("b", [7, 8, 9], [-100, 9, -100], [])]
+    microbatch = collate(samples, pad_token_id=1, image_shape=(3, 2, 2))
+    assert microbatch.input_ids.tolist() == [[5, 6, 1], [7, 8, 9]]
+    assert microbatch.labels.tolist() == [[6, -100, -100], [-100, 9, -100]]
+    assert torch.equal(microbatch.pixels, image[None]) and microbatch.keys == ["a", "b"]
+    text_only = collate(samples[1:], pad_token_id=1, image_shape=(3, 2, 2))
+    assert text_only.pixels.shape == (0, 3, 2, 2) and text_only.pixels.dtype == torch.uint8
+
+
+def test_describe_marks_what_is_trained(processing: Processing) -> None:
+    samples = [processing.encode(key, "What?", "A cat.", [jpeg(1)] * (key == "a")) for key in ("a", "b")]
+    for order in (samples, samples[::-1]):  # the first sample padded, and not
+        microbatch = collate(order, processing.pad_token_id, processing.images.shape)
+        text = describe(microbatch, processing.tokenizer, processing.image_token_id)
+        assert text.count("⟦") == 1 and "A cat." in text.partition("⟦")[2] and text.endswith("</s>⟧")
+        assert ("<image>×25" in text) == (order[0].key == "a")
+        trained = sum(label != IGNORE_INDEX for label in order[0].labels)
+        assert text.startswith(f"{order[0].key} ({len(order[0].input_ids)} tokens, {trained} trained)")
+
+
+def test_validation_is_one_pass_in_order(dataset_dir: Path, processing: Processing) -> None:
+    val = PreparedDataset.open(str(dataset_dir), "val")
+    usable = [str(s["key"]) for s in make_samples(140)[120:] if s.get("jpg") != b"not a picture"]
+    options: dict[str, Any] = {"micro_batch_size": MICRO_BATCH, "processing": processing}
+    for _ in range(2):
+        batches = list(validation_batches(val, dp_rank=0, dp_size=1, **options))
+        assert [key for batch in batches for key in batch.keys] == usable
+    shares = [list(validation_batches(val, dp_rank=rank, dp_size=2, **options)) for rank in range(2)]
+    assert [key for share in shares for batch in share for key in batch.keys] == usable
+    assert len(list(validation_batches(val, dp_rank=0, dp_size=1, limit=2, **options))) == 2
+
+
+def test_building_from_a_run_config(folders: dict[str, Path], models: dict[str, ModelConfig], dataset_dir: Path) -> None:
+    flags = ["--tokenizer-load-dir", str(folders["bare"]), "--data-path", str(dataset_dir), "--lang", "en"]
+    flags += ["--seq-length", "200", "--template", "v1", "--micro-batch-size", "2", "--global-batch-size", "8"]
+    config = RunConfig.from_flags(flags)
+    processing = build_processing(config, models["bare"])
+    loader = build_train_loader(config, processing, dp_rank=1, dp_size=2)
+    first = loader.peek()
+    assert content(next(loader)) == content(first)
+    assert first.worker == config.data_workers(2) // 2 and len(first.keys) == 2
+    assert "A chat between" in describe(first, processing.tokenizer, processing.image_token_id)
+    loader.close()
+    # A tokenizer without image processor takes that of the checkpoint's folder.
+    only_tokenizer = folders["bare"].parent / "only-tokenizer"
+    processing.tokenizer.save_pretrained(only_tokenizer)
+    config = RunConfig.from_flags(["--tokenizer-load-dir", str(only_tokenizer), "--data-path", "x"])
+    assert build_processing(config, models["bare"], hf_dir=str(folders["bare"])).images.shape == (3, 20, 20)
+    with pytest.raises(ValueError, match="no image processor"):
+        build_processing(config, models["bare"])
+
+
+def test_a_shard_that_goes_bad_while_training_is_one_line(
+    make_loader: Any, dataset_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+    dataset = PreparedDataset.open(str(copy))
+    os.truncate(copy / "000001.tar", 30000)
+    with pytest.raises(ValueError, match=r"^--data-path \S+copy: Unexpected end of tar file: 000001.tar$"):
+        take(make_loader(1, dataset=dataset), 100)
+
+
+def test_a_dead_or_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch tells of a dead worker by a signal handler, wherever this process is; not the path tested here.
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        loader = make_loader(1)
+        take(loader, 2)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        (worker,) = loader._loader._iterator._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="a data loader worker died"):
+            loader.state_dict()
+        with pytest.raises(RuntimeError, match="a data loader worker died"):
+            take(loader, 10)
+        loader.close()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+    encode = Processing.encode
+
+    def hang(self: Processing, key: str, *rest: Any) -> Sample:
+        time.sleep(60.0 * key.startswith("00061"))
+        return encode(self, key, *rest)
+
+    monkeypatch.setattr(Processing, "encode", hang)
+    loader = make_loader(1, timeout=2.0)
+    with pytest.raises(RuntimeError, match="timed out after 2"):
+        take(loader, 100)
+    (worker,) = loader._loader._iterator._workers
+    loader.close()
+    assert not worker.is_alive()
+
+
+def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folders: dict[str, Path]) -> None:
+    script = textwrap.dedent("""
+        import os, sys
+        from megatron_vlm.config.model import ModelConfig
+        from megatron_vlm.data.dataset import PreparedDataset
+        from megatron_vlm.data.loader import TrainLoader
+        from megatron_vlm.data.processing import load_processing
+
+        folder, data, end = sys.argv[1:]
+        processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
+        loader = TrainLoader(PreparedDataset.open(data), processing, dp_rank=0, dp_size=1, data_workers=4,
+                             micro_batch_size=1, shuffle_buffer_size=4)
+        next(loader)
+        print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
+        if end == "kill":
+            os.kill(os.getpid(), 9)
+        if end == "close":
+            loader.close()
+        if end == "raise":
+            raise SystemExit(3)
+    """)
+    for end, code in (("kill", -9), ("close", 0), ("leave", 0), ("raise", 3)):
+        command = [sys.executable, "-c", script, str(folders["llava"]), str(dataset_dir), end]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == (code, "")
+        workers = [int(pid) for pid in result.stdout.split()]
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(workers) == 4 and not any(Path(f"/proc/{pid}").exists() for pid in workers)

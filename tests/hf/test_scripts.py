@@ -1,0 +1,134 @@
+"""The conversion scripts: what they print, their exit codes, and the container."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.hf import cli
+from megatron_vlm.hf.folder import verify
+from tests.tiny import save_tiny_llava
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "convert"
+
+
+def run(monkeypatch, script: str, *flags: object) -> int:
+    """A script's exit code, run in this process."""
+    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    try:
+        return cli.run(module.main)
+    except SystemExit as exit:  # argparse
+        return int(exit.code or 0)
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    save_tiny_llava(tmp_path / "llava", "clip-llama")
+    return tmp_path / "llava"
+
+
+def test_there_and_back_from_anywhere(llava: Path, tmp_path: Path) -> None:
+    """As a user runs them: another process, another folder, the package not on the path."""
+    for command in (
+        "convert_hf_to_megatron.py --hf-dir llava --megatron-dir checkpoint --tp 2 --pp 1",
+        "convert_megatron_to_hf.py --megatron-dir checkpoint --hf-dir back --tp 2 --max-shard-size 50KB",
+    ):
+        script, *flags = command.split()
+        done = subprocess.run(
+            [sys.executable, "-I", SCRIPTS / script, *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "100 %" in done.stderr and "left" in done.stderr
+    assert verify(llava, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tp", "3"], "--tp 3 does not divide"),
+        (["--pp", "3"], "--pp 3 does not divide"),
+        (["--tp", "0"], "'0' is not a positive integer"),
+        (["--hf-dir", "nowhere"], "nowhere: no config.json"),
+        (["--megatron-dir", "taken"], "--force"),
+        (["--sif-path", "nowhere.sif"], "nowhere.sif: no such image"),
+    ],
+)
+def test_import_errors(
+    llava: Path, tmp_path: Path, monkeypatch, capsys, flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    code = run(
+        monkeypatch, "convert_hf_to_megatron", "--hf-dir", llava, "--megatron-dir", "checkpoint", *flags
+    )
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error.splitlines()[-1]
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_export_errors(tmp_path: Path, llava: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = "convert_megatron_to_hf"
+    for flags, message in (
+        (["--megatron-dir", "nowhere"], "nowhere: no such checkpoint"),
+        (["--megatron-dir", "llava"], "llava: not a checkpoint"),
+        (["--megatron-dir", "llava", "--max-shard-size", "5"], "'5' is not a size"),
+    ):
+        assert run(monkeypatch, script, "--hf-dir", "back", *flags) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run(monkeypatch, "convert_hf_to_megatron", "--hf-dir", llava, "--megatron-dir", "checkpoint") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, script, "--hf-dir", "back", "--megatron-dir", "checkpoint", "--tp", 3) == 2
+    assert capsys.readouterr().err.startswith("error: --tp 3 does not divide")
+    assert not (tmp_path / "back").exists()
+
+
+def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--save-dir", "llava", "--text-model", "./nowhere", "--vision-model", "./nowhere"]
+    assert run(monkeypatch, "build_llava_jp", *flags) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("error: --text-model ./nowhere: cannot be loaded")
+    )
+
+
+def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
+    """They hand over their own flags, and what has to be bound, before anything needs torch."""
+    seen = []
+    monkeypatch.setattr(
+        "megatron_vlm.launch.container.reenter", lambda argv, sif, binds: seen.append((argv, sif, binds)) or 7
+    )
+    text = tmp_path / "text"
+    text.mkdir()
+    container = ["--sif-path", "image.sif", "--bind", "/data:/data", "/scratch:/s:ro"]
+    cases = {
+        "convert_hf_to_megatron": (["--hf-dir", "a", "--megatron-dir", "b"], ["a", "b"]),
+        "convert_megatron_to_hf": (
+            ["--megatron-dir", "a", "--hf-dir", "b", "--tokenizer-dir", "c"],
+            ["a", "b", "c"],
+        ),
+        "build_llava_jp": (
+            ["--save-dir", "a", "--text-model", str(text), "--vision-model", "org/tag"],
+            ["a", str(text)],
+        ),
+    }
+    for script, (flags, paths) in cases.items():
+        assert run(monkeypatch, script, *flags, *container) == 7
+        argv, sif, binds = seen.pop()
+        assert argv == [str(SCRIPTS / f"{script}.py"), *flags, *container]
+        assert sif == "image.sif"
+        assert binds == ["/data:/data", "/scratch:/s:ro", *paths]
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("200mb", 2 * 10**8)])
+def test_sizes(text: str, size: int) -> None:
+    assert cli.size(text) == size
