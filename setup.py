@@ -17,6 +17,7 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "pillow>=10",
+        "pyyaml>=6",
         "numpy>=1.26",
         "peft>=0.18",
         "tensorboard>=2.16",

@@ -5,21 +5,26 @@ Starting a process costs seconds of imports; joining and leaving a process group
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIMEOUT = 240  # seconds; far above any test here, so that a hang ends as a failure
 
 
 def _worker(rank: int, tasks: Any, results: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Not a daemon, since data loaders start processes of their own; so it ends with its parent like this.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     import torch
     import torch.distributed as dist
 
@@ -64,7 +69,7 @@ class Pool:
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(self.size)]
         self.processes = [
-            context.Process(target=_worker, args=(rank, self.tasks[rank], self.results), daemon=True)
+            context.Process(target=_worker, args=(rank, self.tasks[rank], self.results))
             for rank in range(self.size)
         ]
         for process in self.processes:

@@ -12,8 +12,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import wrap_model
+from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.checkpoint import _sharded_weights, load_weights
 from megatron_vlm.training.stages import set_trainable
@@ -114,3 +116,11 @@ def _pipeline_logits(wrapped: Any, batch: GlobalBatch, layout: Any, micro_batch_
         micro_batch_size=micro_batch_size,
         forward_only=True,
     )
+
+
+def train(argv: list[str]) -> None:
+    """Train as ``python -m megatron_vlm.training`` does."""
+    config = RunConfig.from_flags(argv)
+    sections = config.parallel
+    layout = parallel.initialize(sections.tp, sections.pp, config.training.seed, sections.device)
+    trainer.run(config, layout)

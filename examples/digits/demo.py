@@ -93,9 +93,9 @@ def main() -> None:
         *("--name", "digits", "--save-dir", "demo/runs", "--data-path", "demo/data", "--lang", "en"),
         *("--megatron-load-dir", "demo/megatron", "--tokenizer-load-dir", "demo/llava"),
         *("--stage", "2", "--train-vision", "--fp32", "--seq-length", "64"),
-        *("--micro-batch-size", "24", "--global-batch-size", "48"),
+        *("--micro-batch-size", str(48 // args.pp), "--global-batch-size", "48"),
         *("--train-iters", str(TRAIN_ITERATIONS), "--lr", "1e-3", "--lr-warmup-iters", "50"),
-        *("--adam-beta2", "0.95", "--log-interval", "10"),
+        *("--adam-beta2", "0.95", "--log-interval", "10", "--save-optim"),
         *(("--device", "cpu") if too_few_gpus else ()),
     )
 

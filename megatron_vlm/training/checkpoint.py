@@ -93,7 +93,7 @@ def save_checkpoint(
     # save() changes the dictionaries that it is given.
     sharded: dict[str, Any] = {"model": dict(weights)}
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state(weights)
+        sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
     dist_checkpointing.save(sharded, str(staging))
 
     tensors = _gather(_describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
@@ -166,9 +166,9 @@ def load_optimizer(folder: Path, model: VisionLanguageModel, optimizer: Optimize
                     f"{folder}: no optimizer state for {entry.key.split('.', 3)[-1]}; it was saved with other "
                     "--stage, --freeze-lm or --train-vision. Use the same, or start a new run from its weights"
                 )
-    loaded = _load(folder, {"optimizer": request})["optimizer"] if request else {}
+    loaded = _load(folder, _request("optimizer", request))
     with torch.no_grad():
-        optimizer.load_sharded_state(loaded, state.optimizer_steps)
+        optimizer.load_sharded_state(loaded.get("optimizer", {}), state.optimizer_steps)
 
 
 def load_rng(folder: Path, layout: Layout) -> None:
@@ -213,6 +213,12 @@ def _sharded_weights(model: VisionLanguageModel) -> dict[str, Any]:
 def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     read_metadata(folder)  # refuses a crafted file, which the next line would execute
     return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
+
+
+def _request(name: str, entries: dict[Any, Any]) -> dict[str, Any]:
+    """A part of a sharded state dict. On a stage where nothing trains it has to be absent, not empty:
+    what isn't a sharded tensor is saved by rank 0 alone and must be the same on every rank."""
+    return {name: entries} if entries else {}
 
 
 def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) -> None:

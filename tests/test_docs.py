@@ -1,0 +1,136 @@
+"""What README, CONTRIBUTING and docs show can be run: scripts exist and take the flags, links lead on."""
+
+import functools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from megatron.energon.tools.prepare import command as energon_prepare
+
+from megatron_vlm.config.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = "scripts/train/run.py"
+# Of programs that a test machine need not have.
+FLAGS_OF_OTHERS = {
+    "singularity": {"--nv", "--fakeroot", "--disable-cache"},
+    "srun": {"--ntasks-per-node"},
+    "pip": {"--extra-index-url"},
+}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands in a page's shell blocks, as words; ``<placeholders>`` become one word."""
+    found = []
+    for block in re.findall(r"```shell\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"<[^<>]*>", "placeholder", line), comments=True)
+            if words:
+                found.append(words)
+    return found
+
+
+@functools.cache
+def flags_of(script: str) -> set[str]:
+    """The flags in a script's ``--help``."""
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", shown.stdout))
+
+
+def energon_flags() -> set[str]:
+    return {name for option in energon_prepare.params for name in (*option.opts, *option.secondary_opts)}
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def check(words: list[str]) -> None:
+    """Check one command; a program that is not known here fails."""
+    program, *rest = words
+    given = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+    if program == "singularity" and rest[0] == "exec":
+        check(rest[2:])
+    elif program == "singularity" and rest[0] == "build":
+        assert (ROOT / rest[-1]).is_file()
+        assert given <= FLAGS_OF_OTHERS["singularity"]
+    elif program == "make":
+        assert rest[0] in make_targets()
+    elif program == "energon" and rest[0] == "prepare":
+        assert given <= energon_flags()
+    elif program == "python" and rest[0] == RUN:
+        RunConfig.from_flags(rest[1:])  # values as well as names
+    elif program == "python":
+        assert given <= flags_of(rest[0])
+    else:
+        pytest.fail(f"nothing here knows {program}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=f"{page.stem}-{words[0]}-{i}")
+        for page in PAGES
+        for i, words in enumerate(commands(page))
+    ],
+)
+def test_command(words: list[str]) -> None:
+    check(words)
+
+
+def test_the_readme_shows_the_whole_pipeline() -> None:
+    shown = {word for words in commands(ROOT / "README.md") for word in words}
+    assert {"demo", "test", "environments/recipe_latest.def", "energon", RUN} <= shown
+    assert {f"scripts/convert/{path.name}" for path in (ROOT / "scripts/convert").glob("*.py")} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_flags_in_the_text_exist(page: Path) -> None:
+    known = set().union(energon_flags(), flags_of(RUN), *FLAGS_OF_OTHERS.values())
+    for script in (ROOT / "scripts/convert").glob("*.py"):
+        known |= flags_of(str(script.relative_to(ROOT)))
+    known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
+    assert mentioned <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_map_names_every_package() -> None:
+    text = (ROOT / "README.md").read_text()
+    packages = [path.parent.name for path in (ROOT / "megatron_vlm").glob("*/__init__.py")]
+    assert packages
+    assert all(re.search(rf"^      {name}/ ", text, re.MULTILINE) for name in packages)
+
+
+def test_the_demo_runs_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples/digits")
+    import demo
+
+    ran: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> SimpleNamespace:
+        ran.append(list(command))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", record)
+    monkeypatch.setattr(demo.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--tp", "2", "--pp", "2"])
+    demo.main()
+    scripts = [words for words in ran if words[1].startswith("scripts/") or words[0] == "energon"]
+    assert len(scripts) == 5
+    for words in scripts:
+        check(words)
+    assert all((ROOT / words[1]).is_file() for words in ran if words[0] == "python")
+    (train,) = (words for words in ran if words[1] == RUN)
+    RunConfig.from_flags(train[2:]).validate(world_size=4)

@@ -1,0 +1,92 @@
+"""Tiny models that can be trained on a tiny dataset, as converted checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_vlm.data.dataset import prepare_command
+from megatron_vlm.hf.convert import import_hf
+from tests.data.tiny_data import FOLDERS, make_samples, prepare, write_shards
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What ``--megatron-load-dir``, ``--tokenizer-load-dir`` and ``--data-path`` take."""
+
+    checkpoint: Path
+    hf: Path
+    data: Path
+    text_only: Path
+
+    def flags(self, save_dir: Path, name: str, *more: str) -> list[str]:
+        """A short run with small batches."""
+        return [
+            *("--megatron-load-dir", str(self.checkpoint), "--tokenizer-load-dir", str(self.hf)),
+            *("--data-path", str(self.data), "--save-dir", str(save_dir), "--name", name),
+            *("--micro-batch-size", "2", "--global-batch-size", "8", "--data-workers", "4"),
+            *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", "--fp32"),
+            *("--lr", "2e-3", "--lr-warmup-iters", "2", "--max-corrupt-rate", "0.5", *more),
+        ]
+
+
+def save_llava(folder: Path, tie_word_embeddings: bool) -> None:
+    """A Hugging Face LLaVA with weights, tokenizer, template and image processor."""
+    make_tokenizer, make_images, chat_template, tower, extra = FOLDERS["llava"]
+    tokenizer = make_tokenizer()
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, **tower
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=450,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tie_word_embeddings,
+            initializer_range=0.1,  # large enough for the projector alone to make a difference
+        ),
+        tie_word_embeddings=tie_word_embeddings,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(5)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        make_images(),
+        tokenizer,
+        patch_size=tower["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=extra,
+        chat_template=chat_template,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset with samples with and without images, and one without any."""
+    mixed, text_only = tmp_path_factory.mktemp("mixed"), tmp_path_factory.mktemp("text")
+    write_shards(mixed, make_samples(140), 7)
+    write_shards(text_only, [{k: v for k, v in s.items() if k != "jpg"} for s in make_samples(70)], 7)
+    for root in (mixed, text_only):
+        prepare(prepare_command(str(root), ratio="6,1,0"))
+    return mixed, text_only
+
+
+@pytest.fixture(scope="session")
+def trainables(
+    tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]
+) -> dict[str, Trainable]:
+    """With untied and with tied embeddings."""
+    found = {}
+    for name in ("untied", "tied"):
+        root = tmp_path_factory.mktemp(name)
+        save_llava(root / "hf", tie_word_embeddings=name == "tied")
+        import_hf(root / "hf", root / "megatron", tp=1, pp=1)
+        found[name] = Trainable(root / "megatron", root / "hf", *datasets)
+    return found
