@@ -40,7 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         vision_feature_select_strategy="full",
         text_extra=dict(attention_bias=True, mlp_bias=True, head_dim=16),
     ),
-    "clip-llama-linear": dict(projector="linear", vision_feature_layer=[-2, -1], text_extra=dict(attention_bias=True)),
+    "clip-llama-linear": dict(
+        projector="linear", vision_feature_layer=[-2, -1], text_extra=dict(attention_bias=True)
+    ),
 }
 
 
@@ -60,7 +62,9 @@ def tiny_config(
     if projector == "linear":
         extra.update(projector_hidden_act="linear", mm_projector_type="linear")
     return transformers.LlavaConfig(
-        text_config=text_class(**{**text_sizes, **(text_extra or {})}, tie_word_embeddings=tie_word_embeddings),
+        text_config=text_class(
+            **{**text_sizes, **(text_extra or {})}, tie_word_embeddings=tie_word_embeddings
+        ),
         vision_config=vision_class(**vision_sizes),
         tie_word_embeddings=tie_word_embeddings,
         image_token_index=200,

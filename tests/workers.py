@@ -41,7 +41,9 @@ class Layout:
         return "-".join([f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", *switches])
 
 
-def global_batch(microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int) -> GlobalBatch:
+def global_batch(
+    microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int
+) -> GlobalBatch:
     """Microbatches of ``input_ids``, ``labels`` (shifted, -100 untrained), ``pixel_values`` as the model takes them."""
     length = -(-max(m["input_ids"].shape[1] for m in microbatches) // multiple) * multiple
     batches = []

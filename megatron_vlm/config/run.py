@@ -230,6 +230,16 @@ class RunConfig:
             raise ValueError("neither --train-iters nor --train-samples is given; say how long to train")
         return iterations
 
+    def for_one_epoch(self, num_samples: int) -> RunConfig:
+        """The same run, one pass over a training split of ``num_samples`` long if no flag says how long.
+
+        Raises:
+            ValueError: the split is smaller than a global batch.
+        """
+        if self.training.iterations is not None:
+            return self
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, train_samples=num_samples))
+
     @property
     def decay_iterations(self) -> int:
         """Iterations after which the learning rate has reached its minimum, the warmup included."""
@@ -254,14 +264,13 @@ class RunConfig:
         """
         if self.data.data_path is None:
             raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
-        if self.model.megatron_load_dir is None and not self.model.init:
-            raise ValueError("--megatron-load-dir is missing; or give --init to start from random weights")
-        if self.model.megatron_load_dir is None and self.model.tokenizer_load_dir is None:
-            raise ValueError("--init needs --tokenizer-load-dir, a Hugging Face folder with config.json")
+        if self.model.megatron_load_dir is None:
+            raise ValueError(
+                "--megatron-load-dir is missing; make one with scripts/convert/convert_hf_to_megatron.py"
+            )
         _ = self.checkpoint.run_dir
-        if self.checkpoint.load_optim and self.model.init:
-            raise ValueError("--load-optim has nothing to load with --init; drop one of them")
-        if self.warmup_iterations >= self.decay_iterations:
+        length_is_known = self.training.iterations is not None or self.optimizer.lr_decay_iters is not None
+        if length_is_known and self.warmup_iterations >= self.decay_iterations:
             raise ValueError(
                 f"the warmup of {self.warmup_iterations} iterations leaves none of {self.decay_iterations} "
                 f"for the decay; use --lr-warmup-iters {self.decay_iterations - 1} or less, or train longer"

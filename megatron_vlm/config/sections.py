@@ -61,7 +61,8 @@ class ModelSection:
     init: bool = flag(
         SAVE_LOAD,
         False,
-        "start from random weights; the architecture is that of the checkpoint or of the tokenizer's folder",
+        "start from random weights",
+        not_yet="make a model with random weights with transformers and convert it",
     )
     image_token_id: Optional[int] = flag(
         TOKENIZER, None, "id of the image token", shown_default="from the tokenizer and the model"
@@ -176,17 +177,20 @@ class TrainingSection:
         "sets the batch sizes, --lr and --freeze-lm",
         choices=(1, 2),
     )
-    train_iters: Optional[int] = flag(TRAINING, None, "iterations to train")
+    train_iters: Optional[int] = flag(
+        TRAINING, None, "iterations to train", shown_default="one pass over the training split"
+    )
     train_samples: Optional[int] = flag(
         TRAINING, None, "samples to train on, in place of --train-iters; rounded down to whole iterations"
     )
     seed: int = flag(TRAINING, 1234, "seed of weights, dropout and data order")
-    precision: str = flag(
+    precision: Optional[str] = flag(
         TRAINING,
-        "bf16",
-        "compute in bfloat16 with float32 master weights",
+        None,
+        "compute in bfloat16 with float32 master weights, or in float32",
         choices=("bf16", "fp32"),
         switches=True,
+        shown_default="as the weights are stored",
     )
     skip_train_iteration_range: Tuple[str, ...] = flag(
         SAVE_LOAD,
@@ -195,7 +199,12 @@ class TrainingSection:
         not_yet="take the samples out of the dataset instead",
     )
     fp8: bool = flag(OTHER, False, "compute in FP8", not_yet="use --bf16")
-    deterministic: bool = flag(DEBUG, False, "use only operations that give the same bits every time; slower")
+    deterministic: bool = flag(
+        DEBUG,
+        False,
+        "use only operations that give the same bits every time",
+        not_yet="leave it out; on CPUs every run gives the same bits",
+    )
     debug: bool = flag(
         DEBUG,
         False,
@@ -313,8 +322,12 @@ class LoggingSection:
     """Where numbers go; ``metrics.jsonl`` in the run folder is always written."""
 
     log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
-    wandb: bool = flag(LOGGING, False, "log to Weights & Biases")
-    tensorboard: bool = flag(LOGGING, False, "log to TensorBoard files in the run folder")
+    wandb: bool = flag(
+        LOGGING, False, "log to Weights & Biases", not_yet="read metrics.jsonl in the run folder"
+    )
+    tensorboard: bool = flag(
+        LOGGING, False, "log to TensorBoard", not_yet="read metrics.jsonl in the run folder"
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval")

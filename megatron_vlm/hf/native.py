@@ -67,6 +67,16 @@ for _name, _value in vars(torch).items():
         _ADMITTED["torch", _name] = _value
 
 
+def _enum_member(kind: Any, name: Any) -> Any:
+    """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle the member of an enum."""
+    if kind not in (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType):
+        raise pickle.UnpicklingError(f"asks for an attribute of {kind!r}")
+    return kind[name]
+
+
+_ADMITTED["builtins", "getattr"] = _enum_member
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:

@@ -31,15 +31,13 @@ def check_paths(config: RunConfig) -> None:
 
 
 def read_model(config: RunConfig) -> Optional[ModelConfig]:
-    """The architecture: that of the checkpoint, or with ``--init`` alone that of the tokenizer's folder.
+    """The architecture of the checkpoint that training starts from.
 
     Raises:
         ValueError: the checkpoint is not there or not readable.
     """
     if config.model.megatron_load_dir is not None:
         return ModelConfig.from_dict(read_manifest(config.model.megatron_load_dir)["model"])
-    if config.model.init and config.model.tokenizer_load_dir is not None:
-        return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir)
     return None
 
 

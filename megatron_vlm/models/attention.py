@@ -118,8 +118,11 @@ class TorchNorm:
         norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         norm = norms[config.normalization](
             # The CPU backend answers with the CPU.
-            hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype
+            hidden_size,
+            eps=eps,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
         )
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

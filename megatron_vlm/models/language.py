@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -40,7 +41,7 @@ class LanguageModel(GPTModel):
             parallel_output=True,
             share_embeddings_and_output_weights=language.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=language.rope_theta,  # type: ignore[arg-type]
+            rotary_base=language.rope_theta,
             # Image features are placed among the embeddings first; the model scatters the result.
             scatter_embedding_sequence_parallel=False,
         )
@@ -53,14 +54,13 @@ class LanguageModel(GPTModel):
 
         Args:
             labels: ``[b, s]``, each within the vocabulary.
-            logits: this rank's part, ``[s, b, padded vocabulary / tp]``; changed in place.
+            logits: this rank's part, ``[s, b, padded vocabulary / tp]``.
 
         Returns:
             ``[b, s]`` in float32.
         """
         if self.real_columns < logits.shape[-1]:
-            padding = logits.new_zeros(logits.shape[-1], dtype=bool)
-            padding[self.real_columns :] = True
-            logits = logits.masked_fill(padding, float("-inf"))
+            columns = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(columns >= self.real_columns, float("-inf"))
         loss = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
         return loss.t().contiguous()

@@ -45,9 +45,9 @@ class VisionTower(CLIPViTModel):
             kernel_size=vision.patch_size,
             stride=vision.patch_size,
             bias=not vision.has_class_token,
-            **factory,  # type: ignore[arg-type]
+            **factory,
         )
-        self.position_embeddings.to(**factory)  # type: ignore[call-overload]
+        self.position_embeddings.to(**factory)
         if vision.has_class_token:
             self.class_token.data = self.class_token.data.to(**factory)
         self.feature_layers = model.feature_layers

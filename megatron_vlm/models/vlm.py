@@ -86,9 +86,7 @@ class VisionLanguageModel(MegatronModule):
             assert image_positions is not None
             features = self.vision_projection(self.vision_model(pixel_values)).flatten(0, 1)
             batch_index, sequence_index = image_positions
-            embeddings = embeddings.index_put(
-                (sequence_index, batch_index), features.to(embeddings.dtype)
-            )
+            embeddings = embeddings.index_put((sequence_index, batch_index), features.to(embeddings.dtype))
         elif any(parameter.requires_grad for parameter in self.vision_projection.parameters()):
             # Without images this rank would skip the gradients that the others reduce, and with
             # nothing else to train its output would have no gradient at all to receive.
@@ -101,7 +99,7 @@ class VisionLanguageModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states that the previous stage sent (called by the schedules)."""
-        self.language_model.set_input_tensor(input_tensor)  # type: ignore[arg-type]
+        self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The weight that first and last stage share when embeddings are tied."""

@@ -52,7 +52,8 @@ class MetricsLog:
         self.file: IO[str] = open(self.path, "a", encoding="utf-8")
 
     def _move_aside(self, last_iteration: int) -> None:
-        kept, superseded = [], []
+        kept: list[str] = []
+        superseded: list[str] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 keep = json.loads(line)["iteration"] <= last_iteration

@@ -17,7 +17,18 @@ from typing import Any, Callable
 import torch
 
 # The tensor constructors that megatron-core calls with device="cuda" or torch.cuda.current_device().
-_CONSTRUCTORS = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like")
+_CONSTRUCTORS = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "zeros_like",
+    "empty_like",
+)
 
 _saved: dict[tuple[Any, str], Any] = {}
 

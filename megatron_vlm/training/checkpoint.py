@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def save_checkpoint(
     state: RunState,
     config: RunConfig,
     hf_source: Path,
-    data_state: Callable[[], dict[str, Any]] | None,
+    data_state: Callable[[], dict[int, Any]] | None,
     keep: int | None = None,
 ) -> Path:
     """Write ``<root>/iter_<iteration>``; a collective call.
@@ -77,7 +77,7 @@ def save_checkpoint(
         model: this rank's stage, unwrapped.
         optimizer: None for a checkpoint with weights only, which can't be resumed from.
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
-        data_state: the loader's state on ranks that load data; asked only with an optimizer.
+        data_state: asks the loader for its state; None on ranks that don't load data.
         keep: delete all but the last this many checkpoints; None keeps all.
 
     Returns:
@@ -100,8 +100,7 @@ def save_checkpoint(
     data = {}
     if optimizer is not None:
         _save_rng(staging, layout)
-        own = data_state() if data_state is not None and layout.loads_data else {}
-        data = _gather(own, layout)
+        data = _gather(data_state() if data_state is not None else {}, layout)
     if layout.rank == 0:
         _link_folder(hf_source, staging / HF_FOLDER)
         config.save(str(staging / RUN_CONFIG))
@@ -239,11 +238,14 @@ def _describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[
     described = {}
     for entry in weights.values():
         part = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-        described[part.key] = {"shape": list(part.global_shape), "dtype": str(part.dtype).removeprefix("torch.")}
+        described[part.key] = {
+            "shape": list(part.global_shape),
+            "dtype": str(part.dtype).removeprefix("torch."),
+        }
     return described
 
 
-def _gather(own: dict[str, Any], layout: Layout) -> dict[str, Any]:
+def _gather(own: Mapping[Any, Any], layout: Layout) -> dict[str, Any]:
     """All ranks' dictionaries as one, on rank 0."""
     parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
     dist.gather_object(own, parts)

@@ -69,7 +69,9 @@ def choose_start(config: RunConfig, run: Path) -> Start:
     resumable = latest_resumable(root)
     if resumable is not None:
         iteration = read_manifest(resumable)["iteration"]
-        return Start(resumable, True, f"resuming {run} from {resumable.name}: {iteration} iterations are done")
+        return Start(
+            resumable, True, f"resuming {run} from {resumable.name}: {iteration} iterations are done"
+        )
     finished = list_checkpoints(root)
     if finished:
         raise ValueError(

@@ -13,6 +13,7 @@ from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import describe
+from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.vlm import build_model
@@ -40,7 +41,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start) -> None:
-        self.config, self.layout = config, layout
+        samples = PreparedDataset.open(str(config.data.data_path), "train").num_samples
+        self.config, self.layout = config.for_one_epoch(samples), layout
+        config = self.config
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
@@ -159,7 +162,10 @@ class Trainer:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+        precision = self.config.training.precision
+        if precision is None:
+            precision = "fp32" if self.model_config.dtype == "float32" else "bf16"
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
     def _every(self, interval: int) -> bool:
         return self.state.iteration % interval == 0 or self.state.iteration == self.total_iterations
@@ -225,7 +231,9 @@ class Trainer:
     def _show_first_sample(self, loader: TrainLoader, processing: Processing) -> None:
         first = loader.peek()
         if self.layout.rank == 0:
-            print("first sample:", describe(first, processing.tokenizer, processing.image_token_id), flush=True)
+            print(
+                "first sample:", describe(first, processing.tokenizer, processing.image_token_id), flush=True
+            )
 
     def _say(self, message: str) -> None:
         if self.layout.rank == 0:
@@ -254,7 +262,7 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
     trainer = Trainer(config, layout, start)
     try:
         if layout.rank == 0:
-            config.save(str(folder / run_folder.CONFIG))
+            trainer.config.save(str(folder / run_folder.CONFIG))
         trainer.train()
     finally:
         trainer.close()

@@ -111,12 +111,12 @@ def test_every_field_survives_flags_json_and_dict(section, field, kind, tmp_path
 def test_flags_win_over_the_file(tmp_path) -> None:
     path = tmp_path / "run.json"
     path.write_text(
-        json.dumps({"tp": 2, "train-samples": 512, "wandb": True, "optimizer": {"lr": 0.5}, "fp32": True})
+        json.dumps({"tp": 2, "train-samples": 512, "dist-optim": True, "optimizer": {"lr": 0.5}, "fp32": True})
     )
-    config = RunConfig.from_flags(["--config", str(path), "--tp", "4", "--train-iters", "3", "--no-wandb"])
+    config = RunConfig.from_flags(["--config", str(path), "--tp", "4", "--train-iters", "3", "--no-dist-optim"])
     assert config.parallel.tp == 4
     assert (config.training.train_iters, config.training.train_samples) == (3, None)
-    assert not config.logging.wandb
+    assert not config.parallel.dist_optim
     assert config.optimizer.lr == 0.5
     assert config.training.precision == "fp32"
 
@@ -224,7 +224,7 @@ def test_the_stage_chooses_the_recipe(argv, freeze_lm, micro, batch, lr) -> None
     assert (config.training.micro_batch_size, config.training.global_batch_size) == (micro, batch)
     assert (config.optimizer.lr, config.optimizer.min_lr) == (lr, 1e-8)
     assert (config.optimizer.lr_decay_style, config.optimizer.weight_decay) == ("cosine", 0.1)
-    assert (config.optimizer.clip_grad, config.training.precision) == (1.0, "bf16")
+    assert (config.optimizer.clip_grad, config.training.precision) == (1.0, None)
 
 
 def test_a_learning_rate_of_zero_needs_no_other_flag() -> None:
@@ -281,7 +281,7 @@ def error_of(argv: list[str], world_size: int, model: ModelConfig | None = None)
 
 
 def test_what_is_missing_is_named() -> None:
-    for name in ("--name", "--save-dir", "--data-path", "--megatron-load-dir", "--train-iters"):
+    for name in ("--name", "--save-dir", "--data-path", "--megatron-load-dir"):
         at = BASE.index(name)
         assert name in error_of(BASE[:at] + BASE[at + 2 :], 1)
 
@@ -297,7 +297,16 @@ def test_layout_and_batch_rules() -> None:
     config.validate(8)
     assert (config.dp(8), config.num_microbatches(8)) == (4, 2)
     assert "leaves none" in error_of([*BASE, "--lr-warmup-iters", "10"], 1)
-    assert "--init" in error_of([*BASE, "--init", "--load-optim"], 1)
+
+
+def test_the_length_defaults_to_one_epoch() -> None:
+    at = BASE.index("--train-iters")
+    config = RunConfig.from_flags([*BASE[:at], *BASE[at + 2 :], "--global-batch-size", "128"])
+    config.validate(1)
+    assert config.for_one_epoch(1300).train_iterations == 10
+    with pytest.raises(ValueError, match="--train-samples 100 is less than one iteration"):
+        config.for_one_epoch(100)
+    assert RunConfig.from_flags(BASE).for_one_epoch(1300).train_iterations == 10
 
 
 def test_default_loader_workers_do_not_depend_on_dp_where_that_is_possible() -> None:

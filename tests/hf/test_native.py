@@ -142,6 +142,13 @@ class Indirect:
         return (torch.serialization.load, ("x",))
 
 
+class Attribute:
+    """Reaches for a function as an attribute of an admitted class, as Python 3.11.2 does for enum members."""
+
+    def __reduce__(self):
+        return (getattr, (torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING, "mro"))
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -149,7 +156,7 @@ def checkpoint(tmp_path: Path, monkeypatch) -> Path:
     return import_hf(tmp_path / "hf", tmp_path / "megatron", 1, 1)
 
 
-@pytest.mark.parametrize("content", [Exploit(), Indirect(), {"a": Exploit()}, [1], "x"], ids=str)
+@pytest.mark.parametrize("content", [Exploit(), Indirect(), Attribute(), {"a": Exploit()}, [1], "x"], ids=str)
 def test_a_crafted_metadata_is_not_executed(checkpoint: Path, content: object) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match="refused"):
@@ -157,6 +164,17 @@ def test_a_crafted_metadata_is_not_executed(checkpoint: Path, content: object) -
     with pytest.raises(ValueError, match="refused"):
         export_hf(checkpoint, "back")
     assert not Path("exploited").exists()
+
+
+def test_metadata_written_by_an_early_python_3_11(checkpoint: Path, monkeypatch) -> None:
+    metadata = read_metadata(checkpoint)
+    encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    # As 3.11.2, Debian 12's, pickles the member of an enum, whatever Python runs this test.
+    monkeypatch.setattr(encoding, "__reduce_ex__", lambda member, _: (getattr, (encoding, member.name)))
+    content = pickle.dumps(metadata)
+    assert b"getattr" in content
+    (checkpoint / ".metadata").write_bytes(content)
+    assert read_metadata(checkpoint).state_dict_metadata == metadata.state_dict_metadata
 
 
 def test_an_exploit_inside_genuine_metadata_is_not_executed(checkpoint: Path) -> None:

@@ -65,5 +65,3 @@ def test_paths_and_model(dataset, tmp_path) -> None:
         check("--sif-path", str(tmp_path / "none.sif"))
     with pytest.raises(ValueError, match="none: no such checkpoint"):
         preflight.read_model(RunConfig.from_flags(["--megatron-load-dir", str(tmp_path / "none")]))
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        preflight.read_model(RunConfig.from_flags(["--init", "--tokenizer-load-dir", str(tmp_path)]))

@@ -63,7 +63,9 @@ class Reference:
         loss, trained = torch.zeros(()), 0
         for microbatch in self.batch:
             pixels = microbatch["pixel_values"]
-            logits = net(input_ids=microbatch["input_ids"], pixel_values=pixels if len(pixels) else None).logits
+            logits = net(
+                input_ids=microbatch["input_ids"], pixel_values=pixels if len(pixels) else None
+            ).logits
             self.logits.append(logits.detach())
             labels = microbatch["labels"].flatten()
             loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
@@ -74,7 +76,9 @@ class Reference:
 
     def _native_gradients(self, net: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
         names = HFFolder(folder).tensors
-        table = build_table(self.model, padded_vocab_size(self.model.language.vocab_size, 1), detect_prefixes(names))
+        table = build_table(
+            self.model, padded_vocab_size(self.model.language.vocab_size, 1), detect_prefixes(names)
+        )
         saved = {parameter: parameter for parameter in names}
         parameters = dict(net.named_parameters())
         gradients = {}

@@ -79,9 +79,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def trainables(
-    tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]
-) -> dict[str, Trainable]:
+def trainables(tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]) -> dict[str, Trainable]:
     """With untied and with tied embeddings."""
     found = {}
     for name in ("untied", "tied"):

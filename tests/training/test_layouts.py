@@ -99,9 +99,7 @@ def test_layout(
         assert losses == pytest.approx(expected, rel=allowed)
 
 
-def test_bf16(
-    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
-) -> None:
+def test_bf16(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     """Mixed precision, with float32 master weights, at every kind of parallelism."""
     flags = ["--stage", "2", "--bf16"]
     expected = run(pool, Layout(), trainables["untied"], tmp_path, "one", *flags, "--no-save")
@@ -111,9 +109,7 @@ def test_bf16(
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(dp=4)], ids=str)
-def test_without_images(
-    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, layout: Layout
-) -> None:
+def test_without_images(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, layout: Layout) -> None:
     """Text alone, with a projector and a tower that train: no rank hangs, nothing else changes."""
     text = ["--data-path", str(trainables["untied"].text_only), "--train-vision", "--no-save"]
     expected = run(pool, Layout(), trainables["untied"], tmp_path, "one", *text)

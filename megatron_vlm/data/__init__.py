@@ -1,0 +1,1 @@
+"""From prepared shards to microbatches: templates, images, loaders with exact resume."""
