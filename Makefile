@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
 # make test    the test suite (ARGS= goes to pytest)
+# make kill-test  the test that kills a run again and again, with KILLS=20 kills
 # make check   lint, format, types, import contract
 # make setup   .venv with pinned versions; the others call it, and it does nothing when it is up to date
 # make clean   remove what these made
@@ -21,8 +22,9 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary
 
 TP ?= 2
 PP ?= 1
+KILLS ?= 20
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test kill-test check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -42,6 +44,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+kill-test: setup
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/training/test_kill.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff check

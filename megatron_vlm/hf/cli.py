@@ -24,10 +24,13 @@ def run(main: Callable[[List[str]], int]) -> int:
         return 130
 
 
+_QUIET_SECONDS = 2.0
+
+
 class ProgressLine:
     """Prints bytes done, speed and time left; one line that updates itself on a terminal.
 
-    In a log it prints a line for each tenth instead.
+    In a log it prints a line for each tenth instead, and only the last one if all is done at once.
     """
 
     def __init__(self) -> None:
@@ -41,8 +44,10 @@ class ProgressLine:
         step = percent if self._terminal else percent // 10
         if step == self._shown:
             return
-        self._shown = step
         seconds = max(time.monotonic() - self._start, 1e-9)
+        if not self._terminal and seconds < _QUIET_SECONDS and done < total:
+            return
+        self._shown = step
         speed = done / seconds
         left = f"{(total - done) / speed:.0f} s left" if speed else "-"
         line = f"{percent:3d} %  {_size(done)} of {_size(total)}  {_size(speed)}/s  {left}"

@@ -1,5 +1,6 @@
 """Layouts, process groups, and the CPU backend."""
 
+from megatron_vlm.parallel.cpu import import_megatron_core
 from megatron_vlm.parallel.layout import (
     Layout,
     choose_device,
@@ -19,3 +20,6 @@ __all__ = [
     "on_first_rank",
     "reset",
 ]
+
+# Before any module of this project imports megatron-core by itself: models/ imports this package first.
+import_megatron_core()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from typing import Any, Callable
 
 import torch
@@ -31,6 +32,31 @@ _CONSTRUCTORS = (
 )
 
 _saved: dict[tuple[Any, str], Any] = {}
+
+
+def import_megatron_core() -> None:
+    """Import megatron-core, without its notes on missing optional packages.
+
+    On a machine without CUDA ``torch.compile`` is switched off meanwhile: megatron-core marks small
+    functions for compilation as it is imported. On the CPU they run as they are, since compiling them
+    would need a C++ compiler on the user's machine, and importing torch's compiler alone takes
+    three seconds in every rank.
+    """
+    compile_ = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = _leave_uncompiled
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import megatron.core
+            import megatron.core.models.gpt.gpt_model
+            import megatron.core.optimizer  # noqa: F401
+    finally:
+        torch.compile = compile_
+
+
+def _leave_uncompiled(model: Any = None, **options: Any) -> Any:
+    return (lambda function: function) if model is None else model
 
 
 def installed() -> bool:
@@ -63,7 +89,7 @@ def install() -> None:
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
     _replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
 
-    # Functions compiled by torch at first use would need a C++ compiler on the user's machine.
+    # For --device cpu on a machine with CUDA, where import_megatron_core() left compilation on.
     from torch._dynamo import config as dynamo_config
 
     _replace(dynamo_config, "disable", True)

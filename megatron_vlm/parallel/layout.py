@@ -130,9 +130,8 @@ def initialize(
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        # The distributed optimizer gathers its state over gloo when it is saved; on the CPU every
-        # group is gloo, and a second set would only cost memory and start-up time.
-        create_gloo_process_groups=True,
+        # A second set of groups, for gathering optimizer state; the way it is saved here needs none.
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     layout = Layout(

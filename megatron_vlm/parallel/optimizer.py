@@ -87,7 +87,7 @@ class Optimizer:
             overlap_param_gather=model.ddp_config.overlap_param_gather,
         )
         self.model = model
-        self.chained = get_megatron_optimizer(self.config, [model])
+        self.chained = get_megatron_optimizer(self.config, [model], use_gloo_process_groups=False)
         (self.optimizer,) = self.chained.chained_optimizers
         for group in self.groups:
             group["weight_decay"] = weight_decay * group["wd_mult"]

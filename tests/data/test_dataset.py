@@ -49,10 +49,10 @@ def test_the_command_that_is_suggested_mends_an_empty_split(tmp_path: Path) -> N
 def test_damaged_shards_are_found_at_the_start(copy: Path) -> None:
     shard = copy / "000002.tar"
     os.truncate(shard, 20000)
-    with pytest.raises(ValueError, match="shard 000002.tar is truncated"):
+    with pytest.raises(ValueError, match=r"shard 000002\.tar is truncated"):
         PreparedDataset.open(str(copy))
     shard.unlink()
-    with pytest.raises(ValueError, match="shard 000002.tar is missing"):
+    with pytest.raises(ValueError, match=r"shard 000002\.tar is missing"):
         PreparedDataset.open(str(copy))
     # A prepare that met a truncated tar leaves its folder without .info.json.
     (copy / ".nv-meta" / ".info.json").unlink()
@@ -102,7 +102,10 @@ def test_text_only_samples(dataset_dir: Path) -> None:
     [
         ({"json": b'{"question": "?"}'}, "it has no txt"),
         ({"txt": b"7", "json": b"{"}, r"its json\[question\] can't be read \(JSONDecodeError"),
-        ({"txt": b"7", "json": b'{"text": "?"}'}, r"its json\[question\] can't be read \(KeyError: 'question'"),
+        (
+            {"txt": b"7", "json": b'{"text": "?"}'},
+            r"its json\[question\] can't be read \(KeyError: 'question'",
+        ),
         ({"txt": b"7", "json": b'{"question": 7}'}, r"its json\[question\] is no text"),
         ({"txt": b"\xff\xfe", "json": b'{"question": "?"}'}, r"its txt can't be read \(UnicodeDecodeError"),
     ],

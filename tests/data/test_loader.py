@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.energon.state import FlexState
 
 import megatron_vlm.data.encoder as encoder_module
 import megatron_vlm.data.loader as loader_module
@@ -160,7 +161,9 @@ def test_resume_at_any_microbatch_again_and_again(make_loader: Any) -> None:
     assert states is not None and [state["microbatches"] for state in states.values()] == [8, 8]
 
 
-def test_state_of_something_else_is_refused(make_loader: Any, dataset: PreparedDataset, dataset_dir: Path) -> None:
+def test_state_of_something_else_is_refused(
+    make_loader: Any, dataset: PreparedDataset, dataset_dir: Path
+) -> None:
     loader = make_loader(2)
     take(loader, 3)
     states = loader.state_dict()
@@ -181,15 +184,13 @@ def test_state_of_something_else_is_refused(make_loader: Any, dataset: PreparedD
 
 
 def test_state_is_read_as_data_only() -> None:
-    loader_state = {"a": [1, (2, b"\x00\xff", None)], "b": 0.5}
-    from megatron.energon.state import FlexState
-
     value = FlexState({"x": (1, [2, b"\x00\xff"], None), "y": FlexState()})
     restored = from_json(json.loads(json.dumps(to_json(value))))
     assert restored == value and type(restored) is FlexState and type(restored["x"]) is tuple
     with pytest.raises(TypeError, match="no JSON form"):
-        to_json(loader_state)  # a plain dict is nothing that energon saves
-    for crafted in ({"os.system": {"command": "true"}}, {"SliceState": {"index": 0, "run": 1}}, {"tuple": {"0": 1}}):
+        to_json({"a plain dict": "is nothing that energon saves"})
+    fields = {"index": 0, "run": 1}
+    for crafted in ({"os.system": {"command": "true"}}, {"SliceState": fields}, {"tuple": {"0": 1}}):
         with pytest.raises(ValueError, match="data loader state"):
             from_json(crafted)
 
@@ -197,7 +198,9 @@ def test_state_is_read_as_data_only() -> None:
 def test_too_many_corrupt_samples_stop_the_run(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_module, "MIN_SEEN_FOR_RATE", 40)
     loader = make_loader(1, max_corrupt_rate=0.01)
-    with pytest.raises(ValueError, match=r"^--data-path .*samples are corrupt, more than --max-corrupt-rate 0.01 allows"):
+    with pytest.raises(
+        ValueError, match=r"^--data-path .*are corrupt, more than --max-corrupt-rate 0.01 allows"
+    ):
         take(loader, 100)
     take(make_loader(1, max_corrupt_rate=0.1), 100)
 
@@ -211,7 +214,9 @@ def test_nothing_usable_stops_the_run(
     monkeypatch.setattr(encoder_module, "MAX_UNUSABLE_IN_A_ROW", 50)
     short = load_processing(str(folders["llava"]), models["llava"], seq_length=26, overlong="drop")
     loader = make_loader(1, processing=short)
-    with pytest.raises(ValueError, match="50 samples in a row can't be used; the last one: .* than --seq-length 26"):
+    with pytest.raises(
+        ValueError, match=r"50 samples in a row can't be used; the last one: .* --seq-length 26"
+    ):
         next(loader)
 
 
@@ -220,7 +225,7 @@ def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytes
         raise ValueError("a bug")
 
     monkeypatch.setattr(Processing, "encode", broken)
-    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*encoding sample \S+ of 00000\d.tar failed"):
+    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*encoding sample \S+ of \S+.tar failed"):
         next(make_loader(1))
 
 
@@ -240,7 +245,7 @@ def test_overlong_samples(folders: dict[str, Path], models: dict[str, ModelConfi
     with pytest.raises(SampleError, match=f"^{length} tokens are more than --seq-length {length - 1}$"):
         dropping.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
     image_end = max(i for i, t in enumerate(reference.input_ids) if t == whole.image_token_id) + 1
-    for seq_length, message in ((image_end - 1, "its image does not fit"), (image_end + 1, "nothing of its answer")):
+    for seq_length, message in ((image_end - 1, "its image does not fit"), (image_end + 1, "nothing of its")):
         processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
         with pytest.raises(SampleError, match=message):
             processing.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
@@ -280,9 +285,22 @@ def test_validation_is_one_pass_in_order(dataset_dir: Path, processing: Processi
     assert len(list(validation_batches(val, dp_rank=0, dp_size=1, limit=2, **options))) == 2
 
 
-def test_building_from_a_run_config(folders: dict[str, Path], models: dict[str, ModelConfig], dataset_dir: Path) -> None:
-    flags = ["--tokenizer-load-dir", str(folders["bare"]), "--data-path", str(dataset_dir), "--lang", "en"]
-    flags += ["--seq-length", "200", "--template", "v1", "--micro-batch-size", "2", "--global-batch-size", "8"]
+def test_building_from_a_run_config(
+    folders: dict[str, Path], models: dict[str, ModelConfig], dataset_dir: Path
+) -> None:
+    flags = ["--tokenizer-load-dir", str(folders["bare"]), "--data-path", str(dataset_dir)]
+    flags += [
+        "--lang",
+        "en",
+        "--seq-length",
+        "200",
+        "--template",
+        "v1",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+    ]
     config = RunConfig.from_flags(flags)
     processing = build_processing(config, models["bare"])
     loader = build_train_loader(config, processing, dp_rank=1, dp_size=2)
@@ -310,14 +328,20 @@ def test_a_shard_that_goes_bad_while_training_is_one_line(
         take(make_loader(1, dataset=dataset), 100)
 
 
-def test_a_dead_or_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch tells of a dead worker by a signal handler, wherever this process is; not the path tested here.
-    handler = signal.getsignal(signal.SIGCHLD)
+def shorten_timeout(loader: TrainLoader, seconds: float) -> Any:
+    """Once it runs, for a start may take long on a busy machine. Returns the only worker's process."""
+    loader._loader.timeout = loader._loader._iterator._timeout = seconds
+    (worker,) = loader._loader._iterator._workers
+    return worker
+
+
+def test_a_dead_worker_ends_the_wait(make_loader: Any) -> None:
+    loader = make_loader(1)
+    take(loader, 2)
+    worker = shorten_timeout(loader, 2.0)
+    # torch also tells by a signal handler, at any point of this process; the save must not need it.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        loader = make_loader(1)
-        take(loader, 2)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        (worker,) = loader._loader._iterator._workers
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="a data loader worker died"):
             loader.state_dict()
@@ -327,6 +351,8 @@ def test_a_dead_or_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pyte
     finally:
         signal.signal(signal.SIGCHLD, handler)
 
+
+def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Processing.encode
 
     def hang(self: Processing, key: str, *rest: Any) -> Sample:
@@ -334,10 +360,12 @@ def test_a_dead_or_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pyte
         return encode(self, key, *rest)
 
     monkeypatch.setattr(Processing, "encode", hang)
-    loader = make_loader(1, timeout=2.0)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch's patience
+    loader = make_loader(1)
+    take(loader, 1)
+    worker = shorten_timeout(loader, 2.0)
     with pytest.raises(RuntimeError, match="timed out after 2"):
         take(loader, 100)
-    (worker,) = loader._loader._iterator._workers
     loader.close()
     assert not worker.is_alive()
 
@@ -358,15 +386,13 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
         print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
         if end == "kill":
             os.kill(os.getpid(), 9)
-        if end == "close":
-            loader.close()
-        if end == "raise":
-            raise SystemExit(3)
+        raise SystemExit(3)  # without close()
     """)
-    for end, code in (("kill", -9), ("close", 0), ("leave", 0), ("raise", 3)):
+    for end, code in (("kill", -9), ("exit", 3)):
         command = [sys.executable, "-c", script, str(folders["llava"]), str(dataset_dir), end]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (result.returncode, result.stderr) == (code, "")
+        errors = [line for line in result.stderr.splitlines() if " is skipped (corrupt)" not in line]
+        assert (result.returncode, errors) == (code, [])
         workers = [int(pid) for pid in result.stdout.split()]
         deadline = time.monotonic() + 5
         while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:

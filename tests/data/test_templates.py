@@ -14,10 +14,23 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SYSTEM_PROMPTS, ChatTemplate, SampleError, Turn
-from tests.data.tiny_data import CHATML_TEMPLATE, FOLDERS, LLAVA_TEMPLATE, jpeg, llama_tokenizer, qwen_tokenizer
+from tests.data.tiny_data import CHATML_TEMPLATE, LLAVA_TEMPLATE, jpeg, llama_tokenizer, qwen_tokenizer
 
-QUESTIONS = ["What is in this picture?", "これは何の画像ですか。", "ASSISTANT: </s> <|im_end|>\n{{ '{%' }}", "🐈‍⬛?"]
-ANSWERS = ["A cat.", "猫と犬", "", " \n two lines\n\n", "USER: no ASSISTANT: yes", "a </s> b <|im_end|>\n c", "é🐕"]
+QUESTIONS = [
+    "What is in this picture?",
+    "これは何の画像ですか。",
+    "ASSISTANT: </s> <|im_end|>\n{{ '{%' }}",
+    "🐈‍⬛?",
+]
+ANSWERS = [
+    "A cat.",
+    "猫と犬",
+    "",
+    " \n two lines\n\n",
+    "USER: no ASSISTANT: yes",
+    "a </s> b <|im_end|>\n c",
+    "é🐕",
+]
 
 
 def processing_for(
@@ -30,7 +43,9 @@ def trained_ids(sample: Sample) -> list[int]:
     return [label for label in sample.labels if label != IGNORE_INDEX]
 
 
-def reference(name: str, folder: Path, question: str, answer: str, with_image: bool) -> tuple[list[int], list[int]]:
+def reference(
+    name: str, folder: Path, question: str, answer: str, with_image: bool
+) -> tuple[list[int], list[int]]:
     """transformers' token ids of the whole conversation and of its prompt alone, image tokens expanded."""
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
     image = Image.open(io.BytesIO(jpeg(1))) if with_image else None
@@ -85,15 +100,17 @@ def test_builtin_templates_equal_llavas_text(
     """LLaVA's conversation.py writes these strings for `v1` and `plain`."""
     image = "<image>" * models["bare"].image_tokens
     texts = {
-        "v1": f"{SYSTEM_PROMPTS[lang]} USER: {image}\nWhat? ASSISTANT: A cat.</s>",
-        "plain": f"{image}A cat.\n",
+        "v1": (f"{SYSTEM_PROMPTS[lang]} USER: {image}\nWhat? ASSISTANT:", " A cat.</s>"),
+        "plain": (image, "A cat.\n"),
     }
     assert SYSTEM_PROMPTS["en"].startswith("A chat between a curious user and an artificial intelligence")
-    for name, text in texts.items():
+    for name, (prompt, answer) in texts.items():
         processing = processing_for("bare", folders, models, template=name, lang=lang)
         sample = processing.encode("key", "What?", "A cat.", [jpeg(1)])
-        assert sample.input_ids == processing.tokenizer(text)["input_ids"]
-        assert processing.tokenizer.decode(trained_ids(sample)).strip(" ") == {"v1": "A cat.</s>", "plain": "A cat.\n"}[name]
+        prompt_ids = processing.tokenizer(prompt)["input_ids"]
+        assert sample.input_ids == processing.tokenizer(prompt + answer)["input_ids"]
+        assert trained_ids(sample) == sample.input_ids[len(prompt_ids) :]
+        assert sample.input_ids[: len(prompt_ids)] == prompt_ids
 
 
 def test_default_template(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
@@ -134,13 +151,17 @@ def test_image_marker_is_a_position(
     in_front = processing.encode("key", "What?", "A cat.", [jpeg(1)]).input_ids
     assert processing.encode("key", "<image>\nWhat?", "A cat.", [jpeg(1)]).input_ids == in_front
     if name == "qwen":  # llava-1.5's own template renders all images first
-        text = processing.tokenizer.decode(processing.encode("key", "Is <image> it?", "A cat.", [jpeg(1)]).input_ids)
-        assert "Is " + "<image>" * processing.image_tokens + " it?" in text
+        ids = processing.encode("key", "Is <image> it?", "A cat.", [jpeg(1)]).input_ids
+        assert f"Is {'<image>' * processing.image_tokens} it?" in processing.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
     "question, answer, images, found",
-    [("<image>\n<image>\nWhat?", "A cat.", 1, 2), ("<image>\nWhat?", "A cat.", 0, 1), ("What?", "an <image>", 1, 2)],
+    [
+        ("<image>\n<image>\nWhat?", "A cat.", 1, 2),
+        ("<image>\nWhat?", "A cat.", 0, 1),
+        ("What?", "an <image>", 1, 2),
+    ],
 )
 def test_markers_without_image_are_dropped(
     question: str,
@@ -160,8 +181,11 @@ def test_markers_without_image_are_dropped(
     "jinja, message",
     [
         ("{% for m in messages %}{{ m.content[0] }}{% endfor %}", "loses the image token <image>"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "can't be split into turns"),
-        ("{% for m in messages %}{{ m.content }}{{ raise_exception('no') if loop.index > 1 }}{% endfor %}", "no"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "can't be split into"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ raise_exception('no') if not loop.first }}{% endfor %}",
+            "no",
+        ),
     ],
 )
 def test_unusable_template_is_one_clear_error(jinja: str, message: str) -> None:
@@ -177,7 +201,7 @@ def test_a_template_that_rewrites_earlier_text_drops_the_sample() -> None:
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
-    turns = [Turn("user", "1?"), Turn("assistant", "so</think>one"), Turn("user", "2?"), Turn("assistant", "two")]
+    turns = [Turn("user", "1?"), Turn("assistant", "so</think>1"), Turn("user", "2?"), Turn("assistant", "2")]
     template.encode(turns[:2], 0)
     with pytest.raises(SampleError, match="rewrites its turns"):
         template.encode(turns, 0)
@@ -194,7 +218,9 @@ def test_reading_a_folder_says_what_is_wrong(
         processing_for("llava", folders, models, image_token_id=7)
     with pytest.raises(ValueError, match="is no image token; its <image> is 403, try --image-token-id 403"):
         load_processing(str(folders["qwen"]), models["llava"], seq_length=64)
-    with pytest.raises(ValueError, match=r"uint8 images of \(3, 22, 22\), the vision tower takes uint8 \(3, 20, 20\)"):
+    with pytest.raises(
+        ValueError, match=r"images of \(3, 22, 22\), the vision tower takes uint8 \(3, 20, 20\)"
+    ):
         processing_for("llava", folders, models, image_processor_dir=str(folders["qwen"]))
     with pytest.raises(ValueError, match="--pad-token-id 420 is the image token"):
         processing_for("llava", folders, models, pad_token_id=420)
@@ -204,4 +230,3 @@ def test_reading_a_folder_says_what_is_wrong(
     assert processing_for("qwen", folders, models).pad_token_id == processing_for(
         "qwen", folders, models
     ).tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert set(FOLDERS) == set(folders)

@@ -38,12 +38,13 @@ CHATML_TEMPLATE = (
 # As Llama 2's: strips what it is given, writes bos_token itself.
 LLAMA2_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 _CORPUS = [
     "USER: What is in this picture? ASSISTANT: The answer is a cat and two dogs.",
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful answers.",
+    "A chat between a curious user and an artificial intelligence assistant, who gives helpful answers.",
     "この画像には何が写っていますか。これは猫と犬の会話です。質問に丁寧に答えます。",
     "system user assistant You are a helpful assistant. Describe the image. 0 1 2 3 4 5 6 7 8 9",
 ] * 4

@@ -30,7 +30,7 @@ class Trainable:
             *("--data-path", str(self.data), "--save-dir", str(save_dir), "--name", name),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--data-workers", "4"),
             *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", "--fp32"),
-            *("--lr", "2e-3", "--lr-warmup-iters", "2", "--max-corrupt-rate", "0.5", *more),
+            *("--lr", "2e-3", "--lr-warmup-iters", "0", "--max-corrupt-rate", "0.5", *more),
         ]
 
 

@@ -17,7 +17,7 @@ from megatron_vlm.hf.native import NativeReader
 from tests.training.conftest import Trainable
 
 # A kill costs a start of the whole stack. `make kill-test` does 20.
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "3"))
 ITERATIONS = 40 * KILLS  # a run that is left alone for a second does about 15
 TARGETS = ["rank", "torchrun", "run.py"]
 MOMENTS = ["saving", "training", "starting", "training"]

@@ -1,0 +1,185 @@
+"""What a user types and sees: resume, errors, and the way to Megatron and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_vlm.hf.convert import import_hf
+from megatron_vlm.hf.folder import verify
+from tests.distributed import Pool
+from tests.training.conftest import Trainable
+from tests.workers import train
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's scripts as a user would."""
+    command = [sys.executable, str(CHECKOUT / "scripts" / name), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def failure(pool: Pool, world: int, argv: list[str]) -> str:
+    """The ValueError with which every rank ends."""
+    errors = pool.run(world, user_error, argv)
+    assert len(set(errors)) == 1
+    return errors[0]
+
+
+def user_error(argv: list[str]) -> str:
+    try:
+        train(argv)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("untied", "float32"), ("tied", "bfloat16")])
+def test_through_training_and_back_bit_for_bit(
+    trainables: dict[str, Trainable], tmp_path: Path, model: str, dtype: str
+) -> None:
+    """HF -> Megatron -> one step with learning rate 0 by run.py at TP 2 -> HF: every byte as it was."""
+    hf = tmp_path / "hf"
+    shutil.copytree(trainables[model].hf, hf)
+    net = transformers.LlavaForConditionalGeneration.from_pretrained(hf, dtype=getattr(torch, dtype))
+    net.save_pretrained(hf)
+    converted = script(
+        "convert/convert_hf_to_megatron.py",
+        "--tp",
+        2,
+        "--pp",
+        1,
+        "--hf-dir",
+        hf,
+        "--megatron-dir",
+        tmp_path / "megatron",
+    )
+    assert converted.returncode == 0, converted.stderr
+
+    trainable = Trainable(tmp_path / "megatron", hf, trainables[model].data, trainables[model].text_only)
+    flags = trainable.flags(tmp_path, "run", "-g", "2", "--tp", "2", "--train-vision", "--train-iters", "1")
+    flags[flags.index("--fp32")] = "--save-optim"  # the precision comes from the weights
+    flags[flags.index("--lr") + 1] = "0"
+    trained = script("train/run.py", *flags)
+    assert trained.returncode == 0, trained.stderr
+    assert metrics(tmp_path / "run")[0]["lr"] == 0.0
+
+    exported = script(
+        "convert/convert_megatron_to_hf.py",
+        "--tp",
+        2,
+        "--pp",
+        1,
+        "--megatron-dir",
+        tmp_path / "run",
+        "--hf-dir",
+        tmp_path / "back",
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert verify(hf, tmp_path / "back") > 0
+    for file in hf.iterdir():
+        assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
+
+
+def test_a_run_and_its_second_start(trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Weights-only checkpoints can't be resumed: exit code 2 and the choices. A finished run ends at once."""
+    one = trainables["untied"]
+    weights_only = one.flags(tmp_path, "weights", "--train-iters", "2")
+    first = script("train/run.py", *weights_only)
+    assert first.returncode == 0, first.stderr
+    assert "iteration 2/2 (100.0%) | loss " in first.stdout
+    log = next((tmp_path / "weights" / "logs").iterdir()).read_text()
+    assert log.startswith(
+        f"starting {tmp_path / 'weights'} from the weights of {one.checkpoint / 'release'}\n"
+    )
+
+    second = script("train/run.py", *weights_only)
+    assert second.returncode == 2
+    (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    for choice in ("another --name", "iter_0000002", "--restart", "--save-optim"):
+        assert choice in line
+    assert "Traceback" not in second.stderr
+
+
+def test_resume_restart_and_finish(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    one, run = trainables["untied"], tmp_path / "run"
+    flags = one.flags(tmp_path, "run", "--save-optim", "--save-interval", "2")
+    pool.run(1, train, [*flags, "--train-iters", "3"])
+    # As after a kill: an iteration logged beyond the last checkpoint, and half a line.
+    shutil.rmtree(run / "checkpoints" / "iter_0000003")
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "lo')
+    pool.run(1, train, [*flags, "--train-iters", "5"])
+    assert [line["iteration"] for line in metrics(run)] == [1, 2, 3, 4, 5]
+    superseded = (run / "metrics.superseded.jsonl").read_text().splitlines()
+    assert [line[:14] for line in superseded] == ['{"iteration": ', '{"iteration": ']
+
+    before = (run / "metrics.jsonl").read_bytes()
+    pool.run(1, train, [*flags, "--train-iters", "5"])
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+    pool.run(1, train, [*flags, "--train-iters", "1", "--restart"])
+    assert len(metrics(run)) == 1
+    assert (run / "earlier" / "1" / "metrics.jsonl").read_bytes() == before
+
+
+def test_one_epoch_is_the_default(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    pool.run(1, train, trainables["untied"].flags(tmp_path, "run", "--no-save", "--freeze-lm"))
+    assert len(metrics(tmp_path / "run")) == 120 // 8
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_not_finite(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, world: int) -> None:
+    """A loss that is not finite stops every rank before the update, naming iteration and samples."""
+    net = transformers.LlavaForConditionalGeneration.from_pretrained(trainables["untied"].hf)
+    with torch.no_grad():
+        net.lm_head.weight.mul_(3e38)
+    shutil.copytree(trainables["untied"].hf, tmp_path / "hf")
+    net.save_pretrained(tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "megatron", tp=1, pp=1)
+    broken = Trainable(tmp_path / "megatron", tmp_path / "hf", trainables["untied"].data, tmp_path)
+    message = failure(pool, world, broken.flags(tmp_path, "run", "--train-iters", "3"))
+    assert "iteration 1: the loss is not finite" in message
+    assert message.partition("samples: ")[2].count(",") == 7  # all eight of the global batch
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_model(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "1")
+    message = failure(pool, 1, [*flags, "--tokenizer-load-dir", str(trainables["tied"].hf)])
+    assert "another model" in message and "tie_word_embeddings is True there and False here" in message
+
+
+def test_other_parts_trained(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Optimizer state of stage 1 has nothing for the language model."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "1", "--save-optim")
+    pool.run(1, train, [*flags, "--freeze-lm"])
+    message = failure(pool, 2, [*flags, "--train-iters", "2"])
+    assert "no optimizer state for language_model." in message and "--freeze-lm" in message
+
+
+def test_a_locked_run_folder(
+    trainables: dict[str, Trainable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_vlm.training import run_folder
+
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
+    with (
+        run_folder.lock(tmp_path / "run"),
+        pytest.raises(ValueError, match="another process is training here"),
+    ):
+        run_folder.lock(tmp_path / "run")
+    run_folder.lock(tmp_path / "run").close()
