@@ -1,9 +1,9 @@
-# make demo    the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
-# make test    the test suite (ARGS= goes to pytest)
-# make kill-test  the test that kills a run again and again, with KILLS=20 kills
-# make check   lint, format, types, import contract
-# make setup   .venv with pinned versions; the others call it, and it does nothing when it is up to date
-# make clean   remove what these made
+# make demo        the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
+# make test        the test suite (ARGS= goes to pytest)
+# make kill-test   its test that kills a run at random moments, with KILLS=20 kills instead of 3
+# make check       lint, format, types, import contract
+# make setup       .venv with pinned versions; the others call it, and it does nothing when it is up to date
+# make clean       remove what these made
 #
 # PYTHON=      the interpreter that .venv is made from: 3.11 or 3.12
 # PIP_ARGS=    options for pip install. Where the package index serves torch's CUDA build (several GB, works too),

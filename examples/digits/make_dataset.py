@@ -19,15 +19,40 @@ IMAGE_SIZE = 32
 HELD_OUT_DIGITS = 297
 COPIES = 4
 MAX_TURN = 10.0  # degrees
-MAX_SHIFT = 2.0  # pixels of the written image
+MAX_SHIFT = 2  # pixels of the written image
 TRAIN_SHARDS, HELD_OUT_SHARDS = 8, 2
 
 
-def to_image(pixels: np.ndarray, turn: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
-    """An RGB picture of one digit, given as an 8x8 array of grey values from 0 to 16."""
+def to_image(pixels: np.ndarray, turn: float, shift: tuple[int, int]) -> Image.Image:
+    """An RGB picture of one digit, given as an 8x8 array of grey values from 0 to 16, turned and shifted."""
     grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
     grey = grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     return grey.rotate(turn, Image.Resampling.BICUBIC, translate=shift).convert("RGB")
+
+
+def write_shards(
+    directory: Path, part: str, indices: np.ndarray, shards: int, random: np.random.Generator
+) -> None:
+    """Write the samples with these idx, dealt to ``<part>-000000.tar``, ``<part>-000001.tar``, ..."""
+    digits = load_digits()
+    for shard, members in enumerate(np.array_split(indices, shards)):
+        with TarWriter(str(directory / f"{part}-{shard:06d}.tar")) as writer:
+            for index in members:
+                copy, digit = divmod(int(index), len(digits.target))
+                turn, shift = 0.0, (0, 0)
+                if copy:
+                    turn = random.uniform(-MAX_TURN, MAX_TURN)
+                    x, y = random.integers(-MAX_SHIFT, MAX_SHIFT, size=2, endpoint=True)
+                    shift = (int(x), int(y))
+                writer.write(
+                    {
+                        "__key__": f"{index:06d}",
+                        "jpg": to_image(digits.images[digit], turn, shift),
+                        "txt": str(digits.target[digit]),
+                        "json": {"question": QUESTION},
+                    }
+                )
+    print(f"{part}: {len(indices)} samples in {shards} shards under {directory}")
 
 
 def main() -> None:
@@ -36,38 +61,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses which digits are held out (default: 0)")
     args = parser.parse_args()
 
-    digits = load_digits()
-    total = len(digits.target)
+    answers = load_digits().target
+    total = len(answers)
     train, held_out = train_test_split(
-        np.arange(total), test_size=HELD_OUT_DIGITS, stratify=digits.target, random_state=args.seed
+        np.arange(total), test_size=HELD_OUT_DIGITS, stratify=answers, random_state=args.seed
     )
+    copies = np.concatenate([train + copy * total for copy in range(COPIES)])
     random = np.random.default_rng(args.seed)
-    # The copies of a digit are numbered `total` apart.
-    train = random.permutation(np.concatenate([train + copy * total for copy in range(COPIES)]))
-
     args.save_dir.mkdir(parents=True, exist_ok=True)
-    for part, indices, shards in (
-        ("train", train, TRAIN_SHARDS),
-        ("held-out", held_out, HELD_OUT_SHARDS),
-    ):
-        for shard, members in enumerate(np.array_split(indices, shards)):
-            with TarWriter(str(args.save_dir / f"{part}-{shard:06d}.tar")) as writer:
-                for index in members:
-                    copy, digit = divmod(int(index), total)
-                    turn, x, y = random.uniform(-1, 1, size=3) if copy else (0, 0, 0)
-                    image = to_image(digits.images[digit], turn * MAX_TURN, (x * MAX_SHIFT, y * MAX_SHIFT))
-                    writer.write(
-                        {
-                            "__key__": f"{index:06d}",
-                            "jpg": image,
-                            "txt": str(digits.target[digit]),
-                            "json": {"question": QUESTION},
-                        }
-                    )
-        different = len(np.unique(indices % total))
-        print(
-            f"{part}: {len(indices)} samples of {different} digits in {shards} shards under {args.save_dir}"
-        )
+    print(f"{total} digits: {len(train)} to train on, {COPIES} times each, and {len(held_out)} held out")
+    write_shards(args.save_dir, "train", random.permutation(copies), TRAIN_SHARDS, random)
+    write_shards(args.save_dir, "held-out", held_out, HELD_OUT_SHARDS, random)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Callable, List, Optional
 
+_QUIET_SECONDS = 2.0  # a log need not show the progress of what is done by then
+
 
 def run(main: Callable[[List[str]], int]) -> int:
     """Run a script's ``main`` on its arguments; a user's error is one line on stderr and exit status 2."""
@@ -22,9 +24,6 @@ def run(main: Callable[[List[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; no output was made", file=sys.stderr)
         return 130
-
-
-_QUIET_SECONDS = 2.0
 
 
 class ProgressLine:

@@ -47,7 +47,6 @@ def wrap_model(model: MegatronModule, distributed_optimizer: bool, overlap: bool
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed_optimizer,
             overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap and distributed_optimizer,
         ),
         inner,
     )
@@ -84,7 +83,6 @@ class Optimizer:
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
-            overlap_param_gather=model.ddp_config.overlap_param_gather,
         )
         self.model = model
         self.chained = get_megatron_optimizer(self.config, [model], use_gloo_process_groups=False)

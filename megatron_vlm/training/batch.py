@@ -100,7 +100,9 @@ class BatchReader:
         if self.layout.pp > 1:  # the schedules exchange activations of one shape
             lengths = [max(lengths)] * len(lengths)
         return GlobalBatch(
-            microbatches=[self._on_device(part, length) for part, length in zip(shared, lengths)],
+            microbatches=[
+                self._on_device(part, length) for part, length in zip(shared, lengths, strict=True)
+            ],
             sequence_length=max(lengths),
             tokens=sum(int(m.lengths.sum()) for m in read),
             images=sum(len(m.pixels) for m in read),

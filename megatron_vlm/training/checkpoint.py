@@ -162,8 +162,9 @@ def load_optimizer(folder: Path, model: VisionLanguageModel, optimizer: Optimize
         for entry in tensors.values():
             if entry.key not in saved:
                 raise ValueError(
-                    f"{folder}: no optimizer state for {entry.key.split('.', 3)[-1]}; it was saved with other "
-                    "--stage, --freeze-lm or --train-vision. Use the same, or start a new run from its weights"
+                    f"{folder}: no optimizer state for {entry.key.split('.', 3)[-1]}; it was saved with "
+                    "another --stage, --freeze-lm or --train-vision. Use the same, or start a new run from "
+                    "its weights"
                 )
     loaded = _load(folder, _request("optimizer", request))
     with torch.no_grad():

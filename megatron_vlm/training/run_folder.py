@@ -75,9 +75,9 @@ def choose_start(config: RunConfig, run: Path) -> Start:
     finished = list_checkpoints(root)
     if finished:
         raise ValueError(
-            f"{run} has checkpoints but none with optimizer state, so it can't be resumed. Give another --name "
-            f"with --megatron-load-dir {finished[-1]} to go on from its weights, or --restart to start over "
-            "(the old checkpoints are kept aside); next time, --save-optim makes a run resumable"
+            f"{run} has checkpoints but none with optimizer state, so it can't be resumed. Give another "
+            f"--name with --megatron-load-dir {finished[-1]} to go on from its weights, or --restart to "
+            "start over (the old checkpoints are kept aside); next time, --save-optim makes a run resumable"
         )
     if config.model.megatron_load_dir is None:
         raise ValueError("--megatron-load-dir: give the checkpoint to start from")

@@ -41,5 +41,6 @@ def describe_trainable(model: VisionLanguageModel, layout: Layout) -> str:
         counts[row, 1] += parameter.numel()
     dist.all_reduce(counts, group=layout.model_group)
     return ", ".join(
-        f"{part} {trained:,} of {total:,}" for part, (trained, total) in zip(_PARTS, counts.tolist())
+        f"{part} {trained:,} of {total:,}"
+        for part, (trained, total) in zip(_PARTS, counts.tolist(), strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,14 +42,12 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start) -> None:
-        samples = PreparedDataset.open(str(config.data.data_path), "train").num_samples
-        self.config, self.layout = config.for_one_epoch(samples), layout
-        config = self.config
+        self.layout = layout
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
-        config.validate(layout.world_size, self.model_config)
         run_folder.check_same_model(config, start, self.model_config)
+        self.config = config = resolve(config, start, self.model_config, layout.world_size)
         self.state = checkpoint.load_run_state(start.checkpoint) if start.with_state else RunState()
         self.total_iterations = config.train_iterations
         self.schedule = Schedule(
@@ -162,10 +161,7 @@ class Trainer:
 
     @property
     def _dtype(self) -> torch.dtype:
-        precision = self.config.training.precision
-        if precision is None:
-            precision = "fp32" if self.model_config.dtype == "float32" else "bf16"
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
 
     def _every(self, interval: int) -> bool:
         return self.state.iteration % interval == 0 or self.state.iteration == self.total_iterations
@@ -238,6 +234,28 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.layout.rank == 0:
             print(message, flush=True)
+
+
+def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:
+    """Fill in what the flags leave to checkpoint and data: length, precision and loader workers.
+
+    Raises:
+        ValueError: the flags don't fit the model, the data or the number of ranks.
+    """
+    samples = PreparedDataset.open(str(config.data.data_path), "train").num_samples
+    config = config.for_one_epoch(samples)
+    workers = config.data.data_workers
+    if start.with_state and workers is None and config.launch.num_workers is None:
+        # The order of the data depends on it, so a run that goes on at another layout keeps it.
+        workers = RunConfig.load(str(start.checkpoint / checkpoint.RUN_CONFIG)).data.data_workers
+        config = replace(config, data=replace(config.data, data_workers=workers))
+    config.validate(world_size, model)
+    precision = config.training.precision or ("fp32" if model.dtype == "float32" else "bf16")
+    return replace(
+        config,
+        data=replace(config.data, data_workers=config.data_workers(world_size)),
+        training=replace(config.training, precision=precision),
+    )
 
 
 def run(config: RunConfig, layout: parallel.Layout) -> None:

@@ -47,7 +47,7 @@ def main(argv: List[str]) -> int:
 
     checkpoint = resolve_checkpoint(args.megatron_dir)
     ModelConfig.from_hf_dir(str(checkpoint / HF_FOLDER)).check_layout(args.tp or 1, args.pp or 1)
-    print(f"converting {checkpoint}")
+    print(f"converting {checkpoint}", flush=True)
     export_hf(
         checkpoint,
         args.hf_dir,

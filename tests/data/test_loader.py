@@ -142,12 +142,13 @@ def test_resume_is_exact(
     assert resumed == expected
 
 
-def test_resume_at_any_microbatch_again_and_again(make_loader: Any) -> None:
+def test_resume_at_any_microbatch_again_and_again(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", 1000.0)  # a restore has something to repeat
     reference = make_loader(2)
     expected = take(reference, 16)
     states: dict[int, Any] | None = None
     taken: list[Any] = []
-    for steps in (1, 2, 3, 5, 5):  # odd numbers stop between the workers
+    for steps in (3, 1, 2, 5, 5):  # odd numbers stop between the workers
         loader = make_loader(2)
         if states is not None:
             loader.load_state_dict(states)
@@ -356,7 +357,7 @@ def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.Monke
     encode = Processing.encode
 
     def hang(self: Processing, key: str, *rest: Any) -> Sample:
-        time.sleep(60.0 * key.startswith("00061"))
+        time.sleep(600.0 * key.startswith("00061"))
         return encode(self, key, *rest)
 
     monkeypatch.setattr(Processing, "encode", hang)
@@ -372,19 +373,30 @@ def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.Monke
 
 def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folders: dict[str, Path]) -> None:
     script = textwrap.dedent("""
-        import os, sys
+        import os, sys, time
         from megatron_vlm.config.model import ModelConfig
         from megatron_vlm.data.dataset import PreparedDataset
         from megatron_vlm.data.loader import TrainLoader
-        from megatron_vlm.data.processing import load_processing
+        from megatron_vlm.data.processing import Processing, load_processing
 
         folder, data, end = sys.argv[1:]
+        encode = Processing.encode
+        encoded = []  # by this worker
+
+        def hang_at_last(self, *sample):
+            encoded.append(sample)
+            time.sleep(600.0 * (len(encoded) > 3))  # torch's workers look after their parent between batches
+            return encode(self, *sample)
+
+        if end == "kill":
+            Processing.encode = hang_at_last
         processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
         loader = TrainLoader(PreparedDataset.open(data), processing, dp_rank=0, dp_size=1, data_workers=4,
                              micro_batch_size=1, shuffle_buffer_size=4)
         next(loader)
         print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
         if end == "kill":
+            time.sleep(0.5)
             os.kill(os.getpid(), 9)
         raise SystemExit(3)  # without close()
     """)

@@ -132,6 +132,17 @@ def test_several_turns_train_every_answer() -> None:
         assert trained[-1] or tokenizer.decode(ids[-1]) == "\n"
 
 
+def test_a_token_that_begins_in_the_prompt_is_trained() -> None:
+    """The space that this template writes before an answer becomes part of the answer's first token."""
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    jinja += "{{ 'assistant: ' if add_generation_prompt }}"
+    tokenizer = qwen_tokenizer()
+    turns = [Turn("user", "?"), Turn("assistant", "cat")]
+    ids, trained = ChatTemplate(tokenizer, "chat", "<image>", jinja).encode(turns, 0)
+    written = tokenizer.decode([token for token, t in zip(ids, trained, strict=True) if t])
+    assert written == " cat<|im_end|>"
+
+
 def test_no_question_asks_for_a_caption(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
     for lang, word in (("jp", "画像"), ("en", "image")):
         processing = processing_for("qwen", folders, models, lang=lang)
