@@ -6,6 +6,7 @@ Starting a process costs seconds of imports; joining and leaving a process group
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -50,6 +51,7 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
             results.put((rank, None, traceback.format_exc()))
         finally:
             parallel.finalize()
+            gc.collect()  # gloo's threads end with the last reference to their group
 
 
 class Pool:

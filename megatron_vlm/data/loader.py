@@ -53,7 +53,7 @@ class TrainLoader(Iterator[Microbatch]):
         dp_rank, dp_size: this rank among the data-parallel ranks.
         data_workers: N, loader workers over all ranks; a multiple of ``dp_size``.
         micro_batch_size: samples per microbatch.
-        shuffle_buffer_size: samples, still encoded, that each worker draws from.
+        shuffle_buffer_size: samples, still encoded, that each worker draws from; at most its share of them.
         seed: of the order of samples.
         max_corrupt_rate: share of corrupt samples above which the run stops.
         timeout: seconds to wait for a microbatch or a worker's state.
@@ -108,7 +108,8 @@ class TrainLoader(Iterator[Microbatch]):
                 datasets=[dataset.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE)],
                 worker_config=worker_config,
                 batch_size=micro_batch_size,
-                shuffle_buffer_size=shuffle_buffer_size,
+                # One that is larger than a worker's share would mix its epochs.
+                shuffle_buffer_size=min(shuffle_buffer_size, dataset.num_samples // data_workers),
             ),
             dataset.path,
             timeout,

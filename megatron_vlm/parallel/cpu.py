@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from typing import Any, Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # The tensor constructors that megatron-core calls with device="cuda" or torch.cuda.current_device().
 _CONSTRUCTORS = (
@@ -110,6 +112,31 @@ def uninstall() -> None:
     from megatron.core.tensor_parallel import random
 
     logging.getLogger(random.__name__).removeFilter(_not_about_cpu_rng)
+
+
+@contextlib.contextmanager
+def one_group_per_set_of_ranks() -> Iterator[None]:
+    """Let megatron-core's groups of the same ranks be one group.
+
+    It makes some twenty, most of them alike. Each gloo group keeps three threads, and each of these
+    wakes up a hundred times a second: on few cores that costs more than training a small model.
+    Sharing is safe, since every rank issues its collectives in the same order.
+    """
+    from megatron.core import parallel_state
+
+    create, groups = parallel_state.create_group, {tuple(range(dist.get_world_size())): dist.group.WORLD}
+
+    def create_once(ranks: Sequence[int], **options: Any) -> Any:
+        key = tuple(ranks)
+        if key not in groups:
+            groups[key] = create(ranks, **options)
+        return groups[key]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 def _replace(owner: Any, name: str, replacement: Any) -> None:

@@ -5,6 +5,7 @@ The only reader of megatron-core's ``parallel_state``; the rest of the project a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Callable
@@ -127,13 +128,14 @@ def initialize(
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        # A second set of groups, for gathering optimizer state; the way it is saved here needs none.
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
-    )
+    with cpu.one_group_per_set_of_ranks() if backend == "gloo" else contextlib.nullcontext():
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            # A second set of groups, for gathering optimizer state; the way it is saved here needs none.
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
     layout = Layout(
         device=torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu"),
         rank=dist.get_rank(),
