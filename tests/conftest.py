@@ -1,6 +1,7 @@
 """What every test runs under, subprocesses too: no network, one thread each; and the pool of ranks."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests start several ranks at once; a thread pool in each of them would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what it puts in the background with SIGINT ignored, and so would every process of a test be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

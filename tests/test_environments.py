@@ -58,6 +58,9 @@ def closure(requirements: list[str], python: str) -> dict[str, str]:
         distribution = metadata.distribution(requirement.name)
         found[canonicalize_name(requirement.name)] = distribution.version
         for child in map(Requirement, distribution.requires or []):
+            # torch's CUDA build, which an index may serve in place of the CPU's, pins these itself.
+            if child.name.startswith(("cuda-", "nvidia-", "triton")):
+                continue
             extras = [{"python_version": python, "extra": extra} for extra in ("", *requirement.extras)]
             if child.marker is None or any(child.marker.evaluate(extra) for extra in extras):
                 queue.append(child)

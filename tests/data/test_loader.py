@@ -372,6 +372,7 @@ def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.Monke
 
 
 def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folders: dict[str, Path]) -> None:
+    """Both with a process that is killed while its workers hang, and with one that ends without close()."""
     script = textwrap.dedent("""
         import os, sys, time
         from megatron_vlm.config.model import ModelConfig
@@ -379,34 +380,36 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
         from megatron_vlm.data.loader import TrainLoader
         from megatron_vlm.data.processing import Processing, load_processing
 
-        folder, data, end = sys.argv[1:]
+        folder, data = sys.argv[1:]
+        processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
+        dataset = PreparedDataset.open(data)
         encode = Processing.encode
         encoded = []  # by this worker
 
-        def hang_at_last(self, *sample):
+        def hang_at_second(self, *sample):
             encoded.append(sample)
             time.sleep(600.0 * (len(encoded) > 1))  # torch's workers look after their parent between batches
             return encode(self, *sample)
 
-        if end == "kill":
-            Processing.encode = hang_at_last
-        processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
-        loader = TrainLoader(PreparedDataset.open(data), processing, dp_rank=0, dp_size=1, data_workers=4,
-                             micro_batch_size=1, shuffle_buffer_size=4)
+        killed = os.fork()
+        if not killed:
+            Processing.encode = hang_at_second
+        options = dict(dp_rank=0, dp_size=1, data_workers=4, micro_batch_size=1, shuffle_buffer_size=4)
+        loader = TrainLoader(dataset, processing, **options)
         next(loader)
         print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
-        if end == "kill":
+        if not killed:
             time.sleep(0.5)
             os.kill(os.getpid(), 9)
-        raise SystemExit(3)  # without close()
+        os.waitpid(killed, 0)
+        raise SystemExit(3)
     """)
-    for end, code in (("kill", -9), ("exit", 3)):
-        command = [sys.executable, "-c", script, str(folders["llava"]), str(dataset_dir), end]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        errors = [line for line in result.stderr.splitlines() if " is skipped (corrupt)" not in line]
-        assert (result.returncode, errors) == (code, [])
-        workers = [int(pid) for pid in result.stdout.split()]
-        deadline = time.monotonic() + 5
-        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(workers) == 4 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    command = [sys.executable, "-c", script, str(folders["llava"]), str(dataset_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    errors = [line for line in result.stderr.splitlines() if " is skipped (corrupt)" not in line]
+    assert (result.returncode, errors) == (3, [])
+    workers = [int(pid) for pid in result.stdout.split()]
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 8 and not any(Path(f"/proc/{pid}").exists() for pid in workers)

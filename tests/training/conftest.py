@@ -28,7 +28,7 @@ class Trainable:
         return [
             *("--megatron-load-dir", str(self.checkpoint), "--tokenizer-load-dir", str(self.hf)),
             *("--data-path", str(self.data), "--save-dir", str(save_dir), "--name", name),
-            *("--micro-batch-size", "2", "--global-batch-size", "8", "--data-workers", "4"),
+            *("--micro-batch-size", "2", "--global-batch-size", "4", "--data-workers", "2"),
             *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", "--fp32"),
             *("--lr", "2e-3", "--lr-warmup-iters", "0", "--max-corrupt-rate", "0.5", *more),
         ]

@@ -138,7 +138,7 @@ def test_resume_restart_and_finish(pool: Pool, trainables: dict[str, Trainable],
 
 def test_one_epoch_is_the_default(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     pool.run(1, train, trainables["untied"].flags(tmp_path, "run", "--no-save", "--freeze-lm"))
-    assert len(metrics(tmp_path / "run")) == 120 // 8
+    assert len(metrics(tmp_path / "run")) == 120 // 4
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -154,7 +154,7 @@ def test_not_finite(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
     message = failure(pool, world, broken.flags(tmp_path, "run", "--train-iters", "3"))
     assert "iteration 1: the loss is not finite" in message
     named = message.partition("samples: ")[2].partition(". Look")[0].split(", ")
-    assert len(named) == 8  # the whole global batch
+    assert len(named) == 4  # the whole global batch
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
