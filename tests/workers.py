@@ -44,7 +44,7 @@ class Layout:
 def global_batch(
     microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int
 ) -> GlobalBatch:
-    """Microbatches of ``input_ids``, ``labels`` (shifted, -100 untrained), ``pixel_values`` as the model takes them."""
+    """Microbatches of ``input_ids``, ``labels`` and ``pixel_values``, as the model takes them."""
     length = -(-max(m["input_ids"].shape[1] for m in microbatches) // multiple) * multiple
     batches = []
     for m in microbatches:

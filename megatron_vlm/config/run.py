@@ -238,7 +238,8 @@ class RunConfig:
         """
         if self.training.iterations is not None:
             return self
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, train_samples=num_samples))
+        training = dataclasses.replace(self.training, train_samples=num_samples)
+        return dataclasses.replace(self, training=training)
 
     @property
     def decay_iterations(self) -> int:

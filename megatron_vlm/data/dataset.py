@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import struct
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Tuple
@@ -15,9 +14,9 @@ from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stat
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
+from megatron_vlm.config.dataset import FIELD_MAP, prepare_command
 from megatron_vlm.data.templates import SampleError
 
-FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 
 
@@ -140,15 +139,6 @@ def _cook(crude: Dict[str, Any]) -> RawSample:
 
 
 RAW_COOKER = Cooker(_cook)
-
-
-def prepare_command(path: str, ratio: str = "9,1,0") -> str:
-    """The command that prepares a folder of shards without a prompt."""
-    field_map = json.dumps(FIELD_MAP, separators=(",", ":"))
-    return (
-        f"energon prepare --non-interactive --force-overwrite --split-ratio {ratio} --sample-type VQASample "
-        f"--field-map '{field_map}' {shlex.quote(path)}"
-    )
 
 
 def _split_shards(path: str, split: str) -> List[str]:

@@ -198,7 +198,7 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (close() closes it)
+        self._file: BinaryIO = open(path, "wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._data + position)
         self.path = path

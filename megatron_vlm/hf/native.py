@@ -237,6 +237,6 @@ class NativeWriter:
             if self._file is not None:
                 self._file.close()
             # As torch names them: __<rank>_<number>.distcp.
-            self._file = open(self.path / f"__0_{self._count}.distcp", "wb")  # noqa: SIM115 (close() closes it)
+            self._file = open(self.path / f"__0_{self._count}.distcp", "wb")
             self._count += 1
         return self._file

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from typing import Optional
 
 from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import check_image
-
-_FIELD_MAP = '{"image":"jpg","context":"json[question]","answers":"txt"}'
 
 
 def check_paths(config: RunConfig) -> None:
@@ -70,13 +68,6 @@ def check_dataset(path: str) -> None:
             f"--data-path {path}: shard {missing[0]} is gone since it was prepared; "
             f"bring it back, or run: {prepare_command(path)}"
         )
-
-
-def prepare_command(path: str) -> str:
-    """The command that prepares a folder of shards without asking, quoted for a shell."""
-    command = ["energon", "prepare", "--non-interactive", "--force-overwrite", "--split-ratio", "9,1,0"]
-    command += ["--sample-type", "VQASample", "--field-map", _FIELD_MAP, path]
-    return shlex.join(command)
 
 
 def _has_shards(path: str) -> bool:

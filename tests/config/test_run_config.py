@@ -111,9 +111,13 @@ def test_every_field_survives_flags_json_and_dict(section, field, kind, tmp_path
 def test_flags_win_over_the_file(tmp_path) -> None:
     path = tmp_path / "run.json"
     path.write_text(
-        json.dumps({"tp": 2, "train-samples": 512, "dist-optim": True, "optimizer": {"lr": 0.5}, "fp32": True})
+        json.dumps(
+            {"tp": 2, "train-samples": 512, "dist-optim": True, "optimizer": {"lr": 0.5}, "fp32": True}
+        )
     )
-    config = RunConfig.from_flags(["--config", str(path), "--tp", "4", "--train-iters", "3", "--no-dist-optim"])
+    config = RunConfig.from_flags(
+        ["--config", str(path), "--tp", "4", "--train-iters", "3", "--no-dist-optim"]
+    )
     assert config.parallel.tp == 4
     assert (config.training.train_iters, config.training.train_samples) == (3, None)
     assert not config.parallel.dist_optim

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.data.dataset import prepare_command
 from tests.data.tiny_data import FOLDERS, make_samples, prepare, write_shards
 
 

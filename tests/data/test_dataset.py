@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.data.dataset import PreparedDataset, RawSample, prepare_command
+from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import make_samples, prepare, write_shards
 

@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import preflight
 
@@ -45,11 +46,11 @@ def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> N
     info.unlink()
     assert "no .tar shards" in message()
     shard.touch()
-    assert f"not prepared; run: {preflight.prepare_command(str(dataset))}" in message()
+    assert f"not prepared; run: {prepare_command(str(dataset))}" in message()
 
 
 def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
-    command = shlex.split(preflight.prepare_command("/a b"))
+    command = shlex.split(prepare_command("/a b"))
     assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"
     assert json.loads(command[command.index("--field-map") + 1])["context"] == "json[question]"
 

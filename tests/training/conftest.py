@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.data.dataset import prepare_command
+from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.hf.convert import import_hf
 from tests.data.tiny_data import FOLDERS, make_samples, prepare, write_shards
 
