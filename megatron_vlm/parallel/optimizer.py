@@ -172,10 +172,6 @@ class Optimizer:
             for key, tensor in self._tensors(parameter).items():
                 tensor.copy_(loaded[index][key])
 
-    def reload_weights(self) -> None:
-        """Take the model's weights as master weights, after loading them without optimizer state."""
-        self.chained.reload_model_params()
-
     def _parameters(self) -> list[torch.nn.Parameter]:
         """This stage's trainable parameters, in the order of the sharded state."""
         if isinstance(self.optimizer, DistributedOptimizer):

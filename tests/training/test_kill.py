@@ -60,15 +60,24 @@ def lines(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
+def changed(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # renamed meanwhile: the save is done
+        return 0.0
+
+
 def wait_for(moment: str, started: subprocess.Popen[bytes], run: Path) -> None:
     """Until the run is saving, has trained a little, or has merely been started."""
-    deadline = time.monotonic() + 120
+    deadline, begun = time.monotonic() + 120, time.time()
     before = lines(run)
     if moment == "starting":
         time.sleep(random.uniform(0.5, 8.0))
         return
     while started.poll() is None and time.monotonic() < deadline:
-        if moment == "saving" and list(run.glob("checkpoints/.iter_*.incomplete")):
+        # An earlier kill may have left a folder behind; one of this start is newer.
+        folders = run.glob("checkpoints/.iter_*.incomplete")
+        if moment == "saving" and any(changed(folder) > begun for folder in folders):
             time.sleep(random.uniform(0.0, 0.1))
             return
         if moment == "training" and lines(run) > before:
@@ -97,9 +106,9 @@ def test_killed_runs_go_on_exactly(trainables: dict[str, Trainable], tmp_path: P
         started = subprocess.Popen(again, **quiet)
         moment, target = MOMENTS[number % len(MOMENTS)], TARGETS[number % len(TARGETS)]
         wait_for(moment, started, run)
-        victim = find(started, target)
-        if victim is not None:
-            os.kill(victim, signal.SIGKILL)
+        while (victim := find(started, target)) is None:
+            time.sleep(0.01)  # not started yet
+        os.kill(victim, signal.SIGKILL)
         print(f"kill {number + 1}: {target} while {moment}, {lines(run)} iterations logged", flush=True)
         started.wait(timeout=60)
         assert started.returncode != 0
