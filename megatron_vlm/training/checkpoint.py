@@ -38,7 +38,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.native import read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import Optimizer
 
 RUN_CONFIG = "run_config.json"
@@ -94,7 +94,7 @@ def save_checkpoint(
     sharded: dict[str, Any] = {"model": dict(weights)}
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
-    dist_checkpointing.save(sharded, str(staging))
+    sharded_files.save(sharded, str(staging))
 
     tensors = _gather(_describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
     data = {}
