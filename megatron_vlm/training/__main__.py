@@ -11,12 +11,13 @@ import signal
 import sys
 import warnings
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
 
 
 def main(argv: list[str]) -> int:
     """Run this rank; returns the exit code, 2 for a user error."""
-    _die_with_torchrun()
+    _leave_nothing_behind()
     _quiet_megatron_core()
     from megatron_vlm.config.run import RunConfig
 
@@ -64,12 +65,20 @@ def _quiet_megatron_core() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core|torch\.jit")
 
 
-def _die_with_torchrun() -> None:
-    """A rank whose torchrun is killed must not go on beside the one that takes its place."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
+def _leave_nothing_behind() -> None:
+    """A rank whose torchrun is killed, and what a killed rank has forked (loader workers, writers of a
+    checkpoint), must not go on beside the run that takes its place."""
+    if sys.platform != "linux":
+        return
+    os.register_at_fork(after_in_child=_die_with_parent)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+        if os.getppid() == 1:  # it died before this could be asked for
             sys.exit(1)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def lock(run: Path) -> IO[str]:
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: that one is held by whatever this process forks, too.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):

@@ -172,15 +172,26 @@ def test_other_parts_trained(pool: Pool, trainables: dict[str, Trainable], tmp_p
     assert "no optimizer state for language_model." in message and "--freeze-lm" in message
 
 
-def test_a_locked_run_folder(
-    trainables: dict[str, Trainable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hold_lock(folder: Path) -> None:
+    from megatron_vlm.training import run_folder
+
+    with run_folder.lock(folder):
+        print("locked", flush=True)
+        sys.stdin.read()
+
+
+def test_a_locked_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is kept out, until the one that holds the folder ends, however it does."""
     from megatron_vlm.training import run_folder
 
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
-    with (
-        run_folder.lock(tmp_path / "run"),
-        pytest.raises(ValueError, match="another process is training here"),
-    ):
-        run_folder.lock(tmp_path / "run")
-    run_folder.lock(tmp_path / "run").close()
+    code = f"import pathlib, tests.training.test_run as t; t.hold_lock(pathlib.Path({str(tmp_path)!r}))"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, cwd=CHECKOUT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="another process is training here"):
+            run_folder.lock(tmp_path)
+        holder.kill()
+        holder.wait()
+        run_folder.lock(tmp_path).close()
