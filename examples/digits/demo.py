@@ -58,6 +58,10 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size (default: 2)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default: 1)")
     args = parser.parse_args()
+    if args.tp not in (1, 2) or args.pp not in (1, 2, 4):  # its models have 2 key-value heads and 4 layers
+        parser.error(
+            f"TP={args.tp} PP={args.pp} does not fit the demo's model; use TP 1 or 2, and PP 1, 2 or 4"
+        )
     tp, pp, ranks = str(args.tp), str(args.pp), args.tp * args.pp
     start = time.monotonic()
     shutil.rmtree(CHECKOUT / "demo", ignore_errors=True)

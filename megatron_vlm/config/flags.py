@@ -205,7 +205,9 @@ class FlagParser(argparse.ArgumentParser):
         if name not in self._fields:
             # Flags that are not fields: --fp32, --no-save.
             action = self._option_string_actions.get(flag_name(name))
-            if value is True and action is not None and action.dest in self._fields:
+            if action is not None and action.dest in self._fields:
+                if value is not True:
+                    raise ValueError(f"{where}: {key} is {value!r}; expected true, or leave it out")
                 return [flag_name(name)]
             raise ValueError(f"{where}: unknown key {key}{self._nearest_key(name)}")
         if isinstance(value, bool) != (self._types[name] is bool):

@@ -263,15 +263,22 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> ModelConfig:
-        """Inverse of :meth:`to_dict`."""
-        values = dict(values)
-        return cls(
-            vision=VisionConfig(**values.pop("vision")),
-            projector=ProjectorConfig(**values.pop("projector")),
-            language=LanguageConfig(**values.pop("language")),
-            feature_layers=tuple(values.pop("feature_layers")),
-            **values,
-        )
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        try:
+            values = dict(values)
+            return cls(
+                vision=VisionConfig(**values.pop("vision")),
+                projector=ProjectorConfig(**values.pop("projector")),
+                language=LanguageConfig(**values.pop("language")),
+                feature_layers=tuple(values.pop("feature_layers")),
+                **values,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a description of a model ({error}); is the manifest damaged?") from None
 
     def check_layout(self, tp: int, pp: int) -> None:
         """Check that the model can be cut into ``tp`` tensor and ``pp`` pipeline parts.

@@ -21,6 +21,16 @@ def run(main: Callable[[List[str]], int]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {sys.executable} has no {error.name}; run `make setup` and `source .venv/bin/activate`, "
+            "or give --sif-path",
+            file=sys.stderr,
+        )
+        return 2
+    except OSError as error:  # no space left, read-only, no permission
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; no output was made", file=sys.stderr)
         return 130

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from typing import Optional
 
 from megatron_vlm.config.checkpoint import read_manifest
@@ -11,6 +13,19 @@ from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import check_image
+
+
+def check_interpreter(config: RunConfig) -> None:
+    """Check that this Python, which the ranks will run under, has torch; inside a container it isn't asked.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if config.launch.sif_path is None and importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            f"{sys.executable} has no torch; run `make setup` and `source .venv/bin/activate`, "
+            "or give --sif-path"
+        )
 
 
 def check_paths(config: RunConfig) -> None:

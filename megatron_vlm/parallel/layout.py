@@ -59,7 +59,8 @@ class Layout:
         return self.rank == self.model_src
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks on {self.device.type}: TP {self.tp} x PP {self.pp} x DP {self.dp}"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks} on {self.device.type}: TP {self.tp} x PP {self.pp} x DP {self.dp}"
 
 
 def choose_device(device: str | None = None, backend: str | None = None) -> tuple[str, str]:

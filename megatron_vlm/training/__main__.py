@@ -17,6 +17,7 @@ _libc = ctypes.CDLL(None)
 
 def main(argv: list[str]) -> int:
     """Run this rank; returns the exit code, 2 for a user error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
     _leave_nothing_behind()
     _quiet_megatron_core()
     from megatron_vlm.config.run import RunConfig
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> int:
         trainer.run(config, layout)
     except ValueError as error:
         return _user_error(error, parallel.first_to_arrive("error"))
+    except OSError as error:  # no space left, read-only, no permission
+        where = f"{error.filename}: " if error.filename else ""
+        return _user_error(ValueError(f"{where}{error.strerror or error}"), parallel.first_to_arrive("error"))
     except RuntimeError as error:
         if "Connection closed by peer" not in str(error):
             raise

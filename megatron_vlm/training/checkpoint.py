@@ -211,7 +211,12 @@ def _sharded_weights(model: VisionLanguageModel) -> dict[str, Any]:
 
 
 def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    read_metadata(folder)  # refuses a crafted file, which the next line would execute
+    # Refuses a crafted .metadata, which load() would execute.
+    stored = read_metadata(folder).storage_data or {}
+    for part in stored.values():
+        file = folder / part.relative_path
+        if not file.is_file() or file.stat().st_size < part.offset + part.length:
+            raise ValueError(f"{file}: missing or cut off; copy or convert the checkpoint again")
     return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ def lock(run: Path) -> IO[str]:
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / _LOCK, "w")
     deadline = time.monotonic() + _LOCK_SECONDS
+    told = False
     while True:
         try:
             # Not flock: that one is held by whatever this process forks, too.
@@ -56,6 +58,9 @@ def lock(run: Path) -> IO[str]:
                 raise ValueError(
                     f"{run}: another process is training here; stop it, or give another --name"
                 ) from None
+            if not told:
+                print(f"{run}: another process is training here; waiting for it to end", flush=True)
+                told = True
             time.sleep(0.2)
 
 
@@ -100,12 +105,20 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
     load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
     if load_dir is not None:
         others[f"--megatron-load-dir {load_dir}"] = ModelConfig.from_dict(read_manifest(load_dir)["model"])
-    if tokenizer_dir is not None and (Path(tokenizer_dir) / "config.json").exists():
+    if tokenizer_dir is not None and _is_llava(Path(tokenizer_dir)):
         others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)
     for flag, other in others.items():
         difference = _first_difference(model.to_dict(), other.to_dict())
         if difference:
             raise ValueError(f"{flag} is of another model than {start.checkpoint}: {difference}")
+
+
+def _is_llava(folder: Path) -> bool:
+    """A tokenizer may also come from a folder of its own, or from the text model's."""
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"] == "llava"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def move_aside(run: Path) -> None:

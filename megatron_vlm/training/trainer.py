@@ -109,7 +109,7 @@ class Trainer:
         )
         if start.with_state:
             checkpoint.load_optimizer(start.checkpoint, self.stage, self.optimizer, self.state)
-        self._say(f"trainable parameters: {describe_trainable(self.stage, layout)}")
+        self.say(f"trainable parameters: {describe_trainable(self.stage, layout)}")
 
     def train(self) -> None:
         """Run to the last iteration.
@@ -132,7 +132,7 @@ class Trainer:
                     metrics = self._metrics(global_batch, result, started, data_seconds)
                     if log is not None:
                         log.write(metrics)
-                        self._say(progress.line(metrics))
+                        self.say(progress.line(metrics))
                 if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
                     self.save()
         finally:
@@ -152,7 +152,7 @@ class Trainer:
             self.hf_source,
             self.loader.state_dict if self.loader is not None else None,
         )
-        self._say(f"saved {folder}" + ("" if with_state else " (weights only)"))
+        self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))
 
     def close(self) -> None:
         """End the data loader's workers."""
@@ -231,7 +231,8 @@ class Trainer:
                 "first sample:", describe(first, processing.tokenizer, processing.image_token_id), flush=True
             )
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
+        """Print, on rank 0."""
         if self.layout.rank == 0:
             print(message, flush=True)
 
@@ -279,6 +280,12 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
     start = parallel.on_first_rank(prepare)
     trainer = Trainer(config, layout, start)
     try:
+        if trainer.state.iteration >= trainer.total_iterations:
+            trainer.say(
+                f"{trainer.state.iteration} iterations are done and the run has {trainer.total_iterations}: "
+                "nothing left to do; give a larger --train-iters to go on"
+            )
+            return
         if layout.rank == 0:
             trainer.config.save(str(folder / run_folder.CONFIG))
         trainer.train()

@@ -20,7 +20,9 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Build as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Join a text model and a vision tower into a LLaVA.")
+    parser = argparse.ArgumentParser(
+        description="Join a text model and a vision tower into a LLaVA.", allow_abbrev=False
+    )
     parser.add_argument("--save-dir", required=True, help="folder to make")
     parser.add_argument("--text-model", required=True, help="Llama or Qwen2 causal language model")
     parser.add_argument(

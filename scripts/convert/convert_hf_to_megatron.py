@@ -20,7 +20,9 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Convert as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face LLaVA to a Megatron checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Convert a Hugging Face LLaVA to a Megatron checkpoint.", allow_abbrev=False
+    )
     parser.add_argument("--hf-dir", required=True, help="folder with config.json and weights")
     parser.add_argument("--megatron-dir", required=True, help="checkpoint root to make")
     parser.add_argument("--tp", type=cli.positive, default=1, help="tensor-parallel size it is cut for")

@@ -20,7 +20,9 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Convert as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint to a Hugging Face LLaVA.")
+    parser = argparse.ArgumentParser(
+        description="Convert a Megatron checkpoint to a Hugging Face LLaVA.", allow_abbrev=False
+    )
     parser.add_argument("--megatron-dir", required=True, help="checkpoint, checkpoint root or run folder")
     parser.add_argument("--hf-dir", required=True, help="folder to make")
     parser.add_argument(

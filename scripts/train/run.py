@@ -52,6 +52,8 @@ def check(plan: LaunchPlan) -> None:
         print(f"warning: {error}", file=sys.stderr)
         return
     plan.config.validate(plan.world_size, model)
+    if not plan.config.launch.dry_run:
+        preflight.check_interpreter(plan.config)
 
 
 def new_log(config: RunConfig) -> str:
