@@ -33,7 +33,9 @@ _QWEN2 = dict(_LLAMA, num_key_value_heads=4, rope_theta=1e6)
 # Each family with another choice of what can vary.
 FAMILIES: dict[str, dict[str, Any]] = {
     "clip-llama": {},
-    "siglip-qwen2": dict(text="qwen2", vision="siglip", vision_feature_select_strategy="full"),
+    "siglip-qwen2": dict(
+        text="qwen2", vision="siglip", vision_feature_select_strategy="full", projector_hidden_act="linear"
+    ),
     "clip-qwen2-tied": dict(text="qwen2", tie_word_embeddings=True, vision_feature_layer=-1),
     "siglip-llama-biases": dict(
         vision="siglip",

@@ -298,6 +298,12 @@ class RunConfig:
                     f"--{name.replace('_', '-')} {token} is outside the vocabulary of "
                     f"{model.language.vocab_size}; leave the flag out to take the tokenizer's"
                 )
+        token = self.model.image_token_id
+        if token not in (None, model.image_token_id):
+            raise ValueError(
+                f"--image-token-id {token}: the model was built with {model.image_token_id}; "
+                "leave the flag out"
+            )
 
 
 def _parser(prog: Optional[str] = None) -> FlagParser:

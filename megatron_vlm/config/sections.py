@@ -190,7 +190,7 @@ class TrainingSection:
         "compute in bfloat16 with float32 master weights, or in float32",
         choices=("bf16", "fp32"),
         switches=True,
-        shown_default="as the weights are stored",
+        shown_default="bf16 where the weights are stored so, else fp32",
     )
     skip_train_iteration_range: Tuple[str, ...] = flag(
         SAVE_LOAD,

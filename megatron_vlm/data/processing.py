@@ -192,7 +192,8 @@ def _image_token(tokenizer: Any, folder: str, model: ModelConfig, override: int 
         candidate = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         known = tokenizer.added_tokens_decoder.get(candidate)
         hint = (
-            f"its {IMAGE_MARKER} is {candidate}, try --image-token-id {candidate}"
+            f"its {IMAGE_MARKER} is {candidate}, the model's {model.image_token_id}; "
+            "give the folder that the model was built with"
             if known is not None and str(known) == IMAGE_MARKER
             else "give the Hugging Face folder that scripts/convert/build_llava_jp.py made"
         )

@@ -88,8 +88,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
     """Read ``.metadata`` of a ``torch_dist`` checkpoint without running anything that it holds.
 
-    torch itself unpickles this file without restraint: call this before handing a folder to
-    ``dist_checkpointing.load``.
+    torch itself unpickles this file without restraint.
 
     Raises:
         ValueError: the file is missing or damaged, or holds anything but metadata.
@@ -104,7 +103,36 @@ def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
         raise ValueError(f"{path}: refused, not the metadata of a checkpoint ({error})") from None
     if not isinstance(loaded, metadata.Metadata):
         raise ValueError(f"{path}: refused, holds a {type(loaded).__name__} instead of metadata")
+    for info in (loaded.storage_data or {}).values():
+        if os.path.basename(info.relative_path) != info.relative_path:
+            raise ValueError(f"{path}: refused, names {info.relative_path!r}, not a file of the checkpoint")
     return loaded
+
+
+def check_before_loading(folder: str | os.PathLike[str]) -> None:
+    """What has to be true before a folder is handed to ``dist_checkpointing.load``: nothing in it is
+    executed, and no file is missing or cut off.
+
+    torch unpickles without restraint both ``.metadata`` and what ``.metadata`` calls bytes, so a
+    checkpoint may hold tensors only, which are read with ``weights_only``.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    loaded = read_metadata(folder)
+    for name, entry in loaded.state_dict_metadata.items():
+        if type(entry) is not metadata.TensorStorageMetadata:
+            raise ValueError(f"{Path(folder) / _METADATA}: refused, {name} is not a tensor")
+    for info in (loaded.storage_data or {}).values():
+        file = Path(folder) / info.relative_path
+        if not file.is_file() or file.stat().st_size < info.offset + info.length:
+            raise ValueError(f"{file}: missing or cut off; copy or convert the checkpoint again")
+    common = Path(folder) / "common.pt"
+    try:
+        torch.load(common, weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{common}: refused or damaged ({reason})") from None
 
 
 class NativeReader:
@@ -127,9 +155,6 @@ class NativeReader:
             for index, info in (loaded.storage_data or {}).items()
             if index.offset is not None
         }
-        for info in self._where.values():
-            if os.path.basename(info.relative_path) != info.relative_path:
-                raise ValueError(f"{self.path}: {_METADATA} names {info.relative_path!r}, not a file in it")
 
     @property
     def names(self) -> list[str]:

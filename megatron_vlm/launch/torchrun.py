@@ -28,6 +28,7 @@ def main(argv: List[str]) -> int:
     # It repeats below, at length, what this module says in one line.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
+    os.environ["MEGATRON_VLM_TORCHRUN_PID"] = str(os.getpid())  # ranks see by it whether this one lives
     run = importlib.import_module("torch.distributed.run")
     try:
         run.main(argv)

@@ -21,12 +21,13 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """An initialiser that does nothing."""
+    """An initialiser, or an activation, that does nothing."""
     return weight
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
+    "linear": _leave,  # transformers' name for no activation
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -98,7 +99,7 @@ def transformer_configs(
             hidden_size=language.hidden_size,
             num_attention_heads=language.num_attention_heads,
             ffn_hidden_size=language.hidden_size,
-            activation_func=_ACTIVATIONS.get(projector.activation, F.gelu),
+            activation_func=_ACTIVATIONS[projector.activation],
             bias_activation_fusion=False,
             add_bias_linear=projector.bias,
             **common,

@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 import warnings
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     from megatron_vlm import parallel
     from megatron_vlm.training import trainer
 
+    code = 1
     try:
         layout = parallel.initialize(
             config.parallel.tp,
@@ -41,20 +43,27 @@ def main(argv: list[str]) -> int:
             config.parallel.backend,
         )
         trainer.run(config, layout)
+        code = 0
     except ValueError as error:
-        return _user_error(error, parallel.first_to_arrive("error"))
+        code = _user_error(error, parallel.first_to_arrive("error"))
     except OSError as error:  # no space left, read-only, no permission
         where = f"{error.filename}: " if error.filename else ""
-        return _user_error(ValueError(f"{where}{error.strerror or error}"), parallel.first_to_arrive("error"))
+        reason = ValueError(f"{where}{error.strerror or error}")
+        code = _user_error(reason, parallel.first_to_arrive("error"))
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
-            raise
         # Another rank failed and has said why; a traceback of this one would bury that.
-        print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        parallel.finalize()
-    return 0
+        if "Connection closed by peer" in str(error):
+            print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+    except Exception:
+        traceback.print_exc()
+    if code and parallel.choose_device(config.parallel.device)[0] == "cuda":
+        # Leaving NCCL's groups waits for the other ranks, which may be waiting for this one.
+        sys.stderr.flush()
+        os._exit(code)
+    parallel.finalize()
+    return code
 
 
 def _user_error(error: ValueError, speaks: bool) -> int:
@@ -77,8 +86,8 @@ def _leave_nothing_behind() -> None:
     os.register_at_fork(after_in_child=_die_with_parent)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
-        if os.getppid() == 1:  # it died before this could be asked for
-            sys.exit(1)
+        if os.environ.get("MEGATRON_VLM_TORCHRUN_PID", str(os.getppid())) != str(os.getppid()):
+            sys.exit(1)  # it died before this could be asked for
 
 
 def _die_with_parent() -> None:

@@ -36,7 +36,7 @@ from megatron_vlm.config.checkpoint import (
 )
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.native import read_metadata
+from megatron_vlm.hf.native import check_before_loading, read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import Optimizer
@@ -211,12 +211,7 @@ def _sharded_weights(model: VisionLanguageModel) -> dict[str, Any]:
 
 
 def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    # Refuses a crafted .metadata, which load() would execute.
-    stored = read_metadata(folder).storage_data or {}
-    for part in stored.values():
-        file = folder / part.relative_path
-        if not file.is_file() or file.stat().st_size < part.offset + part.length:
-            raise ValueError(f"{file}: missing or cut off; copy or convert the checkpoint again")
+    check_before_loading(folder)
     return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
 
 

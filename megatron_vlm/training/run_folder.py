@@ -121,6 +121,19 @@ def _is_llava(folder: Path) -> bool:
         return False
 
 
+def check_restart(config: RunConfig, run: Path) -> None:
+    """Check that a run can start over, before anything of it is moved.
+
+    Raises:
+        ValueError: there is nothing to start from, or it lies in the folder that is moved aside.
+    """
+    source = resolve_checkpoint(str(config.model.megatron_load_dir))
+    if run.resolve() in source.resolve().parents:
+        raise ValueError(
+            f"--restart moves {run} aside, and {source} with it; give another --name to go on from there"
+        )
+
+
 def move_aside(run: Path) -> None:
     """Keep what an earlier run left, out of the way of a new one: ``<run>/earlier/<number>/``."""
     old = [run / name for name in (CHECKPOINTS, METRICS, SUPERSEDED, CONFIG) if (run / name).exists()]

@@ -251,7 +251,8 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
         workers = RunConfig.load(str(start.checkpoint / checkpoint.RUN_CONFIG)).data.data_workers
         config = replace(config, data=replace(config.data, data_workers=workers))
     config.validate(world_size, model)
-    precision = config.training.precision or ("fp32" if model.dtype == "float32" else "bf16")
+    # float16 weights don't fit bfloat16, which has fewer digits.
+    precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
     return replace(
         config,
         data=replace(config.data, data_workers=config.data_workers(world_size)),
@@ -271,6 +272,7 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
     def prepare() -> Start:
         held.append(run_folder.lock(folder))
         if config.checkpoint.restart:
+            run_folder.check_restart(config, folder)
             run_folder.move_aside(folder)
         start = run_folder.choose_start(config, folder)
         print(start.message, flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import verify
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
-from megatron_vlm.hf.native import NativeReader, NativeWriter, read_metadata
+from megatron_vlm.hf.native import NativeReader, NativeWriter, check_before_loading, read_metadata
 from megatron_vlm.hf.ops import COLUMN, GATED, REPLICATED, ROW, Concatenate, MergeQKV, ShardRule
 from tests.tiny import save_tiny_llava
 
@@ -187,6 +189,38 @@ def test_an_exploit_inside_genuine_metadata_is_not_executed(checkpoint: Path) ->
     assert Path("exploited").exists()
 
 
+def test_what_would_be_unpickled_is_refused_before_loading(checkpoint: Path) -> None:
+    """An entry that is called bytes, though it looks like the tensor asked for: torch would unpickle it."""
+    check_before_loading(checkpoint)
+    path = checkpoint / ".metadata"
+    loaded = read_metadata(checkpoint)
+    name, tensor = next(iter(loaded.state_dict_metadata.items()))
+    disguised = BytesStorageMetadata()
+    disguised.__dict__.update(tensor.__dict__)
+    loaded.state_dict_metadata[name] = disguised
+    path.write_bytes(pickle.dumps(loaded))
+    with pytest.raises(ValueError, match=f"refused, {re.escape(name)} is not a tensor"):
+        check_before_loading(checkpoint)
+
+
+def test_a_file_outside_of_the_checkpoint_is_refused(checkpoint: Path) -> None:
+    loaded = read_metadata(checkpoint)
+    next(iter(loaded.storage_data.values())).relative_path = "../elsewhere"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(loaded))
+    with pytest.raises(ValueError, match=r"refused, names '\.\./elsewhere'"):
+        check_before_loading(checkpoint)
+
+
+def test_damage_is_found_before_loading(checkpoint: Path) -> None:
+    (checkpoint / "common.pt").write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match=r"common\.pt: refused or damaged"):
+        check_before_loading(checkpoint)
+    chunk = next(checkpoint.glob("*.distcp"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"distcp: missing or cut off"):
+        check_before_loading(checkpoint)
+
+
 def test_a_crafted_chunk_is_not_executed(checkpoint: Path) -> None:
     file = checkpoint / "__0_0.distcp"
     with open(file, "r+b") as stream:
@@ -235,7 +269,7 @@ def test_damaged_checkpoints(checkpoint: Path) -> None:
         checkpoint,
         lambda m: [setattr(i, "relative_path", "../" + i.relative_path) for i in m.storage_data.values()],
     )
-    with pytest.raises(ValueError, match="not a file in it"):
+    with pytest.raises(ValueError, match="not a file of the checkpoint"):
         export_hf(checkpoint, "back")
 
     metadata_file.write_bytes(genuine[:-20])
