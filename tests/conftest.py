@@ -13,8 +13,10 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests start several ranks at once; a thread pool in each of them would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts what it puts in the background with SIGINT ignored, and so would every process of a test be.
+# A shell starts what it puts in the background with SIGINT ignored, nohup with SIGHUP, and so would every
+# process of a test be.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
