@@ -96,11 +96,6 @@ class Optimizer:
         inner = self.optimizer.optimizer
         return [] if inner is None else inner.param_groups
 
-    @property
-    def steps(self) -> int:
-        """Updates done so far."""
-        return max((int(group.get("step", 0)) for group in self.groups), default=0)
-
     def zero_grad(self) -> None:
         """Forget the gradients, those in the reduction buffers too."""
         self.model.zero_grad_buffer()

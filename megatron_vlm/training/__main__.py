@@ -50,14 +50,12 @@ def main(argv: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         reason = ValueError(f"{where}{error.strerror or error}")
         code = _user_error(reason, parallel.first_to_arrive("error"))
-    except RuntimeError as error:
-        # Another rank failed and has said why; a traceback of this one would bury that.
-        if "Connection closed by peer" in str(error):
+    except Exception as error:  # told in full here, since what follows may end the process at once
+        if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+            # Another rank failed and has said why; a traceback of this one would bury that.
             print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-    except Exception:
-        traceback.print_exc()
     if code and parallel.choose_device(config.parallel.device)[0] == "cuda":
         # Leaving NCCL's groups waits for the other ranks, which may be waiting for this one.
         sys.stderr.flush()

@@ -68,7 +68,6 @@ def save_checkpoint(
     config: RunConfig,
     hf_source: Path,
     data_state: Callable[[], dict[int, Any]] | None,
-    keep: int | None = None,
 ) -> Path:
     """Write ``<root>/iter_<iteration>``; a collective call.
 
@@ -78,7 +77,6 @@ def save_checkpoint(
         optimizer: None for a checkpoint with weights only, which can't be resumed from.
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
         data_state: asks the loader for its state; None on ranks that don't load data.
-        keep: delete all but the last this many checkpoints; None keeps all.
 
     Returns:
         The checkpoint's folder.
@@ -128,9 +126,6 @@ def save_checkpoint(
     if layout.rank == 0:
         finish_folder(staging, final)
         write_tracker(root, state.iteration)
-        if keep is not None:
-            for old in list_checkpoints(root)[:-keep]:
-                shutil.rmtree(old)
     dist.barrier()
     return final
 

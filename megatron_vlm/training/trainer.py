@@ -225,11 +225,8 @@ class Trainer:
         )
 
     def _show_first_sample(self, loader: TrainLoader, processing: Processing) -> None:
-        first = loader.peek()
-        if self.layout.rank == 0:
-            print(
-                "first sample:", describe(first, processing.tokenizer, processing.image_token_id), flush=True
-            )
+        first = loader.peek()  # on every rank that loads: it forks the workers
+        self.say(f"first sample: {describe(first, processing.tokenizer, processing.image_token_id)}")
 
     def say(self, message: str) -> None:
         """Print, on rank 0."""

@@ -79,11 +79,10 @@ class Reference:
         table = build_table(
             self.model, padded_vocab_size(self.model.language.vocab_size, 1), detect_prefixes(names)
         )
-        saved = {parameter: parameter for parameter in names}
         parameters = dict(net.named_parameters())
         gradients = {}
         for row in table.rows:
-            parts = [_parameter(parameters, saved[name]).grad for name, _ in row.hf]
+            parts = [_parameter(parameters, name).grad for name, _ in row.hf]
             gradients[row.native] = row.op.to_native(parts)
         return gradients
 
