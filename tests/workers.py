@@ -17,7 +17,7 @@ from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import wrap_model
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, GlobalBatch
-from megatron_vlm.training.checkpoint import _sharded_weights, load_weights
+from megatron_vlm.training.checkpoint import _sharded_weights, load_weights, named_parameters
 from megatron_vlm.training.stages import set_trainable
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules
 
@@ -75,17 +75,17 @@ def logits_and_gradients(
     """
     layout = parallel.initialize(sizes.tp, sizes.pp)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    stage = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
-    set_trainable(stage, train_language=True, train_vision=True)
-    load_weights(Path(checkpoint), stage)
-    wrapped = wrap_model(stage, sizes.distributed_optimizer, overlap=False)
-    prepare_for_schedules(wrapped)
+    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    set_trainable(chunks, train_language=True, train_vision=True)
+    load_weights(Path(checkpoint), chunks)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    prepare_for_schedules(models)
     batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1)
-    loss, _ = compute_gradients(wrapped, batch, layout, len(microbatches[0]["input_ids"]))
+    loss, _ = compute_gradients(models, batch, layout, len(microbatches[0]["input_ids"]))
 
     pieces = []
-    entries = _sharded_weights(stage)
-    for name, parameter in stage.named_parameters():
+    entries = _sharded_weights(chunks)
+    for name, parameter in named_parameters(chunks):
         entry = replace(entries[name], data=parameter.main_grad.detach().clone())
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             pieces.append((part.key, part.global_shape, part.global_offset, part.data))
@@ -94,14 +94,14 @@ def logits_and_gradients(
     if sizes.pp == 1:
         with torch.no_grad():
             logits = [
-                stage(b.input_ids, b.pixel_values, b.image_positions).clone() for b in batch.microbatches
+                chunks[0](b.input_ids, b.pixel_values, b.image_positions).clone() for b in batch.microbatches
             ]
     else:
-        logits = _pipeline_logits(wrapped, batch, layout, len(microbatches[0]["input_ids"]))
+        logits = _pipeline_logits(models, batch, layout, len(microbatches[0]["input_ids"]))
     return loss, logits, pieces
 
 
-def _pipeline_logits(wrapped: Any, batch: GlobalBatch, layout: Any, micro_batch_size: int) -> Any:
+def _pipeline_logits(models: Any, batch: GlobalBatch, layout: Any, micro_batch_size: int) -> Any:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward(batches: Any, model: Any) -> Any:
@@ -111,8 +111,8 @@ def _pipeline_logits(wrapped: Any, batch: GlobalBatch, layout: Any, micro_batch_
 
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batch.microbatches),
-        model=[wrapped],
+        data_iterator=[iter(batch.microbatches) for _ in models],
+        model=models,
         num_microbatches=len(batch.microbatches),
         seq_length=batch.sequence_length,
         micro_batch_size=micro_batch_size,

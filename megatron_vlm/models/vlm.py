@@ -138,13 +138,15 @@ def build_model(
     deterministic: bool = False,
     impl: str | None = None,
     vocab_divisible_by: int = 128,
-) -> VisionLanguageModel:
-    """This rank's stage of the model, on the layout's device, with weights not yet set.
+) -> list[VisionLanguageModel]:
+    """This rank's chunks of the model, on the layout's device, with weights not yet set.
+
+    One chunk, unless pipeline stages are interleaved.
 
     Args:
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
     """
     configs = transformer_configs(model, layout, dtype, sequence_parallel, deterministic)
     impl = impl or default_transformer_impl(layout.device.type)
-    stage = VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by)
-    return stage.to(layout.device)
+    chunk = VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by)
+    return [chunk.to(layout.device)]

@@ -13,6 +13,7 @@ so that a run goes on at any layout, with or without the distributed optimizer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,10 @@ from megatron_vlm.parallel.adam import use_in_megatron_core
 _PREFIX = "optimizer.state"
 
 
-def wrap_model(model: MegatronModule, distributed_optimizer: bool, overlap: bool) -> DistributedDataParallel:
-    """Wrap a pipeline stage for mixed precision and data parallelism.
+def wrap_model(
+    chunks: Sequence[MegatronModule], distributed_optimizer: bool, overlap: bool
+) -> list[DistributedDataParallel]:
+    """Wrap this rank's model chunks for mixed precision and data parallelism.
 
     Gradients are summed, not averaged: the loss is divided by the global number of trained tokens.
 
@@ -39,31 +42,30 @@ def wrap_model(model: MegatronModule, distributed_optimizer: bool, overlap: bool
         distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO 1).
         overlap: reduce gradients while the backward pass runs.
     """
-    config = model.config
-    inner: MegatronModule = Float16Module(config, model) if config.bf16 else model
-    return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=overlap,
-        ),
-        inner,
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
     )
+    return [
+        DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if config.bf16 else chunk)
+        for chunk in chunks
+    ]
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of a wrapped stage.
+    """AdamW over the trainable parameters of a rank's wrapped model chunks.
 
     Biases and norms aren't decayed.
 
     Args:
-        model: from :func:`wrap_model`, with ``requires_grad`` already set as the stage wants it.
+        models: from :func:`wrap_model`, with ``requires_grad`` already set as the stage wants it.
     """
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        models: list[DistributedDataParallel],
         weight_decay: float,
         beta1: float,
         beta2: float,
@@ -80,12 +82,12 @@ class Optimizer:
             adam_beta2=beta2,
             adam_eps=eps,
             clip_grad=clip_grad,
-            bf16=model.config.bf16,
-            params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            bf16=models[0].config.bf16,
+            params_dtype=models[0].config.params_dtype,
+            use_distributed_optimizer=models[0].ddp_config.use_distributed_optimizer,
         )
-        self.model = model
-        self.chained = get_megatron_optimizer(self.config, [model], use_gloo_process_groups=False)
+        self.models = models
+        self.chained = get_megatron_optimizer(self.config, models, use_gloo_process_groups=False)
         (self.optimizer,) = self.chained.chained_optimizers
         for group in self.groups:
             group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -98,7 +100,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients, those in the reduction buffers too."""
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.chained.zero_grad()
 
     def gradient_norm(self) -> float:
@@ -124,7 +127,7 @@ class Optimizer:
         """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``.
 
         Args:
-            model_state: sharded state dict of the same stage, flat.
+            model_state: sharded state dict of the same chunks, flat.
             loading: allocate the state first, and don't gather what will be overwritten.
         """
         inner = self.optimizer.optimizer
@@ -168,10 +171,10 @@ class Optimizer:
                 tensor.copy_(loaded[index][key])
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        """This stage's trainable parameters, in the order of the sharded state."""
+        """This rank's trainable parameters, in the order of the sharded state."""
         if isinstance(self.optimizer, DistributedOptimizer):
             return [p for buffer in self.optimizer.buffers for p in buffer.param_index_map]
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for model in self.models for p in model.parameters() if p.requires_grad]
 
     def _tensors(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """Master weight and moments of a parameter (not for the distributed optimizer)."""

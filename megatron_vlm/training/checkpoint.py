@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class RunState:
 
 def save_checkpoint(
     root: Path,
-    model: VisionLanguageModel,
+    chunks: Sequence[VisionLanguageModel],
     optimizer: Optimizer | None,
     layout: Layout,
     state: RunState,
@@ -73,7 +73,7 @@ def save_checkpoint(
 
     Args:
         root: folder of the run's checkpoints.
-        model: this rank's stage, unwrapped.
+        chunks: this rank's model chunks, unwrapped.
         optimizer: None for a checkpoint with weights only, which can't be resumed from.
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
         data_state: asks the loader for its state; None on ranks that don't load data.
@@ -87,7 +87,7 @@ def save_checkpoint(
     dist.barrier()
     staging = staging_folder(final)
 
-    weights = _sharded_weights(model)
+    weights = _sharded_weights(chunks)
     # save() changes the dictionaries that it is given.
     sharded: dict[str, Any] = {"model": dict(weights)}
     if optimizer is not None:
@@ -112,7 +112,7 @@ def save_checkpoint(
                 "iteration": state.iteration,
                 "consumed_samples": state.consumed_samples,
                 "has_optimizer": optimizer is not None,
-                "model": model.model_config.to_dict(),
+                "model": chunks[0].model_config.to_dict(),
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
                 "tensors": tensors,
                 "versions": {
@@ -130,28 +130,30 @@ def save_checkpoint(
     return final
 
 
-def load_weights(folder: Path, model: VisionLanguageModel) -> None:
-    """Load a checkpoint's weights into a stage of any layout; a collective call.
+def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
+    """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
 
     Raises:
         ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
             the first one.
     """
-    weights = _sharded_weights(model)
-    _check_tensors(folder, weights, model.model_config)
+    weights = _sharded_weights(chunks)
+    _check_tensors(folder, weights, chunks[0].model_config)
     loaded = _load(folder, {"model": dict(weights)})["model"]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(chunks):
             parameter.copy_(loaded[name])
 
 
-def load_optimizer(folder: Path, model: VisionLanguageModel, optimizer: Optimizer, state: RunState) -> None:
+def load_optimizer(
+    folder: Path, chunks: Sequence[VisionLanguageModel], optimizer: Optimizer, state: RunState
+) -> None:
     """Load optimizer state; the weights must be loaded before. A collective call.
 
     Raises:
         ValueError: the checkpoint was written while other parts of the model were trained.
     """
-    request = optimizer.sharded_state(_sharded_weights(model), loading=True)
+    request = optimizer.sharded_state(_sharded_weights(chunks), loading=True)
     saved = read_metadata(folder).state_dict_metadata
     for tensors in request.values():
         for entry in tensors.values():
@@ -198,11 +200,22 @@ def latest_resumable(root: Path) -> Path | None:
     return None
 
 
-def _sharded_weights(model: VisionLanguageModel) -> dict[str, Any]:
-    """Sharded tensors by parameter name. ``_extra_state``, which holds FP8 scales, is left out:
-    it would tie a checkpoint to the layer spec that wrote it."""
-    entries = model.sharded_state_dict(metadata=dict(_SHARDING))
-    return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
+def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters. Each chunk counts its layers from 0, so names begin with the chunk's number."""
+    for index, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            yield f"{index}.{name}", parameter
+
+
+def _sharded_weights(chunks: Sequence[VisionLanguageModel]) -> dict[str, Any]:
+    """Sharded tensors by name as in :func:`named_parameters`. ``_extra_state``, which holds FP8 scales,
+    is left out: it would tie a checkpoint to the layer spec that wrote it."""
+    return {
+        f"{index}.{name}": entry
+        for index, chunk in enumerate(chunks)
+        for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
+        if not name.endswith("_extra_state")
+    }
 
 
 def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:

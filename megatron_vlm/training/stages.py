@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 
@@ -15,23 +17,24 @@ _PARTS = {
 }
 
 
-def set_trainable(model: VisionLanguageModel, train_language: bool, train_vision: bool) -> None:
+def set_trainable(chunks: Iterable[VisionLanguageModel], train_language: bool, train_vision: bool) -> None:
     """Freeze what isn't trained. The projector always is.
 
     LLaVA's stage 1 trains the projector alone, stage 2 the language model too; the tower is frozen in
     both (Liu et al., https://arxiv.org/abs/2304.08485).
     """
-    for name, parameter in model.named_parameters():
-        if name.startswith("language_model."):
-            parameter.requires_grad = train_language
-        elif name.startswith("vision_model."):
-            parameter.requires_grad = train_vision
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("language_model."):
+                parameter.requires_grad = train_language
+            elif name.startswith("vision_model."):
+                parameter.requires_grad = train_vision
 
 
-def describe_trainable(model: VisionLanguageModel, layout: Layout) -> str:
+def describe_trainable(chunks: Iterable[VisionLanguageModel], layout: Layout) -> str:
     """``vision tower 0 of 120,000, projector ...``: parameters of the whole model; a collective call."""
     counts = torch.zeros(len(_PARTS), 2, dtype=torch.int64, device=layout.device)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (entry for chunk in chunks for entry in chunk.named_parameters()):
         whole_copy_elsewhere = getattr(parameter, "shared", False)  # tied embedding on the last stage
         sharded = getattr(parameter, "tensor_model_parallel", False)
         if whole_copy_elsewhere or not (sharded or layout.tp_rank == 0):

@@ -52,7 +52,7 @@ def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
-    """Forward pass of one microbatch on this stage, in the form megatron-core's schedules call."""
+    """Forward pass of one microbatch through one model chunk, in the form megatron-core's schedules call."""
     batch = next(batches)
     output = model(
         input_ids=batch.input_ids,
@@ -64,7 +64,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
 
 
 def compute_gradients(
-    model: DistributedDataParallel, global_batch: GlobalBatch, layout: Layout, micro_batch_size: int
+    models: list[DistributedDataParallel], global_batch: GlobalBatch, layout: Layout, micro_batch_size: int
 ) -> tuple[float, int]:
     """Forward and backward over a global batch; gradients end reduced and divided by trained tokens.
 
@@ -76,8 +76,8 @@ def compute_gradients(
     """
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(global_batch.microbatches),
-        model=[model],
+        data_iterator=[iter(global_batch.microbatches) for _ in models],
+        model=models,
         num_microbatches=len(global_batch.microbatches),
         seq_length=global_batch.sequence_length,
         micro_batch_size=micro_batch_size,
@@ -101,7 +101,7 @@ def compute_gradients(
 
 
 def train_step(
-    model: DistributedDataParallel,
+    models: list[DistributedDataParallel],
     optimizer: Optimizer,
     global_batch: GlobalBatch,
     layout: Layout,
@@ -114,7 +114,7 @@ def train_step(
         NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
     """
     optimizer.zero_grad()
-    loss, trained = compute_gradients(model, global_batch, layout, micro_batch_size)
+    loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size)
     norm = optimizer.gradient_norm()
     if not math.isfinite(norm):
         raise NonFiniteError("gradient norm", [])
@@ -122,8 +122,11 @@ def train_step(
     return StepResult(loss=loss, trained_tokens=trained, gradient_norm=norm)
 
 
-def prepare_for_schedules(model: DistributedDataParallel) -> None:
+def prepare_for_schedules(models: list[DistributedDataParallel]) -> None:
     """Give megatron-core's schedules the functions they call between microbatches."""
-    config = model.config
+    config = models[0].config
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = model.no_sync if model.ddp_config.overlap_grad_reduce else None
+    config.no_sync_func = None
+    if models[0].ddp_config.overlap_grad_reduce:
+        no_syncs = [model.no_sync for model in models]
+        config.no_sync_func = no_syncs if len(models) > 1 else no_syncs[0]

@@ -83,7 +83,7 @@ class Trainer:
 
     def _build_model(self, start: Start) -> None:
         config, layout = self.config, self.layout
-        self.stage = build_model(
+        self.chunks = build_model(
             self.model_config,
             layout,
             dtype=self._dtype,
@@ -92,15 +92,15 @@ class Trainer:
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         set_trainable(
-            self.stage, train_language=not config.model.freeze_lm, train_vision=config.model.train_vision
+            self.chunks, train_language=not config.model.freeze_lm, train_vision=config.model.train_vision
         )
-        checkpoint.load_weights(start.checkpoint, self.stage)
+        checkpoint.load_weights(start.checkpoint, self.chunks)
         # Overlapping communication with the backward pass needs streams of its own.
         overlap = layout.device.type == "cuda" and layout.dp > 1
-        self.model = wrap_model(self.stage, config.parallel.dist_optim, overlap)
-        prepare_for_schedules(self.model)
+        self.models = wrap_model(self.chunks, config.parallel.dist_optim, overlap)
+        prepare_for_schedules(self.models)
         self.optimizer = Optimizer(
-            self.model,
+            self.models,
             weight_decay=config.optimizer.weight_decay,
             beta1=config.optimizer.adam_beta1,
             beta2=config.optimizer.adam_beta2,
@@ -108,8 +108,8 @@ class Trainer:
             clip_grad=config.optimizer.clip_grad,
         )
         if start.with_state:
-            checkpoint.load_optimizer(start.checkpoint, self.stage, self.optimizer, self.state)
-        self.say(f"trainable parameters: {describe_trainable(self.stage, layout)}")
+            checkpoint.load_optimizer(start.checkpoint, self.chunks, self.optimizer, self.state)
+        self.say(f"trainable parameters: {describe_trainable(self.chunks, layout)}")
 
     def train(self) -> None:
         """Run to the last iteration.
@@ -144,7 +144,7 @@ class Trainer:
         with_state = self.config.checkpoint.save_optim
         folder = checkpoint.save_checkpoint(
             self.run / CHECKPOINTS,
-            self.stage,
+            self.chunks,
             self.optimizer if with_state else None,
             self.layout,
             self.state,
@@ -169,7 +169,7 @@ class Trainer:
     def _step(self, global_batch: GlobalBatch) -> StepResult:
         try:
             return train_step(
-                self.model,
+                self.models,
                 self.optimizer,
                 global_batch,
                 self.layout,
