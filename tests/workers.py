@@ -14,10 +14,10 @@ from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
 from megatron_vlm.parallel.optimizer import wrap_model
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, GlobalBatch
-from megatron_vlm.training.checkpoint import _sharded_weights, load_weights, named_parameters
 from megatron_vlm.training.stages import set_trainable
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules
 
@@ -84,7 +84,7 @@ def logits_and_gradients(
     loss, _ = compute_gradients(models, batch, layout, len(microbatches[0]["input_ids"]))
 
     pieces = []
-    entries = _sharded_weights(chunks)
+    entries = sharded_weights(chunks)
     for name, parameter in named_parameters(chunks):
         entry = replace(entries[name], data=parameter.main_grad.detach().clone())
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:

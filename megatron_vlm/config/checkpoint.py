@@ -21,6 +21,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 RELEASE = "release"
 CHECKPOINTS = "checkpoints"  # the root's name inside a run folder
+RUN_CONFIG = "run_config.json"  # what the run that wrote a checkpoint was told
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
 

@@ -113,6 +113,13 @@ class ImageTransform:
             )
 
 
+def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:
+    """uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in ``dtype``."""
+    mean = torch.tensor(images.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(images.std, device=pixels.device).view(1, -1, 1, 1)
+    return ((pixels.float() * images.rescale - mean) / std).to(dtype)
+
+
 def _per_channel(value: Any, num_channels: int) -> Tuple[float, ...]:
     values = value if isinstance(value, (list, tuple)) else [value] * num_channels
     return tuple(float(v) for v in values)

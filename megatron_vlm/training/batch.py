@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
-from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
@@ -44,13 +44,6 @@ class GlobalBatch:
     tokens: int = 0  # positions, padding left out
     images: int = 0
     keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
-
-
-def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:
-    """uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in ``dtype``."""
-    mean = torch.tensor(images.mean, device=pixels.device).view(1, -1, 1, 1)
-    std = torch.tensor(images.std, device=pixels.device).view(1, -1, 1, 1)
-    return ((pixels.float() * images.rescale - mean) / std).to(dtype)
 
 
 class BatchReader:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ from typing import Any
 import megatron.core
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_vlm
 from megatron_vlm.config.checkpoint import (
     HF_FOLDER,
+    RUN_CONFIG,
     checkpoint_name,
     finish_folder,
     list_checkpoints,
@@ -34,19 +33,16 @@ from megatron_vlm.config.checkpoint import (
     write_manifest,
     write_tracker,
 )
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.native import check_before_loading, read_metadata
+from megatron_vlm.hf.native import read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.models.weights import describe, load_sharded, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import Optimizer
 
-RUN_CONFIG = "run_config.json"
 RUN_STATE = "run_state.json"
 DATA_STATE = "data_state.json"
 RNG_FOLDER = "rng"
-# Each layer is saved under its own number, as its parameters are named.
-_SHARDING = {"non_homogeneous_layers": True}
 
 
 @dataclass
@@ -87,14 +83,14 @@ def save_checkpoint(
     dist.barrier()
     staging = staging_folder(final)
 
-    weights = _sharded_weights(chunks)
+    weights = sharded_weights(chunks)
     # save() changes the dictionaries that it is given.
     sharded: dict[str, Any] = {"model": dict(weights)}
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
     sharded_files.save(sharded, str(staging))
 
-    tensors = _gather(_describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
+    tensors = _gather(describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
     data = {}
     if optimizer is not None:
         _save_rng(staging, layout)
@@ -130,21 +126,6 @@ def save_checkpoint(
     return final
 
 
-def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
-    """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
-            the first one.
-    """
-    weights = _sharded_weights(chunks)
-    _check_tensors(folder, weights, chunks[0].model_config)
-    loaded = _load(folder, {"model": dict(weights)})["model"]
-    with torch.no_grad():
-        for name, parameter in named_parameters(chunks):
-            parameter.copy_(loaded[name])
-
-
 def load_optimizer(
     folder: Path, chunks: Sequence[VisionLanguageModel], optimizer: Optimizer, state: RunState
 ) -> None:
@@ -153,7 +134,7 @@ def load_optimizer(
     Raises:
         ValueError: the checkpoint was written while other parts of the model were trained.
     """
-    request = optimizer.sharded_state(_sharded_weights(chunks), loading=True)
+    request = optimizer.sharded_state(sharded_weights(chunks), loading=True)
     saved = read_metadata(folder).state_dict_metadata
     for tensors in request.values():
         for entry in tensors.values():
@@ -163,7 +144,7 @@ def load_optimizer(
                     "another --stage, --freeze-lm or --train-vision. Use the same, or start a new run from "
                     "its weights"
                 )
-    loaded = _load(folder, _request("optimizer", request))
+    loaded = load_sharded(folder, _request("optimizer", request))
     with torch.no_grad():
         optimizer.load_sharded_state(loaded.get("optimizer", {}), state.optimizer_steps)
 
@@ -200,58 +181,10 @@ def latest_resumable(root: Path) -> Path | None:
     return None
 
 
-def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters. Each chunk counts its layers from 0, so names begin with the chunk's number."""
-    for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
-            yield f"{index}.{name}", parameter
-
-
-def _sharded_weights(chunks: Sequence[VisionLanguageModel]) -> dict[str, Any]:
-    """Sharded tensors by name as in :func:`named_parameters`. ``_extra_state``, which holds FP8 scales,
-    is left out: it would tie a checkpoint to the layer spec that wrote it."""
-    return {
-        f"{index}.{name}": entry
-        for index, chunk in enumerate(chunks)
-        for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
-        if not name.endswith("_extra_state")
-    }
-
-
-def _load(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    check_before_loading(folder)
-    return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
-
-
 def _request(name: str, entries: dict[Any, Any]) -> dict[str, Any]:
     """A part of a sharded state dict. On a stage where nothing trains it has to be absent, not empty:
     what isn't a sharded tensor is saved by rank 0 alone and must be the same on every rank."""
     return {name: entries} if entries else {}
-
-
-def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) -> None:
-    saved = read_manifest(folder)["tensors"]
-    for key, wanted in _describe(weights).items():
-        if key not in saved:
-            raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
-        shape, expected = saved[key]["shape"], wanted["shape"]
-        if "word_embeddings" in key or "output_layer" in key:  # padded differently at each TP
-            fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
-        else:
-            fits = shape == expected
-        if not fits:
-            raise ValueError(f"{folder}: {key} is {shape}, the model's is {expected}; it is of another model")
-
-
-def _describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:
-    described = {}
-    for entry in weights.values():
-        part = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-        described[part.key] = {
-            "shape": list(part.global_shape),
-            "dtype": str(part.dtype).removeprefix("torch."),
-        }
-    return described
 
 
 def _gather(own: Mapping[Any, Any], layout: Layout) -> dict[str, Any]:

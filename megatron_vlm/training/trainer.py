@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, read_manifest
+from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, RUN_CONFIG, read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import describe
@@ -18,6 +18,7 @@ from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.vlm import build_model
+from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.metrics import IterationMetrics, MetricsLog, Progress
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
@@ -94,7 +95,7 @@ class Trainer:
         set_trainable(
             self.chunks, train_language=not config.model.freeze_lm, train_vision=config.model.train_vision
         )
-        checkpoint.load_weights(start.checkpoint, self.chunks)
+        load_weights(start.checkpoint, self.chunks)
         # Overlapping communication with the backward pass needs streams of its own.
         overlap = layout.device.type == "cuda" and layout.dp > 1
         self.models = wrap_model(self.chunks, config.parallel.dist_optim, overlap)
@@ -245,7 +246,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     workers = config.data.data_workers
     if start.with_state and workers is None and config.launch.num_workers is None:
         # The order of the data depends on it, so a run that goes on at another layout keeps it.
-        workers = RunConfig.load(str(start.checkpoint / checkpoint.RUN_CONFIG)).data.data_workers
+        workers = RunConfig.load(str(start.checkpoint / RUN_CONFIG)).data.data_workers
         config = replace(config, data=replace(config.data, data_workers=workers))
     config.validate(world_size, model)
     # float16 weights don't fit bfloat16, which has fewer digits.

@@ -1,0 +1,88 @@
+"""A model's weights as entries of a sharded checkpoint, and loading them at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.native import check_before_loading
+from megatron_vlm.models.vlm import VisionLanguageModel
+
+# Each layer is saved under its own number, as its parameters are named.
+_SHARDING = {"non_homogeneous_layers": True}
+
+
+def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
+    """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
+            the first one.
+    """
+    weights = sharded_weights(chunks)
+    _check_tensors(folder, weights, chunks[0].model_config)
+    loaded = load_sharded(folder, {"model": dict(weights)})["model"]
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunks):
+            parameter.copy_(loaded[name])
+
+
+def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters. Each chunk counts its layers from 0, so names begin with the chunk's number."""
+    for index, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            yield f"{index}.{name}", parameter
+
+
+def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> dict[str, Any]:
+    """Sharded tensors by name as in :func:`named_parameters`. ``_extra_state``, which holds FP8 scales,
+    is left out: it would tie a checkpoint to the layer spec that wrote it."""
+    return {
+        f"{index}.{name}": entry
+        for index, chunk in enumerate(chunks)
+        for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
+        if not name.endswith("_extra_state")
+    }
+
+
+def load_sharded(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """``dist_checkpointing.load``, of a folder that holds nothing but tensors; a collective call.
+
+    Raises:
+        ValueError: it holds something else, or is damaged.
+    """
+    check_before_loading(folder)
+    return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
+
+
+def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) -> None:
+    saved = read_manifest(folder)["tensors"]
+    for key, wanted in describe(weights).items():
+        if key not in saved:
+            raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
+        shape, expected = saved[key]["shape"], wanted["shape"]
+        if "word_embeddings" in key or "output_layer" in key:  # padded differently at each TP
+            fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
+        else:
+            fits = shape == expected
+        if not fits:
+            raise ValueError(f"{folder}: {key} is {shape}, the model's is {expected}; it is of another model")
+
+
+def describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:
+    """``{saved name: {"shape": whole tensor's, "dtype": ...}}``, as a manifest lists them."""
+    described = {}
+    for entry in weights.values():
+        part = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
+        described[part.key] = {
+            "shape": list(part.global_shape),
+            "dtype": str(part.dtype).removeprefix("torch."),
+        }
+    return described
