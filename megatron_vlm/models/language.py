@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from megatron.core import tensor_parallel
+from typing import Any
+
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config.model import LanguageConfig, padded_vocab_size
+from megatron_vlm.models.loss import linear_cross_entropy
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel import Layout
 
@@ -46,21 +47,24 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
         )
         self.real_vocab_size = language.vocab_size
-        part = self.vocab_size // layout.tp
-        self.real_columns = min(part, max(0, language.vocab_size - part * layout.tp_rank))
+        self.tp_group = layout.tp_group
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy over the real vocabulary.
+    def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """The summed loss of the trained tokens where there are labels, else what GPTModel returns.
 
-        Args:
-            labels: ``[b, s]``, each within the vocabulary.
-            logits: this rank's part, ``[s, b, padded vocabulary / tp]``.
-
-        Returns:
-            ``[b, s]`` in float32.
+        With labels (``[b, s]``) there has to be a ``loss_mask`` (bool ``[b, s]``), and logits are made
+        for the trained tokens only, some at a time.
         """
-        if self.real_columns < logits.shape[-1]:
-            columns = torch.arange(logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(columns >= self.real_columns, float("-inf"))
-        loss = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
-        return loss.t().contiguous()
+        labels = arguments.get("labels")
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, **arguments)
+        tied = self.share_embeddings_and_output_weights
+        return linear_cross_entropy(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels,
+            arguments["loss_mask"],
+            vocab_size=self.real_vocab_size,
+            group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+        )

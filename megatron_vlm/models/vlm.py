@@ -52,6 +52,7 @@ class VisionLanguageModel(MegatronModule):
         pixel_values: Tensor | None = None,
         image_positions: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -61,12 +62,13 @@ class VisionLanguageModel(MegatronModule):
                 placeholders. Read on the first stage only.
             image_positions: ``[2, images * image_tokens]``: batch and sequence index of each
                 placeholder, row by row, as :func:`find_image_positions` makes them.
-            labels: ``[b, s]``, the token to be predicted at each position, within the vocabulary.
+            labels: ``[b, s]``, the token to be predicted at each position.
+            loss_mask: bool ``[b, s]``, True where a token is trained; needed with labels.
 
         Returns:
-            On the last stage the loss of each token ``[b, s]`` in float32, or without labels this
-            tensor parallel rank's logits ``[b, s, padded vocabulary / tp]``; on the others the hidden
-            states ``[s, b, hidden]`` (``s / tp`` with sequence parallelism).
+            On the last stage the summed loss of the trained tokens, a scalar in float32, or without
+            labels this tensor parallel rank's logits ``[b, s, padded vocabulary / tp]``; on the others
+            the hidden states ``[s, b, hidden]`` (``s / tp`` with sequence parallelism).
         """
         embeddings = None
         if self.pre_process:
@@ -77,6 +79,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask=None,
             decoder_input=embeddings,
             labels=labels,
+            loss_mask=loss_mask,
         )
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:

@@ -39,16 +39,17 @@ class NonFiniteError(Exception):
         self.microbatches = microbatches
 
 
-def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the trained tokens' losses, their number, and the sum again for the report.
+def token_loss(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What megatron-core's schedules divide by the trained tokens of the global batch, and report.
 
     Args:
         loss_mask: ``[b, s]``, True where a token is trained.
-        losses: ``[b, s]``.
+        loss: summed over the trained tokens of the microbatch.
+
+    Returns:
+        The loss, the number of trained tokens, and the loss again for the report.
     """
-    # Not a product with the mask: an infinite loss at an untrained position would become NaN.
-    total = losses.where(loss_mask, 0.0).sum()
-    return total, loss_mask.sum().int(), total.detach()
+    return loss, loss_mask.sum().int(), loss.detach()
 
 
 def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
@@ -59,6 +60,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
         pixel_values=batch.pixel_values,
         image_positions=batch.image_positions,
         labels=batch.labels,
+        loss_mask=batch.loss_mask,
     )
     return output, partial(token_loss, batch.loss_mask)
 
