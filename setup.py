@@ -21,7 +21,7 @@ setup(
         "numpy>=1.26",
         "peft>=0.18",
         "tensorboard>=2.16",
-        "wandb>=0.19",
+        "wandb>=0.31",
     ],
     extras_require={
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],

@@ -322,15 +322,30 @@ class LoggingSection:
     """Where numbers go; ``metrics.jsonl`` in the run folder is always written."""
 
     log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
-    wandb: bool = flag(
-        LOGGING, False, "log to Weights & Biases", not_yet="read metrics.jsonl in the run folder"
+    tensorboard: bool = flag(LOGGING, False, "log to TensorBoard: event files in <run>/tensorboard")
+    wandb: bool = flag(LOGGING, False, "log to Weights & Biases")
+    wandb_mode: Optional[str] = flag(
+        LOGGING,
+        None,
+        "send to its server, or write files to <run>/wandb that `wandb sync` uploads later",
+        choices=("online", "offline"),
+        shown_default="WANDB_MODE, else online",
     )
-    tensorboard: bool = flag(
-        LOGGING, False, "log to TensorBoard", not_yet="read metrics.jsonl in the run folder"
+    wandb_project: Optional[str] = flag(
+        LOGGING, None, "its project", shown_default="WANDB_PROJECT, else megatron-vlm"
     )
+    wandb_entity: Optional[str] = flag(
+        LOGGING, None, "its team or user", shown_default="WANDB_ENTITY, else the one logged in"
+    )
+    wandb_name: Optional[str] = flag(LOGGING, None, "name of the run there", shown_default="--name")
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval")
+        for name in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name"):
+            if getattr(self, name) is not None and not self.wandb:
+                raise ValueError(
+                    f"{flag_name(name)} does nothing without --wandb; add it, or leave the flag out"
+                )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -68,9 +69,9 @@ class MetricsLog:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def write(self, metrics: IterationMetrics) -> None:
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Append one line; it survives a kill of this process at once."""
-        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

@@ -14,9 +14,11 @@ from megatron_vlm.config.checkpoint import CHECKPOINTS, list_checkpoints, read_m
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.observe.metrics import METRICS, SUPERSEDED
+from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
 from megatron_vlm.training.checkpoint import latest_resumable
 
 CONFIG = "config.json"
+_OF_A_RUN = (CHECKPOINTS, METRICS, SUPERSEDED, CONFIG, TENSORBOARD, WANDB)
 _LOCK = ".lock"
 _LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
 
@@ -136,7 +138,7 @@ def check_restart(config: RunConfig, run: Path) -> None:
 
 def move_aside(run: Path) -> None:
     """Keep what an earlier run left, out of the way of a new one: ``<run>/earlier/<number>/``."""
-    old = [run / name for name in (CHECKPOINTS, METRICS, SUPERSEDED, CONFIG) if (run / name).exists()]
+    old = [run / name for name in _OF_A_RUN if (run / name).exists()]
     if not old:
         return
     numbers = [int(folder.name) for folder in run.glob("earlier/*") if folder.name.isdigit()]

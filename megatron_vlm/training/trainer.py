@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
-from megatron_vlm.observe.metrics import IterationMetrics, MetricsLog, Progress
+from megatron_vlm.observe.metrics import IterationMetrics, Progress
+from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
@@ -37,12 +39,13 @@ class Trainer:
         config: the whole run.
         layout: this rank's place.
         start: where the run begins.
+        sinks: opened here, closed by the caller.
 
     Raises:
         ValueError: flags, checkpoint, data and tokenizer don't fit each other.
     """
 
-    def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start) -> None:
+    def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start, sinks: Sinks) -> None:
         self.layout = layout
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
@@ -58,10 +61,19 @@ class Trainer:
             decay_iters=config.decay_iterations,
             style=config.optimizer.lr_decay_style,
         )
+        self.sinks = sinks
+        if self.state.iteration < self.total_iterations:
+            parallel.on_first_rank(self._open_sinks)
         self._build_data(start)
         self._build_model(start)
         if start.with_state:
             checkpoint.load_rng(start.checkpoint, layout)
+
+    def _open_sinks(self) -> None:
+        """Before anything large is loaded: a missing login should be told at once."""
+        config = {**self.config.to_dict(), "architecture": self.model_config.to_dict()}
+        name = str(self.config.checkpoint.name)
+        self.sinks.open(self.run, self.config.logging, name, config, self.state.iteration)
 
     def _build_data(self, start: Start) -> None:
         processing = build_processing(self.config, self.model_config, str(self.hf_source))
@@ -118,27 +130,21 @@ class Trainer:
         Raises:
             ValueError: the data can't be read on, or a loss or gradient is not finite.
         """
-        log = MetricsLog(self.run, self.state.iteration) if self.layout.rank == 0 else None
         progress = Progress(self.state.iteration, self.total_iterations)
-        try:
-            while self.state.iteration < self.total_iterations:
-                started = time.perf_counter()
-                global_batch = self.reader.next()
-                data_seconds = time.perf_counter() - started
-                result = self._step(global_batch)
-                self.state.iteration += 1
-                self.state.consumed_samples += self.config.training.global_batch_size
-                self.state.optimizer_steps += 1
-                if self._every(self.config.logging.log_interval):
-                    metrics = self._metrics(global_batch, result, started, data_seconds)
-                    if log is not None:
-                        log.write(metrics)
-                        self.say(progress.line(metrics))
-                if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
-                    self.save()
-        finally:
-            if log is not None:
-                log.close()
+        while self.state.iteration < self.total_iterations:
+            started = time.perf_counter()
+            global_batch = self.reader.next()
+            data_seconds = time.perf_counter() - started
+            result = self._step(global_batch)
+            self.state.iteration += 1
+            self.state.consumed_samples += self.config.training.global_batch_size
+            self.state.optimizer_steps += 1
+            if self._every(self.config.logging.log_interval):
+                metrics = self._metrics(global_batch, result, started, data_seconds)
+                self.sinks.log(self.state.iteration, asdict(metrics))
+                self.say(progress.line(metrics))
+            if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
+                self.save()
 
     def save(self) -> None:
         """Write a checkpoint; a collective call."""
@@ -278,8 +284,7 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
         return start
 
     start = parallel.on_first_rank(prepare)
-    trainer = Trainer(config, layout, start)
-    try:
+    with Sinks() as sinks, closing(Trainer(config, layout, start, sinks)) as trainer:
         if trainer.state.iteration >= trainer.total_iterations:
             trainer.say(
                 f"{trainer.state.iteration} iterations are done and the run has {trainer.total_iterations}: "
@@ -289,5 +294,3 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
         if layout.rank == 0:
             trainer.config.save(str(folder / run_folder.CONFIG))
         trainer.train()
-    finally:
-        trainer.close()

@@ -48,6 +48,7 @@ COMPANIONS = {
     "sequence_parallel": ["--tp", "2"],
     "gpu_ids": ["--gpus", "2"],
     "lr_warmup_iters": ["--lr-warmup-iters", "3"],
+    **{key: ["--wandb"] for key in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name")},
 }
 
 
