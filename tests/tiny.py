@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,20 @@ _LLAMA = dict(
     rms_norm_eps=1e-5,
     rope_theta=5000.0,
 )
-_QWEN2 = dict(_LLAMA, num_key_value_heads=4, rope_theta=1e6)
+_TEXTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, _LLAMA),
+    "mistral": (transformers.MistralConfig, _LLAMA),
+    "qwen2": (transformers.Qwen2Config, dict(_LLAMA, num_key_value_heads=4, rope_theta=1e6)),
+    "qwen3": (transformers.Qwen3Config, dict(_LLAMA, head_dim=16)),
+}
+# Of the six wavelengths one lies below 12.8 tokens, one between, the others above 42.7.
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=3.0,
+    low_freq_factor=1.5,
+    high_freq_factor=5.0,
+    original_max_position_embeddings=64,
+)
 
 # Each family with another choice of what can vary.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -45,6 +59,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "clip-llama-linear": dict(
         projector="linear", vision_feature_layer=[-2, -1], text_extra=dict(attention_bias=True)
     ),
+    "clip-llama3": dict(text_extra=dict(rope_parameters=LLAMA3_ROPE)),
+    "clip-mistral": dict(
+        text="mistral",
+        # A head size that hidden_size / heads is not, as in Mistral-Nemo, and a window that no text fills.
+        text_extra=dict(
+            head_dim=16, sliding_window=100, rope_parameters=dict(rope_type="linear", factor=2.5)
+        ),
+    ),
+    "clip-qwen3-tied": dict(text="qwen3", tie_word_embeddings=True),
+    "siglip-qwen3-biases": dict(
+        text="qwen3",
+        vision="siglip",
+        vision_feature_select_strategy="full",
+        text_extra=dict(attention_bias=True),
+    ),
 }
 
 
@@ -57,15 +86,15 @@ def tiny_config(
     **extra: Any,
 ) -> transformers.LlavaConfig:
     """The config of a tiny LLaVA."""
-    text_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[text]
-    text_sizes = {"llama": _LLAMA, "qwen2": _QWEN2}[text]
+    text_class, text_sizes = _TEXTS[text]
     vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[vision]
     vision_sizes = {"clip": _CLIP, "siglip": _SIGLIP}[vision]
     if projector == "linear":
         extra.update(projector_hidden_act="linear", mm_projector_type="linear")
     return transformers.LlavaConfig(
         text_config=text_class(
-            **{**text_sizes, **(text_extra or {})}, tie_word_embeddings=tie_word_embeddings
+            **{**text_sizes, **copy.deepcopy(text_extra or {})},  # transformers writes into rope_parameters
+            tie_word_embeddings=tie_word_embeddings,
         ),
         vision_config=vision_class(**vision_sizes),
         tie_word_embeddings=tie_word_embeddings,

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 # What transformers' config classes assume for a key that config.json does not hold.
 _TEXT_DEFAULTS: Dict[str, Dict[str, Any]] = {
@@ -37,8 +37,25 @@ _TEXT_DEFAULTS: Dict[str, Dict[str, Any]] = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
     },
 }
+# Qwen3's defaults are Qwen2's, but for these.
+_TEXT_DEFAULTS["qwen3"] = {**_TEXT_DEFAULTS["qwen2"], "head_dim": 128, "attention_bias": False}
 _VISION_DEFAULTS: Dict[str, Dict[str, Any]] = {
     "clip_vision_model": {
         "hidden_size": 768,
@@ -127,10 +144,28 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered so that a model reads longer texts than it was first trained on.
+
+    ``linear`` divides all of them by ``factor``; ``llama3`` those whose wavelength is above
+    ``original_max_position_embeddings / low_freq_factor`` tokens, none below
+    ``original_max_position_embeddings / high_freq_factor``, and goes smoothly from one to the other between.
+
+    Source: transformers ``modeling_rope_utils``.
+    """
+
+    kind: str  # "linear" or "llama3"; the values below factor are llama3's
+    factor: float
+    low_freq_factor: Optional[float] = None
+    high_freq_factor: Optional[float] = None
+    original_max_position_embeddings: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """A decoder-only language model."""
 
-    family: str  # "llama" or "qwen2"
+    family: str  # "llama", "mistral", "qwen2" or "qwen3"
     hidden_size: int
     ffn_hidden_size: int
     num_layers: int
@@ -146,6 +181,12 @@ class LanguageConfig:
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
+    # With defaults, since checkpoints of older releases describe their models without them.
+    qk_norm: bool = False  # an RMSNorm over each query head and each key head, before RoPE
+    rope_scaling: Optional[RopeScaling] = None
+    # In some layer a token attends to this many at most, itself included. Here all layers attend to the
+    # whole sequence, which is the same as long as no sequence is longer.
+    sliding_window: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -270,10 +311,12 @@ class ModelConfig:
         """
         try:
             values = dict(values)
+            language = dict(values.pop("language"))
+            scaling = language.pop("rope_scaling", None)
             return cls(
                 vision=VisionConfig(**values.pop("vision")),
                 projector=ProjectorConfig(**values.pop("projector")),
-                language=LanguageConfig(**values.pop("language")),
+                language=LanguageConfig(rope_scaling=RopeScaling(**scaling) if scaling else None, **language),
                 feature_layers=tuple(values.pop("feature_layers")),
                 **values,
             )
@@ -361,18 +404,15 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
     _choice("text_config.model_type", kind, tuple(_TEXT_DEFAULTS))
     get = {**_TEXT_DEFAULTS[kind], **raw}
     _choice("text_config.hidden_act", get["hidden_act"], TEXT_ACTIVATIONS)
-    if get.get("use_sliding_window"):
-        raise ValueError("config.json: text_config.use_sliding_window is on; supported: off")
     if get.get("pretraining_tp", 1) not in (None, 1):
         raise ValueError(f"config.json: text_config.pretraining_tp is {get['pretraining_tp']}; supported: 1")
-    # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling.
-    rope = dict(get.get("rope_parameters") or get.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _choice("text_config.rope_parameters.rope_type", rope_type, ("default",))
+    # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling, which win there.
+    rope = dict(get.get("rope_scaling") or get.get("rope_parameters") or {})
     if rope.get("partial_rotary_factor", get.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ValueError("config.json: text_config partial_rotary_factor is not 1; supported: 1")
     heads = get["num_attention_heads"]
-    attention_bias = bool(get.get("attention_bias", False))
+    # Qwen2 and Mistral have no such switch: it would be read but not obeyed.
+    attention_bias = kind in ("llama", "qwen3") and bool(get["attention_bias"])
     return LanguageConfig(
         family=kind,
         hidden_size=get["hidden_size"],
@@ -391,6 +431,48 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
             llava.get("tie_word_embeddings", False) or raw.get("tie_word_embeddings", False)
         ),
         qkv_bias=kind == "qwen2" or attention_bias,
-        attention_output_bias=kind == "llama" and attention_bias,
+        attention_output_bias=attention_bias,
         mlp_bias=kind == "llama" and bool(get["mlp_bias"]),
+        qk_norm=kind == "qwen3",
+        rope_scaling=_rope_scaling(rope, get),
+        sliding_window=_sliding_window(kind, get),
     )
+
+
+def _rope_scaling(rope: Dict[str, Any], text: Dict[str, Any]) -> Optional[RopeScaling]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _choice("text_config rope's rope_type", kind, ("default", "linear", "llama3"))
+    if kind == "default":
+        return None
+    factor = _rope_number(rope, "factor")
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    low, high = _rope_number(rope, "low_freq_factor"), _rope_number(rope, "high_freq_factor")
+    if high <= low:
+        raise ValueError(
+            f"config.json: text_config rope's high_freq_factor is {high:g}; "
+            f"it has to be above its low_freq_factor, {low:g}"
+        )
+    original = (
+        text.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or text["max_position_embeddings"]
+    )
+    return RopeScaling(kind, factor, low, high, original)
+
+
+def _rope_number(rope: Dict[str, Any], key: str) -> float:
+    value = rope.get(key)
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError(f"config.json: text_config rope's {key} is {value!r}; it has to be above 0")
+    return float(value)
+
+
+def _sliding_window(kind: str, text: Dict[str, Any]) -> Optional[int]:
+    if kind == "mistral":
+        return text["sliding_window"]
+    if kind == "llama" or not text["use_sliding_window"]:
+        return None
+    types = text.get("layer_types")
+    some = "sliding_attention" in types if types else text["max_window_layers"] < text["num_hidden_layers"]
+    return text["sliding_window"] if some else None

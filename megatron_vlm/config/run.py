@@ -287,6 +287,13 @@ class RunConfig:
                 f"--seq-length {self.data.seq_length} has no room for text: an image takes "
                 f"{model.image_tokens} tokens; use more"
             )
+        window = model.language.sliding_window
+        if window is not None and self.data.seq_length > window:
+            raise ValueError(
+                f"--seq-length {self.data.seq_length} is longer than the language model's sliding window of "
+                f"{window} tokens, and here attention is over the whole sequence; "
+                f"use --seq-length {window} or less"
+            )
         if self.model.no_add_class_token and model.vision.has_class_token:
             raise ValueError(
                 f"--no-add-class-token: the {model.vision.family} tower has a class token; leave the flag out"

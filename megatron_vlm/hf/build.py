@@ -82,7 +82,7 @@ def build_llava(
 
     Args:
         save_dir: the folder to make; must not hold anything unless ``force``.
-        text_model: folder or tag of a Llama or Qwen2 causal language model.
+        text_model: folder or tag of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
         vision_model: folder or tag of a CLIP or SigLIP model or tower.
         projector_type: ``mlp2x_gelu`` or ``linear``.
         vocab_size_padding: round the vocabulary up to a multiple of 128.

@@ -202,9 +202,9 @@ def linear_table(c: ProjectorConfig, hidden_size: int) -> Entries:
 
 
 def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
-    """transformers ``LlamaForCausalLM`` and ``Qwen2ForCausalLM``; megatron-core ``GPTModel``.
+    """transformers ``LlamaForCausalLM``, Mistral, Qwen2 and Qwen3; megatron-core ``GPTModel``.
 
-    The two differ in their biases only, which the config tells.
+    They differ in biases and in Qwen3's norms of queries and keys, which the config tells.
     """
     h, f = c.hidden_size, c.ffn_hidden_size
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -239,6 +239,10 @@ def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
                 merge,
                 COLUMN,
             )
+        if c.qk_norm:
+            for x in "qk":
+                norm = (attention + f"{x}_norm.weight", (c.head_dim,))
+                yield Row(m + f"self_attention.{x}_layernorm.weight", (norm,))
         yield Row(
             m + "self_attention.linear_proj.weight", ((attention + "o_proj.weight", (h, queries)),), COPY, ROW
         )
@@ -343,4 +347,4 @@ def _check_identity(name: str, tensor: Tensor) -> None:
 
 VISION_TABLES = {"clip": clip_table, "siglip": siglip_table}
 PROJECTOR_TABLES = {"mlp2x_gelu": mlp2x_gelu_table, "linear": linear_table}
-LANGUAGE_TABLES = {"llama": decoder_table, "qwen2": decoder_table}
+LANGUAGE_TABLES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), decoder_table)

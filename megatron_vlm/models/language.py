@@ -1,7 +1,8 @@
-"""Llama and Qwen2 language models on megatron-core's GPTModel."""
+"""Llama, Mistral, Qwen2 and Qwen3 language models on megatron-core's GPTModel."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -9,7 +10,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config.model import LanguageConfig, padded_vocab_size
+from megatron_vlm.config.model import LanguageConfig, RopeScaling, padded_vocab_size
 from megatron_vlm.models.loss import linear_cross_entropy
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel import Layout
@@ -33,7 +34,7 @@ class LanguageModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                impl, get_num_layers_to_build(config), language.attention_output_bias
+                impl, get_num_layers_to_build(config), language.attention_output_bias, language.qk_norm
             ),
             vocab_size=padded_vocab_size(language.vocab_size, layout.tp, vocab_divisible_by),
             max_sequence_length=language.max_position_embeddings,
@@ -46,6 +47,10 @@ class LanguageModel(GPTModel):
             # Image features are placed among the embeddings first; the model scatters the result.
             scatter_embedding_sequence_parallel=False,
         )
+        if language.rope_scaling is not None:
+            # megatron-core's own argument knows one of the four numbers.
+            rope = self.rotary_pos_emb
+            rope.inv_freq = scaled_frequencies(rope.inv_freq, language.rope_scaling)
         self.real_vocab_size = language.vocab_size
         self.tp_group = layout.tp_group
 
@@ -68,3 +73,21 @@ class LanguageModel(GPTModel):
             group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
         )
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies as :class:`RopeScaling` says.
+
+    Args:
+        frequencies: unscaled, in radians per token, ``[head_dim / 2]``.
+
+    Source: transformers ``_compute_linear_scaling_rope_parameters``, ``_compute_llama3_parameters``.
+    """
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    length = scaling.original_max_position_embeddings
+    assert low is not None and high is not None and length is not None
+    wavelengths = 2 * math.pi / frequencies
+    kept = ((length / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies

@@ -34,14 +34,18 @@ def default_transformer_impl(device: str) -> str:
     return "local"
 
 
-def layer_spec(impl: str, causal: bool, output_bias: bool) -> ModuleSpec:
+def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False) -> ModuleSpec:
     """One transformer layer.
 
     Args:
         impl: ``"local"`` or ``"transformer_engine"``.
         causal: a language model's layer; a tower's has no mask.
         output_bias: the attention's output projection has a bias.
+        qk_norm: each head's queries and keys are normalised before RoPE. ``config.qk_layernorm`` must
+            say the same: by it megatron-core sums the norms' gradients over the tensor parallel ranks,
+            each of which sees other heads.
     """
+    head_norm = standalone_norm(impl) if qk_norm else IdentityOp
     attention_params = {
         "attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask,
         "output_bias": output_bias,
@@ -63,8 +67,8 @@ def layer_spec(impl: str, causal: bool, output_bias: bool) -> ModuleSpec:
                         linear_qkv=TELayerNormColumnParallelLinear,
                         core_attention=TEDotProductAttention,
                         linear_proj=TERowParallelLinear,
-                        q_layernorm=IdentityOp,
-                        k_layernorm=IdentityOp,
+                        q_layernorm=head_norm,
+                        k_layernorm=head_norm,
                     ),
                 ),
                 self_attn_bda=get_bias_dropout_add,
@@ -89,8 +93,8 @@ def layer_spec(impl: str, causal: bool, output_bias: bool) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=ScaledDotProductAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -105,20 +109,22 @@ def layer_spec(impl: str, causal: bool, output_bias: bool) -> ModuleSpec:
     )
 
 
-def block_spec(impl: str, num_layers: int, output_bias: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    impl: str, num_layers: int, output_bias: bool, qk_norm: bool = False
+) -> TransformerBlockSubmodules:
     """The language model's layers of one pipeline stage and the norm after the last of all.
 
     Args:
         num_layers: layers of this stage.
     """
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(impl, causal=True, output_bias=output_bias)] * num_layers,
-        layer_norm=final_norm(impl),
+        layer_specs=[layer_spec(impl, causal=True, output_bias=output_bias, qk_norm=qk_norm)] * num_layers,
+        layer_norm=standalone_norm(impl),
     )
 
 
-def final_norm(impl: str) -> type:
-    """The class of a norm that stands alone."""
+def standalone_norm(impl: str) -> type:
+    """The class of a norm that is fused with nothing: the last one of all, and those of queries and keys."""
     if impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 

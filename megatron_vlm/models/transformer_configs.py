@@ -118,6 +118,7 @@ def transformer_configs(
             layernorm_epsilon=language.norm_epsilon,
             add_bias_linear=language.mlp_bias,
             add_qkv_bias=language.qkv_bias,
+            qk_layernorm=language.qk_norm,
             pipeline_model_parallel_size=layout.pp,
             pipeline_dtype=dtype,
             sequence_parallel=sequence_parallel,

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.models.specs import final_norm, layer_spec
+from megatron_vlm.models.specs import layer_spec, standalone_norm
 
 
 class VisionTower(CLIPViTModel):
@@ -26,8 +26,8 @@ class VisionTower(CLIPViTModel):
         super().__init__(
             transformer_config=config,
             transformer_layer_spec=layer_spec(impl, causal=False, output_bias=True),
-            ln_pre_impl=final_norm(impl),
-            ln_post_impl=final_norm(impl),
+            ln_pre_impl=standalone_norm(impl),
+            ln_post_impl=standalone_norm(impl),
             add_class_token=vision.has_class_token,
             class_token_len=int(vision.has_class_token),
             patch_dim=vision.patch_size,

@@ -24,7 +24,7 @@ def main(argv: List[str]) -> int:
         description="Join a text model and a vision tower into a LLaVA.", allow_abbrev=False
     )
     parser.add_argument("--save-dir", required=True, help="folder to make")
-    parser.add_argument("--text-model", required=True, help="Llama or Qwen2 causal language model")
+    parser.add_argument("--text-model", required=True, help="Llama, Mistral, Qwen2 or Qwen3 language model")
     parser.add_argument(
         "--vision-model",
         default="openai/clip-vit-large-patch14-336",
