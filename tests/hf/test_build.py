@@ -71,7 +71,9 @@ def tower(tmp_path: Path) -> Path:
     return make_tower(tmp_path / "tower")
 
 
-@pytest.mark.parametrize("kind, tied", [("Llama", False), ("Llama", True), ("Qwen2", True)])
+@pytest.mark.parametrize(
+    "kind, tied", [("Llama", False), ("Llama", True), ("Mistral", False), ("Qwen2", True), ("Qwen3", True)]
+)
 @pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
 def test_parts_are_copied_and_new_rows_are_the_mean(
     tmp_path: Path, kind: str, tied: bool, vision: str, caplog
