@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING and docs show can be run: scripts exist and take the flags, links lead on."""
 
+import dataclasses
 import functools
 import re
 import shlex
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from megatron.energon.tools.prepare import command as energon_prepare
 
-from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.flags import flag_name
+from megatron_vlm.config.run import SECTIONS, RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +100,35 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     assert mentioned <= known
+
+
+def flag_row_start(field: dataclasses.Field) -> str:
+    """How a flag's row in docs/flags.md begins: its spellings and its default."""
+    about, default = field.metadata, field.metadata["shown_default"]
+    names = [flag_name(name) for name in (about["choices"] if about["switches"] else [field.name])]
+    spellings = ", ".join(f"`{name}`" for name in [*names, about["short"]] if name)
+    if default is None:
+        default = {"True": "on", "False": "off", "None": "-", "()": "-"}.get(
+            str(field.default), field.default
+        )
+    return f"| {spellings} | {default} |"
+
+
+def test_the_page_of_flags_has_every_flag_with_its_default() -> None:
+    page = (ROOT / "docs/flags.md").read_text()
+    found = {}  # row: heading that it stands under
+    for part in page.split("\n## ")[1:]:
+        heading, *lines = part.splitlines()
+        found.update({line: heading for line in lines if line.startswith("| `-")})
+    expected = {}
+    for field in [field for section in SECTIONS.values() for field in dataclasses.fields(section)]:
+        group, start = field.metadata["group"], flag_row_start(field)
+        rows = [row for row, heading in found.items() if row.startswith(start) and heading == group]
+        line = f"{start} {field.metadata['help']} | how the original run.py differs, or nothing |"
+        assert len(rows) == 1, f"docs/flags.md: under '## {group}' there has to be one line like\n{line}"
+        expected[rows[0]] = group
+        assert ("Not available yet" in rows[0]) == bool(field.metadata["not_yet"]), rows[0]
+    assert found == expected, "docs/flags.md: these rows are of no flag, or of one with another default"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
