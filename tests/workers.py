@@ -13,13 +13,15 @@ from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
-from megatron_vlm.parallel.optimizer import wrap_model
+from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, GlobalBatch
-from megatron_vlm.training.stages import set_trainable
-from megatron_vlm.training.step import compute_gradients, prepare_for_schedules
+from megatron_vlm.training.regimes import set_trainable, table
+from megatron_vlm.training.schedule import Schedule
+from megatron_vlm.training.step import compute_gradients, prepare_for_schedules, train_step
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def logits_and_gradients(
     layout = parallel.initialize(sizes.tp, sizes.pp)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
-    set_trainable(chunks, train_language=True, train_vision=True)
+    set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
     prepare_for_schedules(models)
@@ -126,3 +128,30 @@ def train(argv: list[str]) -> None:
     sections = config.parallel
     layout = parallel.initialize(sections.tp, sections.pp, config.training.seed, sections.device)
     trainer.run(config, layout)
+
+
+def train_on(
+    checkpoint: str,
+    global_batches: list[list[dict[str, torch.Tensor]]],
+    train_modules: str,
+    schedule: Schedule,
+    sizes: Layout,
+    optimizer: dict[str, float],
+) -> tuple[list[float], str]:
+    """Train on given batches, an iteration each; losses and the table of what is trained."""
+    layout = parallel.initialize(sizes.tp, sizes.pp)
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    regime = set_trainable(chunks, parse_train_modules(train_modules), layout)
+    load_weights(Path(checkpoint), chunks)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    prepare_for_schedules(models)
+    updates = Optimizer(models, entries=len(regime.entries), **optimizer)
+    schedules = [schedule.scaled_to(entry.lr or schedule.lr) for entry in regime.entries]
+    losses = []
+    for iteration, microbatches in enumerate(global_batches, start=1):
+        own = microbatches[layout.dp_rank :: layout.dp]
+        batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1)
+        rates = [curve.at(iteration) for curve in schedules]
+        losses.append(train_step(models, updates, batch, layout, len(own[0]["input_ids"]), rates).loss)
+    return losses, table(regime, [curve.lr for curve in schedules], optimizer["weight_decay"])

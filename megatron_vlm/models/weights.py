@@ -68,12 +68,23 @@ def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) ->
         if key not in saved:
             raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
         shape, expected = saved[key]["shape"], wanted["shape"]
-        if "word_embeddings" in key or "output_layer" in key:  # padded differently at each TP
+        if is_padded(key):
             fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
         else:
             fits = shape == expected
         if not fits:
             raise ValueError(f"{folder}: {key} is {shape}, the model's is {expected}; it is of another model")
+
+
+def is_padded(name: str) -> bool:
+    """Whether a tensor has a row for each token, and so is padded differently at each TP."""
+    return "word_embeddings" in name or "output_layer" in name
+
+
+def saved_name(entry: ShardedTensor | ShardedTensorFactory) -> str:
+    """The name that checkpoints have for a parameter: with the layer's number in the whole model, and the
+    same whatever layer spec it is of."""
+    return (entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry).key
 
 
 def describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:

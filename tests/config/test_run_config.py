@@ -58,6 +58,7 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     special |= {"adam_beta1": 0.5, "adam_beta2": 0.25, "global_batch_size": 96, "micro_batch_size": 4}
     special |= {"train_samples": 1000, "backend": "gloo", "bind": ("/a:/b:ro", "/c"), "gpus": 3}
     special |= {"name": "-odd 'name' $HOME\t\"x\"", "lr": 0.1 + 0.2, "gpu_ids": ("0", "2"), "stage": 2}
+    special |= {"train_modules": "projector:1e-3|language"}
     if field.name in special:
         return special[field.name]
     choices = field.metadata["choices"]
