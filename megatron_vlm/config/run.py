@@ -13,10 +13,9 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from megatron_vlm.config.flags import FlagParser
-from megatron_vlm.config.lora import LoraSection
+from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import (
     GROUPS,
@@ -30,13 +29,13 @@ from megatron_vlm.config.sections import (
     TrainingSection,
     nearest_multiples,
 )
+from megatron_vlm.config.train_modules import parse_train_modules
 
 SECTIONS: Dict[str, type] = {
     "model": ModelSection,
     "parallel": ParallelSection,
     "data": DataSection,
     "training": TrainingSection,
-    "lora": LoraSection,
     "optimizer": OptimizerSection,
     "checkpoint": CheckpointSection,
     "logging": LoggingSection,
@@ -48,16 +47,15 @@ _STAGE_DEFAULTS: Dict[int, Dict[str, Any]] = {
     1: {"freeze_lm": True, "micro_batch_size": 16, "global_batch_size": 256, "lr": 1e-3},
     2: {"freeze_lm": False, "micro_batch_size": 1, "global_batch_size": 128, "lr": 2e-5},
 }
-# LLaVA's recipe for LoRA, which takes the place of stage 2's.
-_LORA_DEFAULTS: Dict[str, Any] = {"freeze_lm": True, "lr": 2e-4}
 _MIN_LR = 1e-8
 _WARMUP_FRACTION = 0.03
-# Two ways to say one thing: a flag for one replaces the file's value for the other.
-_ALTERNATIVES = {
-    "train_iters": "train_samples",
-    "train_samples": "train_iters",
-    "lr_warmup_iters": "lr_warmup_fraction",
-    "lr_warmup_fraction": "lr_warmup_iters",
+# Several ways to say one thing: a flag for one replaces the file's values for the others.
+_ALTERNATIVES: Dict[str, Tuple[str, ...]] = {
+    "train_iters": ("train_samples",),
+    "train_samples": ("train_iters",),
+    "lr_warmup_iters": ("lr_warmup_fraction",),
+    "lr_warmup_fraction": ("lr_warmup_iters",),
+    "train_modules": ("freeze_lm", "train_vision"),
 }
 _ENOUGH_DATA_WORKERS = 4
 
@@ -80,7 +78,6 @@ class RunConfig:
     parallel: ParallelSection
     data: DataSection
     training: TrainingSection
-    lora: LoraSection
     optimizer: OptimizerSection
     checkpoint: CheckpointSection
     logging: LoggingSection
@@ -101,7 +98,8 @@ class RunConfig:
         if path is not None:
             from_file = parser.read_json(_load_json(path), where=path)
             for name in given:
-                from_file.pop(_ALTERNATIVES.get(name, name), None)
+                for alternative in _ALTERNATIVES.get(name, ()):
+                    from_file.pop(alternative, None)
             given = {**from_file, **given}
         return cls._from_values(given)
 
@@ -145,16 +143,15 @@ class RunConfig:
 
     @classmethod
     def _from_values(cls, given: Mapping[str, Any]) -> RunConfig:
-        defaults = _STAGE_DEFAULTS[given.get("stage") or 2]
-        if given.get("lora_rank") is not None:
-            defaults = {**defaults, **_LORA_DEFAULTS}
-            _check_lora(given)
-        values = {**defaults, **given}
+        stage = _STAGE_DEFAULTS[given.get("stage") or 2]
+        values = {**stage, **given}
         values.setdefault("min_lr", min(_MIN_LR, values["lr"]))
         values.setdefault(
             "lr_warmup_fraction", None if values.get("lr_warmup_iters") is not None else _WARMUP_FRACTION
         )
-        if values.get("stage") == 1 and not values["freeze_lm"]:
+        if values.get("train_modules") is not None:
+            values.update(_switches_of(values["train_modules"], given))
+        elif values.get("stage") == 1 and not values["freeze_lm"]:
             raise ValueError("--no-freeze-lm contradicts --stage 1; --stage 2 trains the language model")
         sections = {}
         for name, section in SECTIONS.items():
@@ -290,6 +287,8 @@ class RunConfig:
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check_layout(self.parallel.tp, self.parallel.pp)
+        for entry in self.model.trained:
+            entry.patterns(model)
         if self.data.seq_length <= model.image_tokens:
             raise ValueError(
                 f"--seq-length {self.data.seq_length} has no room for text: an image takes "
@@ -321,17 +320,18 @@ class RunConfig:
             )
 
 
-def _check_lora(given: Mapping[str, Any]) -> None:
-    if given.get("stage") == 1:
-        raise ValueError("--lora-rank with --stage 1, which trains the projector alone; use --stage 2")
-    if given.get("freeze_lm") is False:
-        raise ValueError("--no-freeze-lm trains the weights beside which --lora-rank puts adapters; drop one")
-    if given.get("train_vision") and any(
-        name.startswith("vision.") for name in given.get("lora_targets", ())
-    ):
-        raise ValueError(
-            "--train-vision trains the weights beside which --lora-targets puts adapters; drop one"
-        )
+def _switches_of(train_modules: str, given: Mapping[str, Any]) -> Dict[str, bool]:
+    """``freeze_lm`` and ``train_vision`` as ``--train-modules`` implies them; those given must agree."""
+    entries = parse_train_modules(train_modules)
+    implied = {
+        "freeze_lm": not any(entry.may_train("language") for entry in entries),
+        "train_vision": any(entry.may_train("vision") for entry in entries),
+    }
+    for name, value in implied.items():
+        if given.get(name, value) != value:
+            switch = flag_name(name) if given[name] else negative_flag_name(name)
+            raise ValueError(f"{switch} contradicts --train-modules '{train_modules}'; leave one of them out")
+    return implied
 
 
 def _parser(prog: Optional[str] = None) -> FlagParser:

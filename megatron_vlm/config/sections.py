@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from megatron_vlm.config.flags import REQUIRED, flag, flag_name
-from megatron_vlm.config.lora import LORA
+from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules, preset
 
 # Headings of --help, in order.
 GPU = "GPU-related arguments"
@@ -32,7 +32,6 @@ GROUPS = (
     TOKENIZER,
     DATA,
     TRAINING,
-    LORA,
     OPTIMIZER,
     SLURM,
     OTHER,
@@ -51,6 +50,13 @@ class ModelSection:
         shown_default="on in --stage 1, else off",
     )
     train_vision: bool = flag(TRAINING, False, "train the vision tower too; it is frozen otherwise")
+    train_modules: Optional[str] = flag(
+        TRAINING,
+        None,
+        "what is trained, each part at its own peak learning rate: "
+        "'projector:1e-3|language:2e-5|vision.last_block:2e-6'; a part without one has --lr",
+        shown_default="as --stage, --freeze-lm and --train-vision say",
+    )
     megatron_load_dir: Optional[str] = flag(
         SAVE_LOAD, None, "checkpoint to start from: its folder, the root above it, or a run folder"
     )
@@ -82,6 +88,14 @@ class ModelSection:
     def __post_init__(self) -> None:
         _positive(self, "make_vocab_size_divisible_by")
         _not_negative(self, "image_token_id", "pad_token_id")
+        _ = self.trained
+
+    @property
+    def trained(self) -> Tuple[TrainEntry, ...]:
+        """The parts that are trained; what none of them names is frozen."""
+        if self.train_modules is None:
+            return preset(self.freeze_lm, self.train_vision)
+        return parse_train_modules(self.train_modules)
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ class TrainingSection:
         TRAINING,
         None,
         "1 aligns the projector with everything else frozen, 2 trains the language model with it; "
-        "sets the batch sizes, --lr and --freeze-lm",
+        "sets the batch sizes, --lr and what is trained",
         choices=(1, 2),
     )
     train_iters: Optional[int] = flag(

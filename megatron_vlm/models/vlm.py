@@ -43,7 +43,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision_model = VisionTower(model, configs.vision, impl)
             self.vision_projection = Projector(model.projector, configs.projector, impl)
         self.language_model = LanguageModel(
-            model.language, configs.language, layout, impl, vocab_divisible_by, model.lora
+            model.language, configs.language, layout, impl, vocab_divisible_by
         )
 
     def forward(
@@ -90,7 +90,9 @@ class VisionLanguageModel(MegatronModule):
             features = self.vision_projection(self.vision_model(pixel_values)).flatten(0, 1)
             batch_index, sequence_index = image_positions
             embeddings = embeddings.index_put((sequence_index, batch_index), features.to(embeddings.dtype))
-        elif any(parameter.requires_grad for parameter in self.vision_projection.parameters()):
+        elif any(
+            p.requires_grad for m in (self.vision_model, self.vision_projection) for p in m.parameters()
+        ):
             # Without images this rank would skip the gradients that the others reduce, and with
             # nothing else to train its output would have no gradient at all to receive.
             vision = self.model_config.vision

@@ -13,7 +13,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.native import check_before_loading
-from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 
 # Each layer is saved under its own number, as its parameters are named.
@@ -23,26 +22,16 @@ _SHARDING = {"non_homogeneous_layers": True}
 def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
     """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
 
-    Adapters of the model are left as they are where the checkpoint has none.
-
     Raises:
         ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
             the first one.
     """
     weights = sharded_weights(chunks)
-    if not has_adapters(folder):
-        weights = {name: entry for name, entry in weights.items() if not is_adapter(name)}
     _check_tensors(folder, weights, chunks[0].model_config)
     loaded = load_sharded(folder, {"model": dict(weights)})["model"]
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            if name in loaded:
-                parameter.copy_(loaded[name])
-
-
-def has_adapters(folder: Path) -> bool:
-    """Whether a checkpoint holds LoRA adapters."""
-    return read_manifest(folder)["model"].get("lora") is not None
+            parameter.copy_(loaded[name])
 
 
 def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -79,12 +68,23 @@ def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) ->
         if key not in saved:
             raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
         shape, expected = saved[key]["shape"], wanted["shape"]
-        if "word_embeddings" in key or "output_layer" in key:  # padded differently at each TP
+        if is_padded(key):
             fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
         else:
             fits = shape == expected
         if not fits:
             raise ValueError(f"{folder}: {key} is {shape}, the model's is {expected}; it is of another model")
+
+
+def is_padded(name: str) -> bool:
+    """Whether a tensor has a row for each token, and so is padded differently at each TP."""
+    return "word_embeddings" in name or "output_layer" in name
+
+
+def saved_name(entry: ShardedTensor | ShardedTensorFactory) -> str:
+    """The name that checkpoints have for a parameter: with the layer's number in the whole model, and the
+    same whatever layer spec it is of."""
+    return (entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry).key
 
 
 def describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate, ParamWithNamePredicate
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron_vlm.parallel.adam import use_in_megatron_core
@@ -54,13 +56,20 @@ def wrap_model(
     ]
 
 
+def is_decayed(name: str, shape: Sequence[int]) -> bool:
+    """Whether AdamW decays a parameter: all but biases and norms, as in Megatron-LM."""
+    return len(shape) > 1 and not name.endswith(".bias")
+
+
 class Optimizer:
     """AdamW over the trainable parameters of a rank's wrapped model chunks.
 
+    Parameters with the same ``train_entry`` share a learning rate, those without one have the first.
     Biases and norms aren't decayed.
 
     Args:
-        models: from :func:`wrap_model`, with ``requires_grad`` already set as the stage wants it.
+        models: from :func:`wrap_model`, with ``requires_grad`` already set.
+        entries: number of learning rates.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class Optimizer:
         beta2: float,
         eps: float,
         clip_grad: float,
+        entries: int = 1,
     ) -> None:
         use_in_megatron_core()
         self.config = OptimizerConfig(
@@ -87,7 +97,9 @@ class Optimizer:
             use_distributed_optimizer=models[0].ddp_config.use_distributed_optimizer,
         )
         self.models = models
-        self.chained = get_megatron_optimizer(self.config, models, use_gloo_process_groups=False)
+        self.chained = get_megatron_optimizer(
+            self.config, models, _overrides(entries), use_gloo_process_groups=False
+        )
         (self.optimizer,) = self.chained.chained_optimizers
         for group in self.groups:
             group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -109,15 +121,15 @@ class Optimizer:
         self.chained.prepare_grads()
         return float(self.chained.get_grad_norm())
 
-    def step(self, lr: float, gradient_norm: float) -> None:
+    def step(self, rates: Sequence[float], gradient_norm: float) -> None:
         """Clip and update; a collective call.
 
         Args:
-            lr: learning rate of every group.
+            rates: learning rate of each entry.
             gradient_norm: from :meth:`gradient_norm`, of the gradients that are there now.
         """
         for group in self.groups:
-            group["lr"] = lr
+            group["lr"] = rates[group["entry"]]
         parameters = self.optimizer.get_parameters()
         if self.config.clip_grad > 0 and parameters and math.isfinite(gradient_norm):
             clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, gradient_norm)
@@ -185,6 +197,25 @@ class Optimizer:
             "exp_avg": state["exp_avg"],
             "exp_avg_sq": state["exp_avg_sq"],
         }
+
+
+def _overrides(entries: int) -> dict[ParamKey, Any]:
+    """What sets megatron-core's parameter groups apart. The groups of all entries stand on all ranks, though
+    a pipeline stage may have no parameter in some."""
+
+    def undecayed(parameter: torch.nn.Parameter, name: str) -> bool:
+        return not is_decayed(name, parameter.shape)
+
+    def of_entry(entry: int, parameter: torch.nn.Parameter) -> bool:
+        return getattr(parameter, "train_entry", 0) == entry
+
+    overrides: dict[ParamKey, Any] = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate("undecayed", undecayed)): {"wd_mult": 0.0}
+    }
+    for entry in range(entries):
+        key = ParamKey(predicate=ParamPredicate(f"entry {entry}", partial(of_entry, entry)))
+        overrides[key] = {"entry": entry}
+    return overrides
 
 
 def _sharded_like(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Schedule:
     warmup_iters: int
     decay_iters: int
     style: str = "cosine"
+
+    def scaled_to(self, lr: float) -> Schedule:
+        """The same curve with its peak at ``lr``; ``min_lr`` keeps its ratio to the peak, as it does for
+        torch's ``LambdaLR`` over several parameter groups."""
+        return replace(self, lr=lr, min_lr=self.min_lr * lr / self.lr if self.lr else 0.0)
 
     def at(self, iteration: int) -> float:
         """The rate of the update that ends ``iteration`` (1 is the first)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,9 +108,9 @@ def train_step(
     global_batch: GlobalBatch,
     layout: Layout,
     micro_batch_size: int,
-    lr: float,
+    rates: Sequence[float],
 ) -> StepResult:
-    """One update; a collective call.
+    """One update, with each entry's learning rate; a collective call.
 
     Raises:
         NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
@@ -120,7 +120,7 @@ def train_step(
     norm = optimizer.gradient_norm()
     if not math.isfinite(norm):
         raise NonFiniteError("gradient norm", [])
-    optimizer.step(lr, norm)
+    optimizer.step(rates, norm)
     return StepResult(loss=loss, trained_tokens=trained, gradient_norm=norm)
 
 

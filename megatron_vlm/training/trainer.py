@@ -18,7 +18,6 @@ from megatron_vlm.data.batch import describe
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
-from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.metrics import IterationMetrics, Progress
@@ -27,9 +26,9 @@ from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.run_folder import Start
 from megatron_vlm.training.schedule import Schedule
-from megatron_vlm.training.stages import describe_trainable, set_trainable
 from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_schedules, train_step
 
 
@@ -52,7 +51,6 @@ class Trainer:
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
         run_folder.check_same_model(config, start, self.model_config)
-        self.model_config = run_folder.with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)
         self.state = checkpoint.load_run_state(start.checkpoint) if start.with_state else RunState()
         self.total_iterations = config.train_iterations
@@ -66,6 +64,8 @@ class Trainer:
         self.sinks = sinks
         if self.state.iteration < self.total_iterations:
             parallel.on_first_rank(self._open_sinks)
+        rates = [entry.lr for entry in config.model.trained]
+        self.schedules = [self.schedule if lr is None else self.schedule.scaled_to(lr) for lr in rates]
         self._build_data(start)
         self._build_model(start)
         if start.with_state:
@@ -106,11 +106,8 @@ class Trainer:
             deterministic=config.training.deterministic,
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
         )
-        set_trainable(
-            self.chunks, train_language=not config.model.freeze_lm, train_vision=config.model.train_vision
-        )
+        self.regime = set_trainable(self.chunks, config.model.trained, layout)
         load_weights(start.checkpoint, self.chunks)
-        start_adapters(start.checkpoint, self.chunks, config.training.seed, config.lora.lora_load_dir)
         # Overlapping communication with the backward pass needs streams of its own.
         overlap = layout.device.type == "cuda" and layout.dp > 1
         self.models = wrap_model(self.chunks, config.parallel.dist_optim, overlap)
@@ -122,10 +119,12 @@ class Trainer:
             beta2=config.optimizer.adam_beta2,
             eps=config.optimizer.adam_eps,
             clip_grad=config.optimizer.clip_grad,
+            entries=len(self.regime.entries),
         )
         if start.with_state:
             checkpoint.load_optimizer(start.checkpoint, self.chunks, self.optimizer, self.state)
-        self.say(f"trainable parameters: {describe_trainable(self.chunks, layout)}")
+        peaks = [schedule.lr for schedule in self.schedules]
+        self.say(table(self.regime, peaks, config.optimizer.weight_decay))
 
     def train(self) -> None:
         """Run to the last iteration.
@@ -184,7 +183,7 @@ class Trainer:
                 global_batch,
                 self.layout,
                 self.config.training.micro_batch_size,
-                self.schedule.at(self.state.iteration + 1),
+                [schedule.at(self.state.iteration + 1) for schedule in self.schedules],
             )
         except NonFiniteError as error:
             raise ValueError(self._describe_failure(error, global_batch)) from None

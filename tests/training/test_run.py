@@ -172,6 +172,15 @@ def test_other_parts_trained(pool: Pool, trainables: dict[str, Trainable], tmp_p
     assert "no optimizer state for language_model." in message and "--freeze-lm" in message
 
 
+def test_a_pattern_that_matches_nothing(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """No rank has the whole model, yet all agree; a layer of the last stage alone is a match."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--pp", "2", "--train-iters", "1", "--no-save")
+    message = failure(pool, 2, [*flags, "--train-modules", "projector|*.layers.1.mlp.fc1.*"])
+    assert "*.layers.1.mlp.fc1.* matches no parameter" in message
+    assert "language_model.decoder.layers.1.mlp.linear_fc1.weight" in message
+    pool.run(2, train, [*flags, "--train-modules", "language_model.decoder.layers.1.mlp.linear_fc1.weight"])
+
+
 def hold_lock(folder: Path) -> None:
     from megatron_vlm.training import run_folder
 
