@@ -338,6 +338,12 @@ class LoggingSection:
     """Where numbers go; ``metrics.jsonl`` in the run folder is always written."""
 
     log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
+    peak_tflops: Optional[float] = flag(
+        LOGGING,
+        None,
+        "what one device could do in TFLOP/s, for the model FLOPs utilisation (MFU)",
+        shown_default="bfloat16, by the GPU's name; no MFU on CPUs",
+    )
     tensorboard: bool = flag(LOGGING, False, "log to TensorBoard: event files in <run>/tensorboard")
     wandb: bool = flag(LOGGING, False, "log to Weights & Biases")
     wandb_mode: Optional[str] = flag(
@@ -356,7 +362,7 @@ class LoggingSection:
     wandb_name: Optional[str] = flag(LOGGING, None, "name of the run there", shown_default="--name")
 
     def __post_init__(self) -> None:
-        _positive(self, "log_interval")
+        _positive(self, "log_interval", "peak_tflops")
         for name in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name"):
             if getattr(self, name) is not None and not self.wandb:
                 raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,12 +28,32 @@ class IterationMetrics:
     consumed_samples: int  # since the first iteration of the run
     images: int  # in this iteration
     tokens_per_second: float
+    images_per_second: float
+    tflops_per_gpu: float  # of the model's products, see config/flops.py; a rank is a GPU, on CPUs too
+    tflops_per_gpu_without_vision: float  # the tower's left out
+    mfu: float | None  # of the device's peak; None where that is not known
+    mfu_without_vision: float | None
+    peak_memory_gib: float  # so far, on the rank that has used most
     iteration_seconds: float
-    data_seconds: float  # of these, spent waiting for the batch on rank 0
+    data_seconds: float  # of these, spent waiting for the batch on the rank that waited longest
+    seconds_left: float  # of the run, at the pace of this start so far
+    gpu_hours: float  # ranks x time in iterations and between them, over all starts of the run
     skipped: int  # iterations skipped so far
     truncated: int  # samples cut to --seq-length so far
     dropped: int  # samples left out so far, too long or malformed
     corrupt: int  # samples left out so far, unreadable
+
+    def line(self, total_iterations: int) -> str:
+        """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console."""
+        utilisation = "" if self.mfu is None else f" ({self.mfu:.1%} MFU)"
+        return (
+            f"iteration {self.iteration}/{total_iterations} ({self.iteration / total_iterations:.1%}) | "
+            f"loss {self.loss:.4f} | lr {self.lr:.2e} | grad norm {self.grad_norm:.3f} | "
+            f"{self.tokens_per_second:,.0f} tokens/s | {self.images_per_second:,.1f} images/s | "
+            f"{self.tflops_per_gpu:.3g} TFLOP/s per GPU{utilisation} | {self.peak_memory_gib:.1f} GiB | "
+            f"{self.iteration_seconds:.3f} s/iteration, {self.data_seconds:.3f} for data | "
+            f"{self.gpu_hours:.1f} GPU hours, {timedelta(seconds=round(self.seconds_left))} left"
+        )
 
 
 class MetricsLog:
@@ -69,7 +88,7 @@ class MetricsLog:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+    def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Append one line; it survives a kill of this process at once."""
         self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self.file.flush()
@@ -77,30 +96,3 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-class Progress:
-    """Formats console lines with the time left.
-
-    Args:
-        start_iteration: iterations done before this process.
-        total_iterations: iterations of the whole run.
-    """
-
-    def __init__(self, start_iteration: int, total_iterations: int) -> None:
-        self.start_iteration = start_iteration
-        self.total_iterations = total_iterations
-        self.start_time = time.perf_counter()
-
-    def line(self, metrics: IterationMetrics) -> str:
-        """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``."""
-        elapsed = time.perf_counter() - self.start_time
-        done = metrics.iteration - self.start_iteration
-        left = elapsed / max(done, 1) * (self.total_iterations - metrics.iteration)
-        return (
-            f"iteration {metrics.iteration}/{self.total_iterations} "
-            f"({metrics.iteration / self.total_iterations:.1%}) | loss {metrics.loss:.4f} | "
-            f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:.3f} | "
-            f"{metrics.tokens_per_second:,.0f} tokens/s | {metrics.iteration_seconds:.3f} s/iteration | "
-            f"{timedelta(seconds=round(elapsed))} elapsed, {timedelta(seconds=round(left))} left"
-        )

@@ -69,16 +69,18 @@ class Sinks:
             self.sinks["Weights & Biases"] = WeightsAndBiases(run, flags, name, config)
         self.file = MetricsLog(run, last_iteration)
 
-    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+    def log(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Hand metrics to every sink.
 
         Args:
             iteration: the one that they belong to.
-            values: by name; ``<group>/<name>`` for what isn't a metric of training.
+            values: by name; ``<group>/<name>`` for what isn't a metric of training. None is what isn't
+                known: ``null`` in the file, left out elsewhere.
         """
         if self.file is not None:
             self.file.write(iteration, values)
-        self._call("log", iteration, values)
+        known = {name: value for name, value in values.items() if value is not None}
+        self._call("log", iteration, known)
 
     def alert(self, iteration: int, title: str, text: str) -> None:
         """Draw a user's attention to something; Weights & Biases sends mails and messages of it."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vlm.config.flops import causal_pairs
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
 from megatron_vlm.data.images import normalize
@@ -42,6 +43,7 @@ class GlobalBatch:
     sequence_length: int  # of the longest microbatch; of each, where there are pipeline stages
     # On the rank that reads; elsewhere empty.
     tokens: int = 0  # positions, padding left out
+    attention_pairs: int = 0  # pairs of a query and a key that it sees
     images: int = 0
     keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
 
@@ -98,6 +100,7 @@ class BatchReader:
             ],
             sequence_length=max(lengths),
             tokens=sum(int(m.lengths.sum()) for m in read),
+            attention_pairs=sum(causal_pairs(m.lengths.tolist()) for m in read),
             images=sum(len(m.pixels) for m in read),
             keys=[m.keys for m in read],
         )

@@ -53,6 +53,7 @@ class RunState:
     consumed_samples: int = 0
     optimizer_steps: int = 0
     skipped: int = 0  # iterations without an update
+    gpu_seconds: float = 0.0  # ranks x time, from the first iteration of each start
 
 
 def save_checkpoint(

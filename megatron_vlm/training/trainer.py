@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,12 +19,12 @@ from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
-from megatron_vlm.observe.metrics import IterationMetrics, Progress
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.run_folder import Start
 from megatron_vlm.training.schedule import Schedule
@@ -70,6 +69,14 @@ class Trainer:
         self._build_model(start)
         if start.with_state:
             checkpoint.load_rng(start.checkpoint, layout)
+        self.meter = Meter(
+            layout,
+            self.model_config,
+            trains=self.regime.trained.__contains__,
+            peak=config.logging.peak_tflops,
+            state=self.state,
+            total_iterations=self.total_iterations,
+        )
 
     def _open_sinks(self) -> None:
         """Before anything large is loaded: a missing login should be told at once."""
@@ -132,19 +139,17 @@ class Trainer:
         Raises:
             ValueError: the data can't be read on, or a loss or gradient is not finite.
         """
-        progress = Progress(self.state.iteration, self.total_iterations)
         while self.state.iteration < self.total_iterations:
-            started = time.perf_counter()
+            self.meter.start()
             global_batch = self.reader.next()
-            data_seconds = time.perf_counter() - started
+            self.meter.batch_arrived()
             result = self._step(global_batch)
             self.state.iteration += 1
             self.state.consumed_samples += self.config.training.global_batch_size
             self.state.optimizer_steps += 1
+            self.meter.stop()
             if self._every(self.config.logging.log_interval):
-                metrics = self._metrics(global_batch, result, started, data_seconds)
-                self.sinks.log(self.state.iteration, asdict(metrics))
-                self.say(progress.line(metrics))
+                self._log(global_batch, result)
             if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
                 self.save()
 
@@ -201,37 +206,17 @@ class Trainer:
             + "Look at the data, lower --lr, or go on from an earlier checkpoint"
         )
 
-    def _metrics(
-        self, global_batch: GlobalBatch, result: StepResult, started: float, data_seconds: float
-    ) -> IterationMetrics:
-        """Collective over the ranks that load data; on the others the counts stay empty."""
-        counts = {"truncated": 0, "dropped": 0, "corrupt": 0}
-        sums = [global_batch.tokens, global_batch.images, 0, 0, 0]
-        if self.loader is not None:
-            sums[2:] = [self.loader.counts[name] for name in counts]
-            total = torch.tensor(sums, device=self.layout.device)
-            dist.all_reduce(total, group=self.layout.dp_group)
-            sums = total.tolist()
-        seconds = time.perf_counter() - started
-        tokens, images, truncated, dropped, corrupt = sums
-        return IterationMetrics(
-            iteration=self.state.iteration,
-            loss=result.loss,
+    def _log(self, global_batch: GlobalBatch, result: StepResult) -> None:
+        """A collective call."""
+        metrics = self.meter.measure(
+            global_batch,
+            result,
             lr=self.schedule.at(self.state.iteration),
-            grad_norm=result.gradient_norm,
-            tokens=tokens,
-            trained_tokens=result.trained_tokens,
             samples=self.config.training.global_batch_size,
-            consumed_samples=self.state.consumed_samples,
-            images=images,
-            tokens_per_second=tokens / seconds,
-            iteration_seconds=seconds,
-            data_seconds=data_seconds,
-            skipped=self.state.skipped,
-            truncated=truncated,
-            dropped=dropped,
-            corrupt=corrupt,
+            seen=self.loader.counts if self.loader is not None else None,
         )
+        self.sinks.log(metrics.iteration, asdict(metrics))
+        self.say(metrics.line(self.total_iterations))
 
     def _show_first_sample(self, loader: TrainLoader, processing: Processing) -> None:
         first = loader.peek()  # on every rank that loads: it forks the workers

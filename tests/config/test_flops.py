@@ -1,0 +1,135 @@
+"""The count against torch's own, operation by operation, of transformers' LLaVA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vlm.config.flops import Flops, Work, causal_pairs, peak_tflops, training_flops
+from megatron_vlm.config.model import ModelConfig
+from tests.tiny import FAMILIES, tiny_config
+
+PARTS = {
+    "vision_model.": "model.vision_tower.",
+    "vision_projection.": "model.multi_modal_projector.",
+    "language_model.": ("model.language_model.", "lm_head."),
+}
+# What is trained, in this project's names and in transformers'.
+TRAINED = {
+    "nothing": ((), ()),
+    "projector": (("vision_projection.",), (PARTS["vision_projection."],)),
+    "projector and language": (
+        ("vision_projection.", "language_model."),
+        (PARTS["vision_projection."], *PARTS["language_model."]),
+    ),
+    "language": (("language_model.",), PARTS["language_model."]),
+    "tower": (("vision_model.",), (PARTS["vision_model."],)),
+    "all": (("",), ("",)),
+    "last language block and output layer": (
+        ("language_model.decoder.layers.3.", "language_model.output_layer."),
+        ("model.language_model.layers.3.", "lm_head."),
+    ),
+    "norms of the second language block": (
+        (
+            "language_model.decoder.layers.1.mlp.linear_fc1.layer_norm",
+            "language_model.decoder.layers.1.self_attention.linear_qkv.layer_norm",
+        ),
+        (
+            "model.language_model.layers.1.input_layernorm",
+            "model.language_model.layers.1.post_attention_layernorm",
+        ),
+    ),
+}
+BATCH, TEXT, IMAGES = 3, 7, 4
+
+
+def counted(family: str, trained: tuple[str, ...]) -> tuple[ModelConfig, Work, int]:
+    """Operations that torch counts in transformers' forward and backward pass."""
+    config = tiny_config(**FAMILIES[family])
+    config.vision_config.vision_use_head = False  # of SigLIP's pooled output, which LLaVA doesn't read
+    net = transformers.LlavaForConditionalGeneration(config)
+    if FAMILIES[family].get("projector") == "linear":
+        net.model.multi_modal_projector.linear_2 = torch.nn.Identity()  # transformers multiplies by it
+    net.set_attn_implementation("eager")  # flash and its like count work that they do twice
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad = name.startswith(trained)
+    model = ModelConfig.from_hf(config.to_dict())
+    tower = net.model.vision_tower
+    for block in tower.encoder.layers[model.num_vision_layers_run :]:
+        block.forward = lambda hidden_states, *args, **kwargs: hidden_states  # transformers runs them
+
+    # Two images in a row of one sample, to see that sequences are counted and not images.
+    length = TEXT + 2 * model.image_tokens
+    ids = torch.randint(3, 190, (BATCH, length))
+    ids[:2, : 2 * model.image_tokens] = model.image_token_id
+    size = model.vision.image_size
+    with FlopCounterMode(display=False) as counter:
+        output = net(input_ids=ids, pixel_values=torch.rand(IMAGES, 3, size, size), labels=ids)
+        if trained:
+            output.loss.backward()
+    work = Work(BATCH * length, BATCH * length, BATCH * length**2, IMAGES)
+    return model, work, counter.get_total_flops()
+
+
+def formula(model: ModelConfig, work: Work, trained: tuple[str, ...]) -> Flops:
+    return training_flops(model, work, lambda name: name.startswith(trained))
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_torchs_count(family: str, trained: str) -> None:
+    """Exactly: both count matrix products, and transformers' eager attention computes all s x s pairs."""
+    ours, theirs = TRAINED[trained]
+    model, work, expected = counted(family, theirs)
+    flops = formula(model, work, ours)
+    assert flops.total == expected
+
+
+def test_each_part_alone() -> None:
+    """What a part costs is what is saved when there is none of it."""
+    model = ModelConfig.from_hf(tiny_config().to_dict())
+    everything = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), images=2)
+    no_images = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), images=0)
+    with_images, text = formula(model, everything, ("",)), formula(model, no_images, ("",))
+    assert with_images.language == text.total == text.without_vision > 0
+    assert with_images.total == with_images.vision + with_images.projector + with_images.language
+    assert text.vision == text.projector == 0 < with_images.vision
+
+
+def test_causal_pairs() -> None:
+    for length in (1, 2, 7):
+        mask = torch.ones(length, length).tril()
+        assert causal_pairs([length, length]) == 2 * mask.sum()
+
+
+def test_a_7b_model() -> None:
+    """LLaVA-1.5-7B, all trained, is close to 6 operations for each parameter and token."""
+    text = {"model_type": "llama", "vocab_size": 32064}
+    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 32000})
+    flops = training_flops(model, Work(2048, 2048, causal_pairs([2048]), 0), lambda name: True)
+    products = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096
+    attention = 32 * 3 * 2 * 4096 * 2048 * 2049  # Q K^T and P V, each 2 x h x s (s + 1) / 2, three times
+    assert flops.total == 6 * products * 2048 + attention
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak(device: str, peak: float | None) -> None:
+    assert peak_tflops(device) == peak

@@ -1,0 +1,73 @@
+"""Throughput and utilisation that a run reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.flops import Work, causal_pairs, training_flops
+from megatron_vlm.config.model import ModelConfig
+from tests.distributed import Pool
+from tests.training.conftest import Trainable
+from tests.training.test_run import metrics
+from tests.workers import train
+
+
+def flops(line: dict[str, float], ranks: int, name: str = "tflops_per_gpu") -> float:
+    """Operations of an iteration, from what was reported of it."""
+    return line[name] * 1e12 * ranks * line["iteration_seconds"]
+
+
+def test_every_layout_reports_the_same_work(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Counted from the data and from what is trained anywhere, however model and data are cut."""
+    one = trainables["untied"]
+    model = ModelConfig.from_dict(read_manifest(str(one.checkpoint))["model"])
+    lines = {}
+    for name, ranks, flags in [
+        ("one", 1, ["--peak-tflops", "0.5"]),
+        ("pp2", 2, ["--pp", "2"]),
+        ("tp2-dp2", 4, ["--tp", "2", "--peak-tflops", "0.5"]),
+    ]:
+        argv = one.flags(tmp_path, name, "--stage", "2", "--train-iters", "3", "--no-save", *flags)
+        pool.run(ranks, train, argv)
+        lines[name] = [(ranks, line) for line in metrics(tmp_path / name)]
+    for (ranks, line), *others in zip(*lines.values(), strict=True):
+        total = flops(line, ranks)
+        without = flops(line, ranks, "tflops_per_gpu_without_vision")
+        for other_ranks, other in others:
+            assert flops(other, other_ranks) == pytest.approx(total, rel=1e-9)
+            assert other["tokens"] == line["tokens"] and other["images"] == line["images"]
+
+        def expected(pairs: int, line: dict[str, float] = line) -> float:
+            work = Work(int(line["tokens"]), int(line["trained_tokens"]), pairs, int(line["images"]))
+            return training_flops(model, work, lambda name: not name.startswith("vision_model.")).total
+
+        # The lengths aren't reported: at least all the same, at most one token each but for one sample.
+        length = int(line["tokens"] / line["samples"])
+        assert expected(causal_pairs([length] * 4)) <= total <= expected(causal_pairs([int(line["tokens"])]))
+        assert without < total if line["images"] else without == total
+
+        assert line["mfu"] == pytest.approx(line["tflops_per_gpu"] / 0.5)
+        assert line["mfu_without_vision"] == pytest.approx(line["tflops_per_gpu_without_vision"] / 0.5)
+        assert line["images_per_second"] * line["iteration_seconds"] == pytest.approx(line["images"])
+        assert 0 <= line["data_seconds"] <= line["iteration_seconds"]
+        assert 0.05 < line["peak_memory_gib"] < 16
+    assert lines["pp2"][0][1]["mfu"] is None  # nobody knows a CPU's peak
+    assert [line["seconds_left"] > 0 for _, line in lines["one"]] == [True, True, False]
+
+
+def test_gpu_hours_go_on(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Added up over starts at any number of ranks; less work with less to train."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--save-optim", "--freeze-lm")
+    pool.run(1, train, [*flags, "--train-iters", "2"])
+    pool.run(2, train, [*flags, "--train-iters", "4"])
+    lines = metrics(tmp_path / "run")
+    hours = [line["gpu_hours"] for line in lines]
+    for (before, after), line, ranks in zip(
+        zip([0.0, *hours], hours, strict=False), lines, [1, 1, 2, 2], strict=True
+    ):
+        assert after - before >= ranks * line["iteration_seconds"] / 3600 * (1 - 1e-9)
