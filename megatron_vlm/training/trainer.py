@@ -24,6 +24,7 @@ from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.run_folder import Start
@@ -132,6 +133,7 @@ class Trainer:
             checkpoint.load_optimizer(start.checkpoint, self.chunks, self.optimizer, self.state)
         peaks = [schedule.lr for schedule in self.schedules]
         self.say(table(self.regime, peaks, config.optimizer.weight_decay))
+        self.gradient_check = GradientCheck(self.regime, layout, self.say)
 
     def train(self) -> None:
         """Run to the last iteration.
@@ -144,6 +146,7 @@ class Trainer:
             global_batch = self.reader.next()
             self.meter.batch_arrived()
             result = self._step(global_batch)
+            self.gradient_check.after_step(global_batch, result.trained_tokens)
             self.state.iteration += 1
             self.state.consumed_samples += self.config.training.global_batch_size
             self.state.optimizer_steps += 1

@@ -1,0 +1,134 @@
+"""That gradients reach what is trained, and that nothing else changes.
+
+An unfrozen part that never updates leaves no mark in a loss curve, so the first iterations of every start are
+watched. It costs two passes over the frozen weights and a small reduction per iteration, until all is well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vlm.config.train_modules import LANGUAGE
+from megatron_vlm.parallel import Layout
+from megatron_vlm.training.batch import GlobalBatch
+from megatron_vlm.training.regimes import MODULES, Regime
+
+# A tensor may rightly have no gradient for a while: LoRA's first factor until the second has moved, and
+# a warmup that begins at zero keeps that still for an iteration.
+_PATIENCE = 10
+_LONGEST = 100  # iterations to wait for an image
+
+
+class GradientCheck:
+    """Watches a run until a gradient has reached every trained tensor.
+
+    Args:
+        regime: what is trained; its weights are loaded.
+        say: prints, on one rank.
+    """
+
+    def __init__(self, regime: Regime, layout: Layout, say: Callable[[str], None]) -> None:
+        self.regime = regime
+        self.layout = layout
+        self.say = say
+        self.waiting = list(regime.trained)  # tensors that no gradient has reached; the same on every rank
+        self.frozen = [(name, parameter) for name, parameter in regime.own if name not in regime.trained]
+        self.bits: list[Tensor] | None = _bits(self.frozen)
+        self.iterations = self.with_images = 0
+
+    def after_step(self, global_batch: GlobalBatch, trained_tokens: int) -> None:
+        """Look at the gradients that a step has left; a collective call while there is something to watch.
+
+        Args:
+            trained_tokens: of the global batch; without any there is no gradient to see.
+
+        Raises:
+            ValueError: none has reached a module that is trained, in an iteration with images if they are
+                what it works on; or none has reached an entry of ``--train-modules`` in ten of them.
+            RuntimeError: the step has changed frozen parameters.
+        """
+        if self.bits is not None:
+            self._check_frozen(self.bits)
+            self.bits = None
+        if not self.waiting or trained_tokens == 0:
+            return
+        reached, has_images = self._look(global_batch)
+        self.waiting = [name for name in self.waiting if name not in reached]
+        self.iterations += 1
+        self.with_images += has_images
+        for module, prefix in MODULES.items():
+            names = [name for name in self.regime.trained if name.startswith(prefix)]
+            if names and set(names) <= set(self.waiting) and (has_images or prefix == LANGUAGE):
+                raise ValueError(
+                    f"iteration {self.iterations} of this start: --train-modules trains the {module}, but no "
+                    "gradient has reached it, so it would never change; leave it out, or mend the model"
+                )
+        self._give_up_on([name for name in self.waiting if self._chances(name) >= _PATIENCE])
+        if self.waiting and self.iterations == _LONGEST:
+            self.say(
+                f"note: the first {_LONGEST} iterations had no more than {self.with_images} with an image; "
+                "whether gradients reach tower and projector is not checked any longer"
+            )
+            self.waiting = []
+
+    def _look(self, global_batch: GlobalBatch) -> tuple[set[str], bool]:
+        """The tensors that a gradient has reached on any rank, and whether any had an image to learn from."""
+        found = torch.zeros(len(self.waiting) + 1, dtype=torch.int32, device=self.layout.device)
+        places = {name: place for place, name in enumerate(self.waiting)}
+        for name, parameter in self.regime.own:
+            if name in places:
+                found[places[name]] += parameter.main_grad.any()  # type: ignore[attr-defined]
+        for batch in global_batch.microbatches:
+            if batch.image_positions is not None:  # its sample's answer may have been cut off
+                found[-1] += batch.loss_mask.any(dim=1)[batch.image_positions[0]].any()
+        # Over all ranks: another shard or data-parallel rank may have the part that isn't zero.
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        *flags, has_images = (flag > 0 for flag in found.tolist())
+        return {name for name, flag in zip(self.waiting, flags, strict=True) if flag}, has_images
+
+    def _chances(self, name: str) -> int:
+        """Iterations in which a gradient could have reached a parameter."""
+        return self.iterations if name.startswith(LANGUAGE) else self.with_images
+
+    def _give_up_on(self, names: list[str]) -> None:
+        if not names:
+            return
+        self.waiting = [name for name in self.waiting if name not in names]
+        for number, entry in enumerate(self.regime.entries):
+            of_entry = {name for name, trained in self.regime.trained.items() if trained == number}
+            if of_entry <= set(names):
+                raise ValueError(
+                    f"--train-modules: no gradient has reached {entry.name} in {_PATIENCE} iterations, so it "
+                    f"would never change ({_first(names)}); leave it out, or name more"
+                )
+        self.say(
+            f"warning: no gradient has reached these in {_PATIENCE} iterations, so they don't change: "
+            f"{_first(names)}"
+        )
+
+    def _check_frozen(self, before: list[Tensor]) -> None:
+        after = _bits(self.frozen)
+        changed = [
+            name
+            for (name, parameter), old, new in zip(self.frozen, before, after, strict=True)
+            if not torch.equal(old, new) or hasattr(parameter, "main_grad")
+        ]
+        everyones: list[list[str]] = [[] for _ in range(self.layout.world_size)]
+        dist.all_gather_object(everyones, changed)
+        names = sorted({name for part in everyones for name in part})
+        if names:
+            raise RuntimeError(f"the first step has changed frozen parameters: {_first(names)}")
+
+
+def _bits(parameters: list[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
+    """The sum of each parameter's bits, which is exact and needs no copy."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return [parameter.detach().view(kinds[parameter.element_size()]).sum() for _, parameter in parameters]
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
