@@ -270,7 +270,16 @@ class RunConfig:
         """
         if self.data.data_path is None:
             raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
-        if self.model.megatron_load_dir is None:
+        if self.model.init:
+            if self.model.megatron_load_dir is not None:
+                raise ValueError(
+                    "--init and --megatron-load-dir both say which weights to start from; give one"
+                )
+            if self.model.tokenizer_load_dir is None:
+                raise ValueError("--init needs --tokenizer-load-dir: the Hugging Face folder of the model")
+            if self.checkpoint.load_optim:
+                raise ValueError("--load-optim has nothing to load with --init; drop one of them")
+        elif self.model.megatron_load_dir is None:
             raise ValueError(
                 "--megatron-load-dir is missing; make one with scripts/convert/convert_hf_to_megatron.py"
             )

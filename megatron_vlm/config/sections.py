@@ -69,8 +69,7 @@ class ModelSection:
     init: bool = flag(
         SAVE_LOAD,
         False,
-        "start from random weights",
-        not_yet="make a model with random weights with transformers and convert it",
+        "start from random weights, made by --seed for the config.json in --tokenizer-load-dir",
     )
     image_token_id: Optional[int] = flag(
         TOKENIZER, None, "id of the image token", shown_default="from the tokenizer and the model"

@@ -48,6 +48,7 @@ from megatron_vlm.hf.folder import (
 from megatron_vlm.hf.mapping import Carry, Table, build_table, detect_prefixes
 from megatron_vlm.hf.native import NativeReader, NativeWriter
 from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.random_weights import RandomWeights
 
 CARRIED = "carried.safetensors"
 WEIGHTS = "weights.json"
@@ -74,6 +75,7 @@ def import_hf(
     pp: int,
     force: bool = False,
     progress: Progress | None = None,
+    random_seed: int | None = None,
 ) -> Path:
     """Convert a Hugging Face LLaVA folder to the checkpoint ``<megatron_dir>/release``.
 
@@ -86,6 +88,7 @@ def import_hf(
         tp: tensor-parallel size.
         pp: pipeline-parallel size, checked only.
         progress: called with the bytes done and in all.
+        random_seed: initialise the weights with it, as transformers does, instead of reading them.
 
     Returns:
         The checkpoint's folder.
@@ -100,7 +103,7 @@ def import_hf(
     _check_apart(source, root)
     if not force:
         check_absent(root)
-    folder = HFFolder(source)
+    folder = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
     found = folder.tensors
     prefixes = detect_prefixes(found)
     table = build_table(model, padded_vocab_size(model.language.vocab_size, tp), prefixes)
@@ -123,6 +126,8 @@ def import_hf(
         hf = output / HF_FOLDER
         hf.mkdir()
         copy_small_files(source, hf)
+        if random_seed is not None:  # an index is of other weights, if there is one
+            (hf / SAFETENSORS_INDEX).unlink(missing_ok=True)
         _write_carried(hf, folder, carried, meter)
         for alias in table.aliases:
             if alias.name in found and not same_bits(folder.read(alias.name), folder.read(alias.of)):
@@ -298,7 +303,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinite values")
 
 
-def _write_carried(hf: Path, folder: HFFolder, carries: list[Carry], meter: _Meter) -> None:
+def _write_carried(hf: Path, folder: HFFolder | RandomWeights, carries: list[Carry], meter: _Meter) -> None:
     infos = [folder.tensors[name] for carry in carries for name, _ in carry.hf]
     if not infos:
         return
@@ -320,7 +325,7 @@ def _open_carried(hf: Path) -> Any:
     return safe_open(hf / CARRIED, "pt") if (hf / CARRIED).exists() else nullcontext()
 
 
-def _write_weights_json(hf: Path, folder: HFFolder, prefixes: dict[str, str]) -> None:
+def _write_weights_json(hf: Path, folder: HFFolder | RandomWeights, prefixes: dict[str, str]) -> None:
     codes = {dtype: code for code, dtype in DTYPES.items()}
     files = {
         file: {

@@ -44,11 +44,13 @@ def check_paths(config: RunConfig) -> None:
 
 
 def read_model(config: RunConfig) -> Optional[ModelConfig]:
-    """The architecture of the checkpoint that training starts from.
+    """The architecture of the checkpoint that training starts from, or of the one that it makes.
 
     Raises:
         ValueError: the checkpoint is not there or not readable.
     """
+    if config.model.init:
+        return ModelConfig.from_hf_dir(str(config.model.tokenizer_load_dir))
     if config.model.megatron_load_dir is not None:
         return ModelConfig.from_dict(read_manifest(config.model.megatron_load_dir)["model"])
     return None

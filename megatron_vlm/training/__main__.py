@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
             config.training.seed,
             config.parallel.device,
             config.parallel.backend,
+            # With --init the first rank makes a whole model while the others wait.
+            timeout_minutes=120.0 if config.model.init else 10.0,
         )
         trainer.run(config, layout)
         code = 0

@@ -13,12 +13,14 @@ from typing import IO
 from megatron_vlm.config.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest, resolve_checkpoint
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.observe.metrics import METRICS, SUPERSEDED
 from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
 from megatron_vlm.training.checkpoint import latest_resumable
 
 CONFIG = "config.json"
-_OF_A_RUN = (CHECKPOINTS, METRICS, SUPERSEDED, CONFIG, TENSORBOARD, WANDB)
+INIT = "init"  # root of the checkpoint that --init makes
+_OF_A_RUN = (CHECKPOINTS, INIT, METRICS, SUPERSEDED, CONFIG, TENSORBOARD, WANDB)
 _LOCK = ".lock"
 _LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
 
@@ -87,6 +89,8 @@ def choose_start(config: RunConfig, run: Path) -> Start:
             f"--name with --megatron-load-dir {finished[-1]} to go on from its weights, or --restart to "
             "start over (the old checkpoints are kept aside); next time, --save-optim makes a run resumable"
         )
+    if config.model.init:
+        return _random_start(config, run)
     if config.model.megatron_load_dir is None:
         raise ValueError("--megatron-load-dir: give the checkpoint to start from")
     source = resolve_checkpoint(config.model.megatron_load_dir)
@@ -95,6 +99,16 @@ def choose_start(config: RunConfig, run: Path) -> Start:
     if not read_manifest(source)["has_optimizer"]:
         raise ValueError(f"--load-optim: {source} has no optimizer state; leave the flag out")
     return Start(source, True, f"starting {run} from {source}, with its optimizer state and position")
+
+
+def _random_start(config: RunConfig, run: Path) -> Start:
+    """Make ``<run>/init`` from ``--tokenizer-load-dir``'s config, anew even if an earlier start left one."""
+    folder, seed = str(config.model.tokenizer_load_dir), config.training.seed
+    print(f"making random weights for the model of {folder} (--init, seed {seed})", flush=True)
+    source = import_hf(
+        folder, run / INIT, config.parallel.tp, config.parallel.pp, force=True, random_seed=seed
+    )
+    return Start(source, False, f"starting {run} from random weights")
 
 
 def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> None:
@@ -129,6 +143,8 @@ def check_restart(config: RunConfig, run: Path) -> None:
     Raises:
         ValueError: there is nothing to start from, or it lies in the folder that is moved aside.
     """
+    if config.model.init:
+        return
     source = resolve_checkpoint(str(config.model.megatron_load_dir))
     if run.resolve() in source.resolve().parents:
         raise ValueError(

@@ -361,3 +361,20 @@ def test_rules_that_need_the_model() -> None:
     assert "clip tower has a class token" in error_of([*BASE, "--no-add-class-token"], 1, model)
     assert "vocabulary of 100" in error_of([*BASE, "--image-token-id", "100"], 1, model)
     RunConfig.from_flags([*BASE, "--tp", "4", "--pp", "2", "--seq-length", "17"]).validate(8, model)
+
+
+INIT = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--init"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--init needs --tokenizer-load-dir"),
+        (["--tokenizer-load-dir", "d", "--megatron-load-dir", "e"], "both say which weights to start from"),
+        (["--tokenizer-load-dir", "d", "--load-optim"], "--load-optim has nothing to load with --init"),
+    ],
+)
+def test_init_needs_a_config_and_nothing_else(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_flags([*INIT, *flags]).validate(1)
+    RunConfig.from_flags([*INIT, "--tokenizer-load-dir", "d"]).validate(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.hf.convert import import_hf
+from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import verify
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
@@ -204,3 +204,31 @@ def test_a_locked_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         holder.kill()
         holder.wait()
         run_folder.lock(tmp_path).close()
+
+
+def test_random_weights_are_made_once_and_alike_at_every_layout(
+    trainables: dict[str, Trainable], pool: Pool, tmp_path: Path
+) -> None:
+    hf = tmp_path / "hf"  # its weights aren't needed
+    shutil.copytree(trainables["untied"].hf, hf, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = trainables["untied"].flags(tmp_path, "one", "--init", "--save-optim", "--train-iters")
+    flags = [*flags[2:], "1"]  # without --megatron-load-dir
+    flags[flags.index("--tokenizer-load-dir") + 1] = str(hf)
+    pool.run(1, train, flags)
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "one/init/release").glob("*.distcp")}
+    assert weights
+    pool.run(1, train, [*flags[:-1], "2"])
+    assert weights == {path: path.stat().st_mtime_ns for path in weights}
+    assert [line["iteration"] for line in metrics(tmp_path / "one")] == [1, 2]
+    pool.run(2, train, [*flags[:-1], "2", "--name", "two", "--tp", "2"])
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # as in test_layouts.py
+    back = export_hf(tmp_path / "one", tmp_path / "back")
+    _, info = transformers.LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not any(info.values()), info
+
+    contradiction = script("train/run.py", *flags, "--megatron-load-dir", trainables["untied"].checkpoint)
+    assert (contradiction.returncode, contradiction.stdout) == (2, "")
+    assert contradiction.stderr == (
+        "error: --init and --megatron-load-dir both say which weights to start from; give one\n"
+    )

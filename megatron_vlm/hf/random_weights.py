@@ -1,0 +1,108 @@
+"""Random weights for a model of which only ``config.json`` is there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.folder import TensorInfo, split_into_shards
+from megatron_vlm.hf.mapping import PREFIXES
+
+_SHARD_BYTES = 5 * 10**9  # of the files that an export writes
+# Parts of the running model, longest first, and what save_pretrained calls them.
+_PARTS = {
+    "model.vision_tower.": PREFIXES["tower"][1],
+    "model.multi_modal_projector.": PREFIXES["projector"][0],
+    "model.language_model.": PREFIXES["text"][0],
+    "lm_head.": PREFIXES["head"][0],
+}
+
+
+class RandomWeights:
+    """The tensors of a LLaVA as transformers initialises them; read like ``HFFolder``.
+
+    The model has no memory of its own: reading a tensor fills one layer, embedding, projector or head, which
+    is kept until the next one is asked for. Each is seeded by its name, so the order of reading, and with
+    it the layout, changes nothing.
+
+    Args:
+        directory: a folder whose ``config.json`` describes the model; the file is all that is read.
+        seed: of all weights.
+
+    Raises:
+        ValueError: there is no config, or transformers doesn't take it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], seed: int) -> None:
+        from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+        self.path, self.seed = Path(directory), seed
+        self._model_config = ModelConfig.from_hf_dir(str(directory))
+        try:
+            config = LlavaConfig.from_pretrained(directory)
+            with torch.device("meta"):
+                self._model: Any = LlavaForConditionalGeneration(config)
+        except Exception as error:  # transformers raises many types for a config that it doesn't take
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{directory}: transformers cannot build this model ({reason})") from None
+        self._names: dict[str, str] = {}  # by the name on disk
+        self.tensors: dict[str, TensorInfo] = {}
+        dtype = getattr(torch, self._model_config.dtype)
+        for name, parameter in self._model.named_parameters():
+            if name == "lm_head.weight" and self._model_config.language.tie_word_embeddings:
+                continue
+            part = next(part for part in _PARTS if name.startswith(part))
+            saved = _PARTS[part] + name.removeprefix(part)
+            self._names[saved] = name
+            self.tensors[saved] = TensorInfo(saved, dtype, tuple(parameter.shape))
+        self.files = split_into_shards(list(self.tensors.values()), _SHARD_BYTES)
+        self.metadata = {file: {"format": "pt"} for file in self.files}
+        self._filled: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def read(self, name: str) -> Tensor:
+        """Make one tensor."""
+        inside = self._names[name]
+        unit = _unit(inside)
+        if self._filled[0] != unit:
+            self._filled = ("", {})  # gone before the next one is made
+            self._filled = (unit, self._fill(unit))
+        return self._filled[1][inside.removeprefix(unit + ".")].to(self.tensors[name].dtype)
+
+    def _fill(self, unit: str) -> dict[str, Tensor]:
+        module = copy.deepcopy(self._model.get_submodule(unit)).to_empty(device="cpu")
+        for parameter in module.parameters():
+            parameter.data = torch.full_like(parameter, float("nan"), dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(zlib.crc32(f"{self.seed} {unit}".encode()))  # of a seed, 32 bits are used
+            module.apply(self._owner(unit)._init_weights)  # children first, as transformers does it
+        tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        if unit == "model.multi_modal_projector" and self._model_config.projector.kind == "linear":
+            torch.nn.init.eye_(tensors["linear_2.weight"])
+            if "linear_2.bias" in tensors:
+                torch.nn.init.zeros_(tensors["linear_2.bias"])
+        return tensors
+
+    def _owner(self, unit: str) -> Any:
+        """The innermost pre-trained model around a unit, which knows how its parts are initialised."""
+        from transformers import PreTrainedModel
+
+        path = unit.split(".")
+        around = (self._model.get_submodule(".".join(path[:n])) for n in range(len(path) - 1, -1, -1))
+        return next(module for module in around if isinstance(module, PreTrainedModel))
+
+
+def _unit(name: str) -> str:
+    """The module that is filled at once: a layer, or a direct part of tower, language model or whole."""
+    path = name.split(".")
+    if "layers" in path:
+        return ".".join(path[: path.index("layers") + 2])
+    if name.startswith(("model.vision_tower.", "model.language_model.")):
+        return ".".join(path[:3])
+    return ".".join(path[:-1]) if path[0] == "lm_head" else ".".join(path[:2])
