@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
+from megatron_vlm.models.lora_weights import start_adapters
+from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -103,6 +109,17 @@ def logits_and_gradients(
     return loss, logits, pieces
 
 
+def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layout) -> torch.Tensor:
+    """This tensor parallel rank's part of the logits of a checkpoint, adapters included."""
+    layout = parallel.initialize(sizes.tp, sizes.pp)
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    chunks = build_model(model, layout)
+    load_weights(Path(checkpoint), chunks)
+    (batch,) = global_batch([microbatch], model, 1).microbatches
+    with torch.no_grad():
+        return chunks[0].eval()(batch.input_ids, batch.pixel_values, batch.image_positions).clone()
+
+
 def _pipeline_logits(models: Any, batch: GlobalBatch, layout: Any, micro_batch_size: int) -> Any:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -155,3 +172,87 @@ def train_on(
         rates = [curve.at(iteration) for curve in schedules]
         losses.append(train_step(models, updates, batch, layout, len(own[0]["input_ids"]), rates).loss)
     return losses, table(regime, [curve.lr for curve in schedules], optimizer["weight_decay"])
+
+
+def train_adapters(
+    checkpoint: str,
+    adapter: str,
+    lora: LoRAConfig,
+    batches: list[list[dict[str, torch.Tensor]]],
+    sizes: Layout,
+    iterations: int,
+    hyperparameters: tuple[float, float, float],
+) -> list[float]:
+    """Losses of training a PEFT adapter and the projector; each global batch is dealt to the DP ranks."""
+    lr, weight_decay, clip_grad = hyperparameters
+    layout = parallel.initialize(sizes.tp, sizes.pp)
+    model = replace(ModelConfig.from_dict(read_manifest(checkpoint)["model"]), lora=lora)
+    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    set_trainable(chunks, parse_train_modules("projector|lora"), layout)
+    load_weights(Path(checkpoint), chunks)
+    start_adapters(Path(checkpoint), chunks, seed=0, peft_adapter=adapter)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    prepare_for_schedules(models)
+    optimizer = Optimizer(models, weight_decay, 0.9, 0.999, 1e-8, clip_grad, entries=2)
+    losses = []
+    for iteration in range(iterations):
+        mine = batches[iteration % len(batches)][layout.dp_rank :: layout.dp]
+        batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1)
+        result = train_step(models, optimizer, batch, layout, len(mine[0]["input_ids"]), [lr, lr])
+        losses.append(result.loss)
+    return losses
+
+
+def adapters_behind_a_fused_norm(place: str, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output of a linear with adapters that answers as Transformer Engine's LayerNormLinear, and what it
+    has to be."""
+    layout = parallel.initialize()
+
+    class FusedNorm(ColumnParallelLinear):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.te_return_bias = options["skip_bias_add"] and options["bias"]
+            self.return_layernorm_output = False
+
+        def forward(self, x: torch.Tensor) -> Any:
+            normed = torch.nn.functional.rms_norm(x, x.shape[-1:])
+            output, added = super().forward(normed)
+            if self.te_return_bias:
+                return (output, added, normed) if self.return_layernorm_output else (output, added)
+            return ((output, normed) if self.return_layernorm_output else output), None
+
+    lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=("k_proj", "up_proj"))
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=24
+    )
+    spec = layer_spec("local", causal=True, output_bias=False)
+    parts = (
+        spec.submodules.self_attention.submodules if place == "linear_qkv" else spec.submodules.mlp.submodules
+    )
+    setattr(parts, place, FusedNorm)
+    add_adapters([spec], {place: LANGUAGE_PROJECTIONS[place]}, lora.targets, lora)
+    size = 4 * 4 + 2 * 2 * 4 if place == "linear_qkv" else 2 * 24
+    linear = getattr(parts, place)(
+        16,
+        size,
+        config=config,
+        init_method=torch.nn.init.normal_,
+        bias=bias,
+        skip_bias_add=place == "linear_fc1",
+        gather_output=False,
+        tp_group=layout.tp_group,
+    )
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 2, 16)
+    output, added = linear(x)
+    (adapter,) = linear.adapters.values()
+    normed = torch.nn.functional.rms_norm(x, x.shape[-1:])
+    delta = 2.0 * normed @ adapter.lora_A.weight.t() @ adapter.lora_B.weight.t()
+    expected = normed @ linear.weight.t() + (linear.bias if bias and added is None else 0.0)
+    if place == "linear_fc1":
+        expected[..., 24:] += delta
+        assert (added is not None) == bias
+    else:  # a group is two queries, a key and a value of 4 numbers each
+        expected.unflatten(-1, (2, 16))[..., 8:12] += delta.unflatten(-1, (2, 4))
+    return output.detach(), expected.detach()

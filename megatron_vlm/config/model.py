@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
+from megatron_vlm.config.lora import LoRAConfig
+
 # What transformers' config classes assume for a key that config.json does not hold.
 _TEXT_DEFAULTS: Dict[str, Dict[str, Any]] = {
     "llama": {
@@ -203,6 +205,7 @@ class ModelConfig:
     feature_layers: Tuple[int, ...]  # indices into the tower's hidden states, 0 = its embeddings
     feature_strategy: str  # "default" drops the first position, "full" keeps all
     dtype: str  # of the weights as stored: "float32", "bfloat16" or "float16"
+    lora: Optional[LoRAConfig] = None  # adapters that stand beside the weights
 
     @property
     def num_vision_layers_run(self) -> int:
@@ -311,9 +314,11 @@ class ModelConfig:
         """
         try:
             values = dict(values)
+            lora = values.pop("lora", None)
             language = dict(values.pop("language"))
             scaling = language.pop("rope_scaling", None)
             return cls(
+                lora=LoRAConfig(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
                 vision=VisionConfig(**values.pop("vision")),
                 projector=ProjectorConfig(**values.pop("projector")),
                 language=LanguageConfig(rope_scaling=RopeScaling(**scaling) if scaling else None, **language),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
+from megatron_vlm.config.lora import LoraSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import (
     GROUPS,
@@ -29,13 +30,14 @@ from megatron_vlm.config.sections import (
     TrainingSection,
     nearest_multiples,
 )
-from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules
 
 SECTIONS: Dict[str, type] = {
     "model": ModelSection,
     "parallel": ParallelSection,
     "data": DataSection,
     "training": TrainingSection,
+    "lora": LoraSection,
     "optimizer": OptimizerSection,
     "checkpoint": CheckpointSection,
     "logging": LoggingSection,
@@ -47,6 +49,8 @@ _STAGE_DEFAULTS: Dict[int, Dict[str, Any]] = {
     1: {"freeze_lm": True, "micro_batch_size": 16, "global_batch_size": 256, "lr": 1e-3},
     2: {"freeze_lm": False, "micro_batch_size": 1, "global_batch_size": 128, "lr": 2e-5},
 }
+# LLaVA's recipe for LoRA, which takes the place of stage 2's.
+_LORA_DEFAULTS: Dict[str, Any] = {"freeze_lm": True, "lr": 2e-4}
 _MIN_LR = 1e-8
 _WARMUP_FRACTION = 0.03
 # Several ways to say one thing: a flag for one replaces the file's values for the others.
@@ -78,6 +82,7 @@ class RunConfig:
     parallel: ParallelSection
     data: DataSection
     training: TrainingSection
+    lora: LoraSection
     optimizer: OptimizerSection
     checkpoint: CheckpointSection
     logging: LoggingSection
@@ -143,8 +148,11 @@ class RunConfig:
 
     @classmethod
     def _from_values(cls, given: Mapping[str, Any]) -> RunConfig:
-        stage = _STAGE_DEFAULTS[given.get("stage") or 2]
-        values = {**stage, **given}
+        defaults = _STAGE_DEFAULTS[given.get("stage") or 2]
+        if given.get("lora_rank") is not None:
+            defaults = {**defaults, **_LORA_DEFAULTS}
+            _check_lora(given)
+        values = {**defaults, **given}
         values.setdefault("min_lr", min(_MIN_LR, values["lr"]))
         values.setdefault(
             "lr_warmup_fraction", None if values.get("lr_warmup_iters") is not None else _WARMUP_FRACTION
@@ -247,6 +255,14 @@ class RunConfig:
         return dataclasses.replace(self, training=training)
 
     @property
+    def trained(self) -> Tuple[TrainEntry, ...]:
+        """The parts that are trained; what none of them names is frozen. Adapters always are."""
+        entries = self.model.trained
+        if self.lora.adapters is None or any(entry.name == "lora" for entry in entries):
+            return entries
+        return (*entries, TrainEntry("lora"))
+
+    @property
     def decay_iterations(self) -> int:
         """Iterations after which the learning rate has reached its minimum, the warmup included."""
         return self.optimizer.lr_decay_iters or self.train_iterations
@@ -296,7 +312,7 @@ class RunConfig:
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check_layout(self.parallel.tp, self.parallel.pp)
-        for entry in self.model.trained:
+        for entry in self.trained:
             entry.patterns(model)
         if self.data.seq_length <= model.image_tokens:
             raise ValueError(
@@ -341,6 +357,18 @@ def _switches_of(train_modules: str, given: Mapping[str, Any]) -> Dict[str, bool
             switch = flag_name(name) if given[name] else negative_flag_name(name)
             raise ValueError(f"{switch} contradicts --train-modules '{train_modules}'; leave one of them out")
     return implied
+
+
+def _check_lora(given: Mapping[str, Any]) -> None:
+    if given.get("stage") == 1:
+        raise ValueError("--lora-rank with --stage 1, which trains the projector alone; use --stage 2")
+    if given.get("train_modules") is not None:
+        return  # the names of the model's parameters will tell
+    if given.get("freeze_lm") is False:
+        raise ValueError("--no-freeze-lm trains the weights beside which --lora-rank puts adapters; drop one")
+    in_tower = any(name.startswith("vision.") for name in given.get("lora_targets", ()))
+    if given.get("train_vision") and in_tower:
+        raise ValueError("--train-vision trains weights beside which --lora-targets puts adapters; drop one")
 
 
 def _parser(prog: Optional[str] = None) -> FlagParser:

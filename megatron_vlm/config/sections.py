@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from megatron_vlm.config.flags import REQUIRED, flag, flag_name
+from megatron_vlm.config.lora import LORA
 from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules, preset
 
 # Headings of --help, in order.
@@ -32,6 +33,7 @@ GROUPS = (
     TOKENIZER,
     DATA,
     TRAINING,
+    LORA,
     OPTIMIZER,
     SLURM,
     OTHER,

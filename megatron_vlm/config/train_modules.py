@@ -32,6 +32,7 @@ _PARTS: Dict[str, Tuple[str, ...]] = {
     "language.embedding": (f"{LANGUAGE}embedding.*",),
     "language.layers": (f"{LANGUAGE}decoder.layers.*",),
     "language.output_layer": (f"{LANGUAGE}output_layer.*",),
+    "lora": ("*.lora_[AB].weight",),
 }
 _LAYERS = re.compile(r"(vision|language)\.layers\.(\d+)(?:-(\d+))?")
 # What Ovis calls a part that LLaVA has too.
@@ -162,6 +163,13 @@ def assign(
             raise ValueError(
                 f"--train-modules: later entries take all parameters of {entry.name}; leave it out, "
                 "or put it after them"
+            )
+    for name in names:
+        weight = f"{name.partition('.adapters.')[0]}.weight"
+        if ".adapters." in name and weight in assigned:
+            raise ValueError(
+                f"--train-modules: {assigned[weight].name} trains {weight}, which has adapters beside it; "
+                "leave it or --lora-rank out"
             )
     return assigned
 

@@ -45,6 +45,7 @@ from megatron_vlm.hf.folder import (
     split_into_shards,
     write_index,
 )
+from megatron_vlm.hf.lora import find_adapters, merged
 from megatron_vlm.hf.mapping import Carry, Table, build_table, detect_prefixes
 from megatron_vlm.hf.native import NativeReader, NativeWriter
 from megatron_vlm.hf.ops import Shape
@@ -162,7 +163,7 @@ def export_hf(
     """Convert a checkpoint, as :func:`import_hf` or training wrote it, to a Hugging Face folder.
 
     Tensors have the names and dtypes of the folder that was imported; weights trained in another
-    dtype are rounded to it.
+    dtype are rounded to it, once, after adapters were merged into them in float32.
 
     Args:
         checkpoint: a checkpoint folder, a root, or a run folder.
@@ -179,7 +180,7 @@ def export_hf(
             finite, or the output is there already.
     """
     source, target = resolve_checkpoint(checkpoint), Path(hf_dir)
-    read_manifest(source)
+    lora = ModelConfig.from_dict(read_manifest(source)["model"]).lora
     _check_apart(source, target)
     if not force:
         check_absent(target)
@@ -191,7 +192,8 @@ def export_hf(
     infos = {info.name: info for tensors in files.values() for info in tensors}
     reader = NativeReader(source)
     table = build_table(model, _padded_size(reader, model), prefixes)
-    _check_export(source, table, reader, infos)
+    adapters = find_adapters(table, lora)
+    _check_export(source, table, reader, infos, {n for a in adapters.values() for n in a.tensors(1)})
     tokenizer_files = _tokenizer_files(tokenizer_dir)
     meter = _Meter(sum(info.nbytes for info in infos.values()), progress)
 
@@ -213,6 +215,8 @@ def export_hf(
                 native = reader.read(row.native)
                 _check_finite(row.native, native)
                 for (name, _), tensor in zip(row.hf, row.op.to_hf(native), strict=True):
+                    if lora is not None and name in adapters:
+                        tensor = merged(tensor, adapters[name], lora, reader)
                     write(name, tensor)
             with _open_carried(hf) as carried:
                 for carry in table.carries:
@@ -264,14 +268,17 @@ def _check_import(source: Path, table: Table, found: dict[str, TensorInfo]) -> l
     return carried
 
 
-def _check_export(source: Path, table: Table, reader: NativeReader, infos: dict[str, TensorInfo]) -> None:
-    """Check that the checkpoint holds the tensors of the table, and no others of the model."""
+def _check_export(
+    source: Path, table: Table, reader: NativeReader, infos: dict[str, TensorInfo], adapters: set[str]
+) -> None:
+    """Check that the checkpoint holds the tensors of table and adapters, and no others of the model."""
     stored = set(reader.names)
     expected = {row.native: row for row in table.rows}
-    missing = [name for name in expected if name not in stored]
+    missing = [name for name in (*expected, *sorted(adapters)) if name not in stored]
     if missing:
         raise ValueError(f"{source}: {missing[0]} is missing{_and_more(missing)}")
-    unknown = [n for n in sorted(stored) if n.startswith(_MODEL_PREFIXES) and n not in expected]
+    known_here = expected.keys() | adapters
+    unknown = [n for n in sorted(stored) if n.startswith(_MODEL_PREFIXES) and n not in known_here]
     if unknown:
         raise ValueError(f"{source}: {unknown[0]} has no row in the tables{_and_more(unknown)}")
     for name, row in expected.items():

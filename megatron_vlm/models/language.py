@@ -10,7 +10,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import LanguageConfig, RopeScaling, padded_vocab_size
+from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.loss import linear_cross_entropy
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel import Layout
@@ -30,12 +32,16 @@ class LanguageModel(GPTModel):
         layout: Layout,
         impl: str,
         vocab_divisible_by: int = 128,
+        lora: LoRAConfig | None = None,
     ) -> None:
+        spec = block_spec(
+            impl, get_num_layers_to_build(config), language.attention_output_bias, language.qk_norm
+        )
+        if lora is not None:
+            add_adapters(spec.layer_specs, LANGUAGE_PROJECTIONS, lora.language_targets, lora)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(
-                impl, get_num_layers_to_build(config), language.attention_output_bias, language.qk_norm
-            ),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(language.vocab_size, layout.tp, vocab_divisible_by),
             max_sequence_length=language.max_position_embeddings,
             pre_process=layout.is_first_stage,

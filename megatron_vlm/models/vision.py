@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.lora import VISION_PROJECTIONS, add_adapters
 from megatron_vlm.models.specs import layer_spec, standalone_norm
 
 
@@ -23,9 +24,12 @@ class VisionTower(CLIPViTModel):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
         vision = model.vision
+        spec = layer_spec(impl, causal=False, output_bias=True)
+        if model.lora is not None:
+            add_adapters([spec], VISION_PROJECTIONS, model.lora.vision_targets, model.lora)
         super().__init__(
             transformer_config=config,
-            transformer_layer_spec=layer_spec(impl, causal=False, output_bias=True),
+            transformer_layer_spec=spec,
             ln_pre_impl=standalone_norm(impl),
             ln_post_impl=standalone_norm(impl),
             add_class_token=vision.has_class_token,

@@ -43,7 +43,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision_model = VisionTower(model, configs.vision, impl)
             self.vision_projection = Projector(model.projector, configs.projector, impl)
         self.language_model = LanguageModel(
-            model.language, configs.language, layout, impl, vocab_divisible_by
+            model.language, configs.language, layout, impl, vocab_divisible_by, model.lora
         )
 
     def forward(

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.native import check_before_loading
+from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 
 # Each layer is saved under its own number, as its parameters are named.
@@ -22,16 +23,26 @@ _SHARDING = {"non_homogeneous_layers": True}
 def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
     """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
 
+    Adapters of the model are left as they are where the checkpoint has none.
+
     Raises:
         ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
             the first one.
     """
     weights = sharded_weights(chunks)
+    if not has_adapters(folder):
+        weights = {name: entry for name, entry in weights.items() if not is_adapter(name)}
     _check_tensors(folder, weights, chunks[0].model_config)
     loaded = load_sharded(folder, {"model": dict(weights)})["model"]
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            parameter.copy_(loaded[name])
+            if name in loaded:
+                parameter.copy_(loaded[name])
+
+
+def has_adapters(folder: Path) -> bool:
+    """Whether a checkpoint holds LoRA adapters."""
+    return read_manifest(folder)["model"].get("lora") is not None
 
 
 def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -111,6 +111,23 @@ def _random_start(config: RunConfig, run: Path) -> Start:
     return Start(source, False, f"starting {run} from random weights")
 
 
+def with_adapters(model: ModelConfig, config: RunConfig, start: Start) -> ModelConfig:
+    """The model that is trained: that of the checkpoint, with the adapters that the flags ask for.
+
+    Raises:
+        ValueError: the checkpoint has adapters, and others or none are asked for.
+    """
+    found, wanted = model.lora, config.lora.adapters
+    if found is not None and (wanted is None or not wanted.fits(found)):
+        raise ValueError(
+            f"{start.checkpoint} has LoRA adapters; give {found.flags()} to go on training them, or merge "
+            "them with scripts/convert/convert_megatron_to_hf.py"
+        )
+    if found is not None and config.lora.lora_load_dir is not None and not start.with_state:
+        raise ValueError(f"--lora-load-dir: {start.checkpoint} has adapters already; leave the flag out")
+    return replace(model, lora=wanted)
+
+
 def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> None:
     """Check that everything the flags name is of the checkpoint's model.
 
@@ -166,7 +183,7 @@ def move_aside(run: Path) -> None:
 
 def _first_difference(left: dict, right: dict, prefix: str = "") -> str | None:
     for key, value in left.items():
-        if prefix == "" and key == "dtype":  # what the weights are stored in, not the model
+        if prefix == "" and key in ("dtype", "lora"):  # what a run may add or change
             continue
         other = right.get(key)
         if isinstance(value, dict) and isinstance(other, dict):

@@ -17,6 +17,7 @@ from megatron_vlm.data.batch import describe
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
+from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.sinks import Sinks
@@ -51,6 +52,7 @@ class Trainer:
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
         run_folder.check_same_model(config, start, self.model_config)
+        self.model_config = run_folder.with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)
         self.state = checkpoint.load_run_state(start.checkpoint) if start.with_state else RunState()
         self.total_iterations = config.train_iterations
@@ -64,7 +66,7 @@ class Trainer:
         self.sinks = sinks
         if self.state.iteration < self.total_iterations:
             parallel.on_first_rank(self._open_sinks)
-        rates = [entry.lr for entry in config.model.trained]
+        rates = [entry.lr for entry in config.trained]
         self.schedules = [self.schedule if lr is None else self.schedule.scaled_to(lr) for lr in rates]
         self._build_data(start)
         self._build_model(start)
@@ -114,8 +116,9 @@ class Trainer:
             deterministic=config.training.deterministic,
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
         )
-        self.regime = set_trainable(self.chunks, config.model.trained, layout)
+        self.regime = set_trainable(self.chunks, config.trained, layout)
         load_weights(start.checkpoint, self.chunks)
+        start_adapters(start.checkpoint, self.chunks, config.training.seed, config.lora.lora_load_dir)
         # Overlapping communication with the backward pass needs streams of its own.
         overlap = layout.device.type == "cuda" and layout.dp > 1
         self.models = wrap_model(self.chunks, config.parallel.dist_optim, overlap)

@@ -31,6 +31,11 @@ def main(argv: List[str]) -> int:
     parser.add_argument(
         "--max-shard-size", type=cli.size, metavar="SIZE", help="such as 5GB (default: files as imported)"
     )
+    parser.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="write a run's LoRA adapters and projector as a PEFT adapter, instead of merging them",
+    )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     # The format doesn't depend on the layout, so the two change nothing; the checkpoint knows its own.
     parser.add_argument("--tp", type=cli.positive, help="not needed; checked against the model")
@@ -46,10 +51,17 @@ def main(argv: List[str]) -> int:
     from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.convert import export_hf
+    from megatron_vlm.hf.lora import export_adapter
 
     checkpoint = resolve_checkpoint(args.megatron_dir)
     ModelConfig.from_hf_dir(str(checkpoint / HF_FOLDER)).check_layout(args.tp or 1, args.pp or 1)
     print(f"converting {checkpoint}", flush=True)
+    if args.adapter_only:
+        if args.tokenizer_dir or args.max_shard_size:
+            raise ValueError("--adapter-only takes neither --tokenizer-dir nor --max-shard-size")
+        export_adapter(checkpoint, args.hf_dir, args.force)
+        print(f"{args.hf_dir}: loads with peft's PeftModel, beside the model that the run began with")
+        return 0
     export_hf(
         checkpoint,
         args.hf_dir,
