@@ -52,6 +52,12 @@ _STAGE_DEFAULTS: Dict[int, Dict[str, Any]] = {
 # LLaVA's recipe for LoRA, which takes the place of stage 2's.
 _LORA_DEFAULTS: Dict[str, Any] = {"freeze_lm": True, "lr": 2e-4}
 _MIN_LR = 1e-8
+# What --deterministic needs before a process starts that uses a GPU.
+DETERMINISTIC_ENVIRONMENT: Dict[str, str] = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",  # Tree, which Megatron-LM also admits, has no reduce-scatter and no all-gather
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
 _WARMUP_FRACTION = 0.03
 # Several ways to say one thing: a flag for one replaces the file's values for the others.
 _ALTERNATIVES: Dict[str, Tuple[str, ...]] = {

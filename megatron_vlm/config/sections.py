@@ -114,6 +114,13 @@ class ParallelSection:
         choices=("nccl", "gloo", "mpi"),
         shown_default="nccl on GPUs, gloo on CPUs",
     )
+    transformer_impl: Optional[str] = flag(
+        OTHER,
+        None,
+        "layers of megatron-core and torch, or of Transformer Engine",
+        choices=("local", "transformer_engine"),
+        shown_default="transformer_engine where it is installed and there are GPUs, else local",
+    )
     device: Optional[str] = flag(
         DISTRIBUTED,
         None,
@@ -133,6 +140,8 @@ class ParallelSection:
             )
         if self.backend == "nccl" and self.device == "cpu":
             raise ValueError("--backend nccl does not run with --device cpu; use --backend gloo")
+        if self.transformer_impl == "transformer_engine" and self.device == "cpu":
+            raise ValueError("--transformer-impl transformer_engine needs GPUs, not --device cpu; use local")
 
 
 @dataclass(frozen=True)
@@ -219,8 +228,7 @@ class TrainingSection:
     deterministic: bool = flag(
         DEBUG,
         False,
-        "use only operations that give the same bits every time",
-        not_yet="leave it out; on CPUs every run gives the same bits",
+        "use only operations that give the same bits every time, at the cost of speed",
     )
     debug: bool = flag(
         DEBUG,

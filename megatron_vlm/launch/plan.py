@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Tuple
 
-from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
 
@@ -37,6 +37,8 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
     notes: List[str] = []
     device, gpu_ids = _choose_device(config, environ)
     nodes, rank = launch.node or 1, launch.rank or 0
+    if device == "cpu" and config.parallel.transformer_impl == "transformer_engine":
+        raise ValueError("--transformer-impl transformer_engine needs GPUs; use local, or leave it out")
     processes = len(gpu_ids) if device == "cuda" else _cpu_processes(config, nodes)
     claim, port = _choose_port(config, notes)
     address = launch.master_addr or "127.0.0.1"
@@ -122,6 +124,8 @@ def _environment(
         if config.parallel.tp > 1 or config.parallel.sequence_parallel:
             # Kernels start in the order they are launched, so that communication overlaps with GEMMs.
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if config.training.deterministic:
+            variables.update(DETERMINISTIC_ENVIRONMENT)
     else:
         if config.parallel.device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -16,15 +16,23 @@ from megatron_vlm.launch.container import check_image
 
 
 def check_interpreter(config: RunConfig) -> None:
-    """Check that this Python, which the ranks will run under, has torch; inside a container it isn't asked.
+    """Check that this Python, which the ranks will run under, has what they need.
+
+    Inside a container it isn't asked.
 
     Raises:
         ValueError: it has not.
     """
-    if config.launch.sif_path is None and importlib.util.find_spec("torch") is None:
+    if config.launch.sif_path is None and not _installed("torch"):
         raise ValueError(
             f"{sys.executable} has no torch; run `make setup` and `source .venv/bin/activate`, "
             "or give --sif-path"
+        )
+    wants_engine = config.parallel.transformer_impl == "transformer_engine"
+    if wants_engine and config.launch.sif_path is None and not _installed("transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl transformer_engine: {sys.executable} does not have it; "
+            "use local, or give --sif-path"
         )
 
 
@@ -85,6 +93,10 @@ def check_dataset(path: str) -> None:
             f"--data-path {path}: shard {missing[0]} is gone since it was prepared; "
             f"bring it back, or run: {prepare_command(path)}"
         )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _has_shards(path: str) -> bool:

@@ -27,11 +27,20 @@ _LOCAL_TO_SAVED = {
 }
 
 
-def default_transformer_impl(device: str) -> str:
-    """``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``."""
-    if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
-        return "transformer_engine"
-    return "local"
+def choose_transformer_impl(device: str, wanted: str | None = None) -> str:
+    """``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``.
+
+    Args:
+        wanted: one of the two, whatever the default would be.
+
+    Raises:
+        ValueError: Transformer Engine is wanted where it doesn't run.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not (installed and device == "cuda"):
+        reason = "is not installed here" if device == "cuda" else "needs GPUs"
+        raise ValueError(f"--transformer-impl transformer_engine: Transformer Engine {reason}; use local")
+    return wanted or ("transformer_engine" if installed and device == "cuda" else "local")
 
 
 def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False) -> ModuleSpec:

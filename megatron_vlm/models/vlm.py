@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projector import Projector
-from megatron_vlm.models.specs import default_transformer_impl
+from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
 from megatron_vlm.parallel import Layout
@@ -152,6 +152,6 @@ def build_model(
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
     """
     configs = transformer_configs(model, layout, dtype, sequence_parallel, deterministic)
-    impl = impl or default_transformer_impl(layout.device.type)
+    impl = choose_transformer_impl(layout.device.type, impl)
     chunk = VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by)
     return [chunk.to(layout.device)]

@@ -31,10 +31,13 @@ def main(argv: list[str]) -> int:
         return _user_error(error, first)
 
     from megatron_vlm import parallel
+    from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
     from megatron_vlm.training import trainer
 
     code = 1
     try:
+        if config.training.deterministic:
+            use_deterministic_algorithms(parallel.choose_device(config.parallel.device)[0])
         layout = parallel.initialize(
             config.parallel.tp,
             config.parallel.pp,

@@ -114,6 +114,7 @@ class Trainer:
             dtype=self._dtype,
             sequence_parallel=config.parallel.sequence_parallel,
             deterministic=config.training.deterministic,
+            impl=config.parallel.transformer_impl,
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         self.regime = set_trainable(self.chunks, config.trained, layout)

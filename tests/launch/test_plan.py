@@ -197,3 +197,21 @@ def test_torchrun_takes_none_of_the_training_flags_for_its_own() -> None:
     assert (parsed.module, parsed.training_script) == (True, "megatron_vlm.training")
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank, parsed.master_port) == ("1", "2", 0, 9904)
     assert parsed.training_script_args == torchrun[torchrun.index("megatron_vlm.training") + 1 :]
+
+
+def test_what_deterministic_needs_on_gpus_is_in_the_command() -> None:
+    variables = environment(plan("--deterministic", CUDA_VISIBLE_DEVICES="0").command)
+    assert variables["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert variables["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    assert variables["NCCL_ALGO"] == "Ring"
+    for without in (plan(CUDA_VISIBLE_DEVICES="0"), plan("--deterministic")):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in environment(without.command)
+
+
+def test_transformer_engine_needs_gpus() -> None:
+    engine = ["--transformer-impl", "transformer_engine"]
+    assert after(plan(*engine, CUDA_VISIBLE_DEVICES="0").command, engine[0]) == engine[1]
+    with pytest.raises(ValueError, match="--transformer-impl transformer_engine needs GPUs; use local"):
+        plan(*engine)
+    with pytest.raises(ValueError, match="needs GPUs, not --device cpu; use local"):
+        plan(*engine, "--device", "cpu")

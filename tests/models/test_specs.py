@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_vlm.models.specs import layer_spec, standalone_norm
+from megatron_vlm.models import specs
+from megatron_vlm.models.specs import choose_transformer_impl, layer_spec, standalone_norm
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
@@ -14,3 +15,16 @@ def test_queries_and_keys_are_normalised_where_the_model_says_so(impl: str, qk_n
     attention = layer_spec(impl, causal=True, output_bias=False, qk_norm=qk_norm).submodules.self_attention
     expected = standalone_norm(impl) if qk_norm else IdentityOp
     assert attention.submodules.q_layernorm is attention.submodules.k_layernorm is expected
+
+
+def test_transformer_engine_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(specs.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert choose_transformer_impl("cuda") == choose_transformer_impl("cpu") == "local"
+    with pytest.raises(ValueError, match="Transformer Engine is not installed here; use local"):
+        choose_transformer_impl("cuda", "transformer_engine")
+    installed.append("transformer_engine")
+    assert choose_transformer_impl("cuda") == "transformer_engine"
+    assert choose_transformer_impl("cuda", "local") == choose_transformer_impl("cpu") == "local"
+    with pytest.raises(ValueError, match="Transformer Engine needs GPUs; use local"):
+        choose_transformer_impl("cpu", "transformer_engine")

@@ -232,3 +232,11 @@ def test_random_weights_are_made_once_and_alike_at_every_layout(
     assert contradiction.stderr == (
         "error: --init and --megatron-load-dir both say which weights to start from; give one\n"
     )
+
+
+def test_a_run_with_the_debug_flags(trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "2", "--num-workers", "2")
+    flags += ["--deterministic", "--transformer-impl", "local", "--tp", "2"]
+    ended = script("train/run.py", *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert len(metrics(tmp_path / "run")) == 2
