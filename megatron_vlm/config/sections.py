@@ -344,7 +344,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class LoggingSection:
-    """Where numbers go; ``metrics.jsonl`` in the run folder is always written."""
+    """Where numbers go, and what watches over them; ``metrics.jsonl`` in the run folder is always written."""
 
     log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
     peak_tflops: Optional[float] = flag(
@@ -352,6 +352,25 @@ class LoggingSection:
         None,
         "what one device could do in TFLOP/s, for the model FLOPs utilisation (MFU)",
         shown_default="bfloat16, by the GPU's name; no MFU on CPUs",
+    )
+    alert_spike: bool = flag(
+        LOGGING, False, "tell when the loss jumps: a line of the log, and a message by Weights & Biases"
+    )
+    spike_threshold: float = flag(
+        LOGGING, 2.0, "a loss jumps when it is this many times the median of the last 100"
+    )
+    nan_policy: str = flag(
+        TRAINING,
+        "stop",
+        "what happens when a loss or gradient is not finite: the run stops before the weights change, or "
+        "this one update is left out, 10 times in a row at most",
+        choices=("stop", "skip"),
+    )
+    watchdog_minutes: float = flag(
+        DISTRIBUTED,
+        20.0,
+        "end the run when no iteration has ended for so long, and write each rank's stacks to "
+        "<run>/logs/stacks; 0 does not",
     )
     tensorboard: bool = flag(LOGGING, False, "log to TensorBoard: event files in <run>/tensorboard")
     wandb: bool = flag(LOGGING, False, "log to Weights & Biases")
@@ -372,6 +391,9 @@ class LoggingSection:
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval", "peak_tflops")
+        _not_negative(self, "watchdog_minutes")
+        if self.spike_threshold <= 1:
+            raise ValueError(f"--spike-threshold {self.spike_threshold:g}: must be above 1")
         for name in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name"):
             if getattr(self, name) is not None and not self.wandb:
                 raise ValueError(

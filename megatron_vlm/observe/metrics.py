@@ -19,9 +19,9 @@ class IterationMetrics:
     """One line of ``metrics.jsonl``. Sums are over all data parallel ranks."""
 
     iteration: int
-    loss: float  # mean per trained token of the global batch
+    loss: float | None  # mean per trained token of the global batch; None if it is not finite
     lr: float
-    grad_norm: float  # L2, before clipping
+    grad_norm: float | None  # L2, before clipping; None if it is not finite
     tokens: int  # positions in this iteration, padding left out, image tokens included
     trained_tokens: int  # of these, the ones that carry loss
     samples: int  # in this iteration
@@ -39,6 +39,8 @@ class IterationMetrics:
     seconds_left: float  # of the run, at the pace of this start so far
     gpu_hours: float  # ranks x time in iterations and between them, over all starts of the run
     skipped: int  # iterations skipped so far
+    not_finite: int  # iterations so far that changed nothing since a loss or gradient was not finite
+    spikes: int  # times so far that the loss jumped, with --alert-spike
     truncated: int  # samples cut to --seq-length so far
     dropped: int  # samples left out so far, too long or malformed
     corrupt: int  # samples left out so far, unreadable
@@ -48,7 +50,8 @@ class IterationMetrics:
         utilisation = "" if self.mfu is None else f" ({self.mfu:.1%} MFU)"
         return (
             f"iteration {self.iteration}/{total_iterations} ({self.iteration / total_iterations:.1%}) | "
-            f"loss {self.loss:.4f} | lr {self.lr:.2e} | grad norm {self.grad_norm:.3f} | "
+            f"loss {_number(self.loss, '.4f')} | lr {self.lr:.2e} | "
+            f"grad norm {_number(self.grad_norm, '.3f')} | "
             f"{self.tokens_per_second:,.0f} tokens/s | {self.images_per_second:,.1f} images/s | "
             f"{self.tflops_per_gpu:.3g} TFLOP/s per GPU{utilisation} | {self.peak_memory_gib:.1f} GiB | "
             f"{self.iteration_seconds:.3f} s/iteration, {self.data_seconds:.3f} for data | "
@@ -96,3 +99,7 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

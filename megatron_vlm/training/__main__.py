@@ -44,8 +44,9 @@ def main(argv: list[str]) -> int:
             config.training.seed,
             config.parallel.device,
             config.parallel.backend,
-            # With --init the first rank makes a whole model while the others wait.
-            timeout_minutes=120.0 if config.model.init else 10.0,
+            # With --init the first rank makes a whole model while the others wait. Longer than the watchdog
+            # waits, too: a rank that hangs has to tell where, before one that waits for it gives up.
+            timeout_minutes=max(120.0 if config.model.init else 10.0, config.logging.watchdog_minutes + 5.0),
         )
         trainer.run(config, layout)
         code = 0

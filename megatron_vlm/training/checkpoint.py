@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class RunState:
     consumed_samples: int = 0
     optimizer_steps: int = 0
     skipped: int = 0  # iterations without an update
+    not_finite: int = 0  # iterations without an update since a loss or gradient was not finite
+    not_finite_in_a_row: int = 0
+    spikes: int = 0  # times that the loss jumped
+    recent_losses: list[float] = field(default_factory=list)  # what a jump is measured against
     gpu_seconds: float = 0.0  # ranks x time, from the first iteration of each start
 
 

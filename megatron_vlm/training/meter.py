@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -92,9 +93,9 @@ class Meter:
         left = (now - self.created) / done * (self.total_iterations - self.state.iteration)
         return IterationMetrics(
             iteration=self.state.iteration,
-            loss=result.loss,
+            loss=result.loss if math.isfinite(result.loss) else None,
             lr=lr,
-            grad_norm=result.gradient_norm,
+            grad_norm=result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             tokens=tokens,
             trained_tokens=result.trained_tokens,
             samples=samples,
@@ -112,6 +113,8 @@ class Meter:
             seconds_left=left,
             gpu_hours=self.state.gpu_seconds / 3600,
             skipped=self.state.skipped,
+            not_finite=self.state.not_finite,
+            spikes=self.state.spikes,
             truncated=truncated,
             dropped=dropped,
             corrupt=corrupt,

@@ -25,6 +25,7 @@ class StepResult:
     loss: float  # mean over the trained tokens of the global batch
     trained_tokens: int  # of the global batch
     gradient_norm: float  # before clipping
+    updated: bool = True  # the weights have changed
 
 
 class NonFiniteError(Exception):
@@ -32,11 +33,13 @@ class NonFiniteError(Exception):
 
     Attributes:
         microbatches: indices of this data parallel rank's microbatches whose loss is not finite.
+        result: what the step did up to there.
     """
 
-    def __init__(self, what: str, microbatches: list[int]) -> None:
+    def __init__(self, what: str, microbatches: list[int], result: StepResult) -> None:
         super().__init__(what)
         self.microbatches = microbatches
+        self.result = result
 
 
 def token_loss(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +101,7 @@ def compute_gradients(
     loss_sum, trained = totals.tolist()
     if not math.isfinite(loss_sum):
         bad = [index for index, loss in enumerate(report[:count].tolist()) if not math.isfinite(loss)]
-        raise NonFiniteError("loss", bad)
+        raise NonFiniteError("loss", bad, StepResult(loss_sum, int(trained), math.nan, updated=False))
     return loss_sum / max(trained, 1.0), int(trained)
 
 
@@ -119,7 +122,7 @@ def train_step(
     loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size)
     norm = optimizer.gradient_norm()
     if not math.isfinite(norm):
-        raise NonFiniteError("gradient norm", [])
+        raise NonFiniteError("gradient norm", [], StepResult(loss, trained, norm, updated=False))
     optimizer.step(rates, norm)
     return StepResult(loss=loss, trained_tokens=trained, gradient_norm=norm)
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, RUN_CONFIG, read_manifest
@@ -26,6 +25,7 @@ from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.gradient_check import GradientCheck
+from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.run_folder import Start
@@ -41,12 +41,20 @@ class Trainer:
         layout: this rank's place.
         start: where the run begins.
         sinks: opened here, closed by the caller.
+        watchdog: hears of all that goes on.
 
     Raises:
         ValueError: flags, checkpoint, data and tokenizer don't fit each other.
     """
 
-    def __init__(self, config: RunConfig, layout: parallel.Layout, start: Start, sinks: Sinks) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: parallel.Layout,
+        start: Start,
+        sinks: Sinks,
+        watchdog: Watchdog,
+    ) -> None:
         self.layout = layout
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
@@ -64,6 +72,8 @@ class Trainer:
             style=config.optimizer.lr_decay_style,
         )
         self.sinks = sinks
+        self.watchdog = watchdog
+        self.guard = LossGuard(config.logging, layout, self.state, sinks)
         if self.state.iteration < self.total_iterations:
             parallel.on_first_rank(self._open_sinks)
         rates = [entry.lr for entry in config.trained]
@@ -72,6 +82,7 @@ class Trainer:
         self._build_model(start)
         if start.with_state:
             checkpoint.load_rng(start.checkpoint, layout)
+        watchdog.beat()
         self.meter = Meter(
             layout,
             self.model_config,
@@ -150,10 +161,13 @@ class Trainer:
             global_batch = self.reader.next()
             self.meter.batch_arrived()
             result = self._step(global_batch)
-            self.gradient_check.after_step(global_batch, result.trained_tokens)
+            if result.updated:
+                self.gradient_check.after_step(global_batch, result.trained_tokens)
             self.state.iteration += 1
             self.state.consumed_samples += self.config.training.global_batch_size
-            self.state.optimizer_steps += 1
+            self.state.optimizer_steps += result.updated
+            self.guard.watch(result)
+            self.watchdog.beat()
             self.meter.stop()
             if self._every(self.config.logging.log_interval):
                 self._log(global_batch, result)
@@ -173,6 +187,7 @@ class Trainer:
             self.hf_source,
             self.loader.state_dict if self.loader is not None else None,
         )
+        self.watchdog.beat()
         self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))
 
     def close(self) -> None:
@@ -198,20 +213,7 @@ class Trainer:
                 [schedule.at(self.state.iteration + 1) for schedule in self.schedules],
             )
         except NonFiniteError as error:
-            raise ValueError(self._describe_failure(error, global_batch)) from None
-
-    def _describe_failure(self, error: NonFiniteError, global_batch: GlobalBatch) -> str:
-        """A collective call: only the ranks that read know the samples' names."""
-        own = [key for index in error.microbatches if global_batch.keys for key in global_batch.keys[index]]
-        everyones: list[list[str]] = [[] for _ in range(self.layout.world_size)]
-        dist.all_gather_object(everyones, own)
-        names = [key for keys in everyones for key in keys]
-        return (
-            f"iteration {self.state.iteration + 1}: the {error} is not finite; stopped before the weights "
-            "changed. "
-            + (f"It arose in a micro batch of these samples: {', '.join(names)}. " if names else "")
-            + "Look at the data, lower --lr, or go on from an earlier checkpoint"
-        )
+            return self.guard.not_finite(error, global_batch)
 
     def _log(self, global_batch: GlobalBatch, result: StepResult) -> None:
         """A collective call."""
@@ -278,7 +280,11 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
         return start
 
     start = parallel.on_first_rank(prepare)
-    with Sinks() as sinks, closing(Trainer(config, layout, start, sinks)) as trainer:
+    with (
+        Watchdog(folder, layout.rank, config.logging.watchdog_minutes) as watchdog,
+        Sinks() as sinks,
+        closing(Trainer(config, layout, start, sinks, watchdog)) as trainer,
+    ):
         if trainer.state.iteration >= trainer.total_iterations:
             trainer.say(
                 f"{trainer.state.iteration} iterations are done and the run has {trainer.total_iterations}: "

@@ -61,7 +61,7 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     """A legal value that is not the default, to see that it survives."""
     special = {"tp": 2, "seq_length": 77, "lr_warmup_fraction": 0.25, "max_corrupt_rate": 0.5, "min_lr": 1e-9}
     special |= {"adam_beta1": 0.5, "adam_beta2": 0.25, "global_batch_size": 96, "micro_batch_size": 4}
-    special |= {"lora_targets": ("q_proj", "vision.fc1")}
+    special |= {"lora_targets": ("q_proj", "vision.fc1"), "spike_threshold": 3.0}
     special |= {"train_samples": 1000, "backend": "gloo", "bind": ("/a:/b:ro", "/c"), "gpus": 3}
     special |= {"name": "-odd 'name' $HOME\t\"x\"", "lr": 0.1 + 0.2, "gpu_ids": ("0", "2"), "stage": 2}
     special |= {"train_modules": "projector:1e-3|language"}
