@@ -15,7 +15,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"  # the root's name inside a run folder
 RUN_CONFIG = "run_config.json"  # what the run that wrote a checkpoint was told
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
+BASE = "base"  # of a manifest: {"path", "fingerprint"} of what a checkpoint of trained weights only lies over
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -75,6 +76,38 @@ def resolve_checkpoint(path: PathLike) -> Path:
         f"{path}: not a checkpoint of this project (no {MANIFEST}, no {TRACKER}); "
         "make one with scripts/convert/convert_hf_to_megatron.py"
     )
+
+
+def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[Path]:
+    """The folders that make up the checkpoint that ``path`` means, the one with all weights first.
+
+    A checkpoint of trained weights only names the one that it lies over, its base, which may be such a
+    checkpoint too. A tensor is that of the last folder that has it.
+
+    Args:
+        base: the checkpoint with all weights, in place of the recorded one.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a base isn't where it was.
+    """
+    layers = [resolve_checkpoint(path)]
+    while BASE in read_manifest(layers[0]):
+        try:
+            recorded = Path(read_manifest(layers[0])[BASE]["path"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{layers[0] / MANIFEST}: {BASE} names no path; the file is damaged") from None
+        inner = (recorded / MANIFEST).is_file() and BASE in read_manifest(recorded)
+        if base is not None and not inner:
+            recorded = resolve_checkpoint(base)
+            if recorded in layers or BASE in read_manifest(recorded):
+                raise ValueError(f"--base {base}: holds trained weights only; give the checkpoint under it")
+        if not (recorded / MANIFEST).is_file():
+            raise ValueError(
+                f"{layers[0]} holds trained weights only, and the rest is no longer at {recorded}; say with "
+                "--base where it is"
+            )
+        layers.insert(0, recorded)
+    return layers
 
 
 def _read_tracker(root: Path) -> Union[int, str]:

@@ -62,6 +62,12 @@ class ModelSection:
     megatron_load_dir: Optional[str] = flag(
         SAVE_LOAD, None, "checkpoint to start from: its folder, the root above it, or a run folder"
     )
+    base: Optional[str] = flag(
+        SAVE_LOAD,
+        None,
+        "the checkpoint with all weights, for one saved with --save-trained-only",
+        shown_default="where it was then",
+    )
     tokenizer_load_dir: Optional[str] = flag(
         SAVE_LOAD,
         None,
@@ -319,6 +325,9 @@ class CheckpointSection:
     name: Optional[str] = flag(LOGGING, None, "name of the run and of its folder")
     save: bool = flag(LOGGING, True, "save checkpoints; with --no-save only metrics and logs are written")
     save_optim: bool = flag(SAVE_LOAD, False, "save optimizer and data position too: needed to resume")
+    save_trained_only: bool = flag(
+        SAVE_LOAD, False, "leave frozen weights out of checkpoints; they are those that the run started from"
+    )
     load_optim: bool = flag(
         SAVE_LOAD, False, "take the optimizer state from --megatron-load-dir too, when a run starts there"
     )
@@ -327,8 +336,9 @@ class CheckpointSection:
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval")
-        if self.save_optim and not self.save:
-            raise ValueError("--save-optim saves nothing with --no-save; drop one of them")
+        for name in ("save_optim", "save_trained_only"):
+            if getattr(self, name) and not self.save:
+                raise ValueError(f"{flag_name(name)} saves nothing with --no-save; drop one of them")
         if self.name is not None and (
             self.name in (".", "..") or not re.fullmatch(r"[^/\0\r\n]+", self.name)
         ):

@@ -47,7 +47,7 @@ from megatron_vlm.hf.folder import (
 )
 from megatron_vlm.hf.lora import find_adapters, merged
 from megatron_vlm.hf.mapping import Carry, Table, build_table, detect_prefixes
-from megatron_vlm.hf.native import NativeReader, NativeWriter
+from megatron_vlm.hf.native import LayeredReader, NativeWriter, open_weights
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.random_weights import RandomWeights
 
@@ -159,6 +159,7 @@ def export_hf(
     max_shard_bytes: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    base: PathLike | None = None,
 ) -> Path:
     """Convert a checkpoint, as :func:`import_hf` or training wrote it, to a Hugging Face folder.
 
@@ -171,6 +172,7 @@ def export_hf(
         tokenizer_dir: take tokenizer and chat template from this folder, not from the checkpoint.
         max_shard_bytes: largest file of weights; None: as imported.
         progress: called with the bytes done and in all.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
 
     Returns:
         ``hf_dir``.
@@ -190,7 +192,7 @@ def export_hf(
     model = ModelConfig.from_hf_dir(str(hf))
     files, metadata, prefixes = _read_weights_json(hf, max_shard_bytes)
     infos = {info.name: info for tensors in files.values() for info in tensors}
-    reader = NativeReader(source)
+    reader = open_weights(source, base)
     table = build_table(model, _padded_size(reader, model), prefixes)
     adapters = find_adapters(table, lora)
     _check_export(source, table, reader, infos, {n for a in adapters.values() for n in a.tensors(1)})
@@ -269,7 +271,7 @@ def _check_import(source: Path, table: Table, found: dict[str, TensorInfo]) -> l
 
 
 def _check_export(
-    source: Path, table: Table, reader: NativeReader, infos: dict[str, TensorInfo], adapters: set[str]
+    source: Path, table: Table, reader: LayeredReader, infos: dict[str, TensorInfo], adapters: set[str]
 ) -> None:
     """Check that the checkpoint holds the tensors of table and adapters, and no others of the model."""
     stored = set(reader.names)
@@ -294,7 +296,7 @@ def _check_export(
         raise ValueError(f"{source}: {HF_FOLDER}/{WEIGHTS} does not fit {HF_FOLDER}/config.json: {name}")
 
 
-def _padded_size(reader: NativeReader, model: ModelConfig) -> int:
+def _padded_size(reader: LayeredReader, model: ModelConfig) -> int:
     vocab_size = model.language.vocab_size
     rows = reader.shape(_EMBEDDING)[0] if _EMBEDDING in reader.names else vocab_size
     if rows < vocab_size:

@@ -30,7 +30,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo
 from megatron_vlm.hf.mapping import Carry, Row, Table, build_table
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.ops import Shape
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -87,18 +87,24 @@ def find_adapters(table: Table, lora: LoRAConfig | None) -> dict[str, Adapter]:
     return found
 
 
-def merged(weight: Tensor, adapter: Adapter, lora: LoRAConfig, reader: NativeReader) -> Tensor:
+def merged(weight: Tensor, adapter: Adapter, lora: LoRAConfig, reader: LayeredReader) -> Tensor:
     """``W + scale * B A`` in float32."""
     a, b = (reader.read(name).float() for name in adapter.tensors(lora.rank))
     return weight.float() + lora.scale * (b @ a)
 
 
-def export_adapter(checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str], force: bool) -> Path:
+def export_adapter(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    force: bool,
+    base: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write the adapters of a run's checkpoint as a PEFT adapter, with the projector beside them.
 
     Args:
         checkpoint: a checkpoint folder, a root, or a run folder.
         folder: the folder to make; must not hold anything unless ``force``.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
 
     Returns:
         ``folder``. Its base model is the one that the run began with.
@@ -118,7 +124,7 @@ def export_adapter(checkpoint: str | os.PathLike[str], folder: str | os.PathLike
     if force and target.is_dir() and any(target.iterdir()) and not (target / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{target} is no PEFT adapter; --force doesn't replace it")
     model = ModelConfig.from_hf_dir(str(source / HF_FOLDER))
-    reader = NativeReader(source)
+    reader = open_weights(source, base)
     table = build_table(model, model.language.vocab_size, _IN_MODEL)
     adapters = find_adapters(table, lora)
     tensors = dict(_peft_tensors(table, adapters, lora))

@@ -11,11 +11,13 @@ Source: torch ``distributed/checkpoint/filesystem.py``; megatron-core
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,8 +25,9 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint.utils import _create_file_view, _ReaderView
 
+from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
 
 _METADATA = ".metadata"
@@ -188,6 +191,26 @@ class NativeReader:
             chunk.of(result).copy_(self._read_chunk(name, chunk))
         return result
 
+    def first_bytes(self, name: str, elements: int) -> bytes:
+        """The first elements as they are stored, without reading the whole tensor.
+
+        Raises:
+            ValueError: as :meth:`read`.
+        """
+        entry = self._tensors[name]
+        count = min(elements, Chunk(tuple(entry.size), tuple(entry.size)).numel)
+        try:
+            where = self._where[name, (0,) * len(entry.size)]
+            with open(self.path / where.relative_path, "rb") as file:
+                # torch.save writes a zip archive with the elements, uncompressed, in one member.
+                view = _ArchiveView(cast("io.IOBase", file), where.offset, where.length)
+                archive = zipfile.ZipFile(cast("IO[bytes]", view))
+                member = next(item for item in archive.namelist() if item.endswith("/data/0"))
+                with archive.open(member) as data:
+                    return data.read(count * entry.properties.dtype.itemsize)
+        except (KeyError, OSError, StopIteration, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.path}: {name} cannot be read ({error!r})") from None
+
     def _read_chunk(self, name: str, chunk: Chunk) -> Tensor:
         try:
             where = self._where[name, chunk.offset]
@@ -206,6 +229,75 @@ class NativeReader:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
             raise ValueError(f"{path}: {name} is not the chunk of {list(chunk.shape)} that is promised")
         return tensor
+
+
+class _ArchiveView(_ReaderView):
+    """torch's view of a part of a file, in which it seeks from the end in the wrong direction."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return super().seek(self.len + offset if whence == os.SEEK_END else offset)
+
+
+class LayeredReader:
+    """Reads a checkpoint that may hold trained weights only: what it lacks comes from what it lies over.
+
+    Args:
+        folders: of :func:`~megatron_vlm.config.checkpoint.checkpoint_layers`, the one with all weights first.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.path = folders[-1]
+        self._readers = {name: reader for reader in map(NativeReader, folders) for name in reader.names}
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, those of the optimizer too."""
+        return list(self._readers)
+
+    def folder(self, name: str) -> Path:
+        """The folder that a tensor is read from."""
+        return self._readers[name].path
+
+    def shape(self, name: str) -> Shape:
+        """As :meth:`NativeReader.shape`."""
+        return self._readers[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As :meth:`NativeReader.dtype`."""
+        return self._readers[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """As :meth:`NativeReader.read`."""
+        return self._readers[name].read(name)
+
+    def fingerprint(self) -> str:
+        """Tells these weights from others, wherever they lie and however they were cut: SHA-256 over the
+        name and the first eight elements of every tensor of the model."""
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self.names if not name.startswith("optimizer.")):
+            digest.update(name.encode() + b"\0" + self._readers[name].first_bytes(name, 8))
+        return digest.hexdigest()
+
+
+def open_weights(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> LayeredReader:
+    """The weights of a checkpoint, over those that it was trained from if it holds trained weights only.
+
+    Args:
+        path: a checkpoint folder, a root, or a run folder.
+        base: where the checkpoint with all weights is, if it has moved.
+
+    Raises:
+        ValueError: it isn't there, or holds other weights than it did.
+    """
+    folders = checkpoint_layers(path, base)
+    for number, folder in enumerate(folders[1:], start=1):
+        below = LayeredReader(folders[:number])
+        if below.fingerprint() != read_manifest(folder)[BASE].get("fingerprint"):
+            raise ValueError(
+                f"{folder} was trained from other weights than {below.path} holds; say with --base where "
+                "those are"
+            )
+    return LayeredReader(folders)
 
 
 class NativeWriter:

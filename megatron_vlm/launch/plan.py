@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Tuple
 
+from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
@@ -164,8 +165,24 @@ def _paths(config: RunConfig) -> List[str]:
         config.data.data_path,
         config.model.megatron_load_dir,
         config.model.tokenizer_load_dir,
+        config.model.base,
+        *_bases(config),
     ]
     return [os.path.abspath(path) for path in paths if path]
+
+
+def _bases(config: RunConfig) -> List[str]:
+    """What a checkpoint of trained weights only lies over, wherever that is."""
+    sources = [config.model.megatron_load_dir or ""]
+    if config.checkpoint.save_dir and config.checkpoint.name:
+        sources.append(config.checkpoint.run_dir)
+    found: List[str] = []
+    for source in filter(os.path.isdir, sources):
+        try:
+            found += map(str, checkpoint_layers(source, config.model.base)[:-1])
+        except ValueError:
+            pass  # the preflight tells what is missing, and the run may not have saved yet
+    return found
 
 
 def _runtime(dry_run: bool) -> str:

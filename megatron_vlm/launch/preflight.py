@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Optional
 
-from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -60,6 +60,7 @@ def read_model(config: RunConfig) -> Optional[ModelConfig]:
     if config.model.init:
         return ModelConfig.from_hf_dir(str(config.model.tokenizer_load_dir))
     if config.model.megatron_load_dir is not None:
+        checkpoint_layers(config.model.megatron_load_dir, config.model.base)
         return ModelConfig.from_dict(read_manifest(config.model.megatron_load_dir)["model"])
     return None
 

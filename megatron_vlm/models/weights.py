@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.native import check_before_loading
+from megatron_vlm.hf.native import check_before_loading, open_weights
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel import on_first_rank
 
 # Each layer is saved under its own number, as its parameters are named.
 _SHARDING = {"non_homogeneous_layers": True}
 
 
-def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
+def load_weights(
+    folder: Path, chunks: Sequence[VisionLanguageModel], base: str | os.PathLike[str] | None = None
+) -> None:
     """Load a checkpoint's weights into this rank's chunks, at any layout; a collective call.
 
     Adapters of the model are left as they are where the checkpoint has none.
+
+    Args:
+        folder: may hold trained weights only; the others are those that it was trained from.
+        base: where these are, if they have moved.
 
     Raises:
         ValueError: the checkpoint is damaged, or its tensors are not the model's; the message names
@@ -32,8 +40,13 @@ def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
     weights = sharded_weights(chunks)
     if not has_adapters(folder):
         weights = {name: entry for name, entry in weights.items() if not is_adapter(name)}
-    _check_tensors(folder, weights, chunks[0].model_config)
-    loaded = load_sharded(folder, {"model": dict(weights)})["model"]
+    layers = on_first_rank(lambda: _folders(folder, base))
+    _check_tensors(folder, layers, weights, chunks[0].model_config)
+    loaded: dict[str, Any] = {}
+    for layer in dict.fromkeys(layers.values()):
+        own = {name: entry for name, entry in weights.items() if layers[saved_name(entry)] == layer}
+        # Where a rank wants nothing it has to ask for nothing, not for an empty part.
+        loaded.update(load_sharded(layer, {"model": own} if own else {}).get("model", {}))
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
             if name in loaded:
@@ -43,6 +56,12 @@ def load_weights(folder: Path, chunks: Sequence[VisionLanguageModel]) -> None:
 def has_adapters(folder: Path) -> bool:
     """Whether a checkpoint holds LoRA adapters."""
     return read_manifest(folder)["model"].get("lora") is not None
+
+
+def _folders(folder: Path, base: str | os.PathLike[str] | None) -> dict[str, Path]:
+    """The folder in which each tensor lies."""
+    reader = open_weights(folder, base)
+    return {name: reader.folder(name) for name in reader.names}
 
 
 def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -73,12 +92,14 @@ def load_sharded(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
 
 
-def _check_tensors(folder: Path, weights: dict[str, Any], model: ModelConfig) -> None:
-    saved = read_manifest(folder)["tensors"]
+def _check_tensors(
+    folder: Path, layers: dict[str, Path], weights: dict[str, Any], model: ModelConfig
+) -> None:
+    manifests = {layer: read_manifest(layer)["tensors"] for layer in set(layers.values())}
     for key, wanted in describe(weights).items():
-        if key not in saved:
+        if key not in layers or key not in manifests[layers[key]]:
             raise ValueError(f"{folder}: {key} is missing; it is a checkpoint of another model")
-        shape, expected = saved[key]["shape"], wanted["shape"]
+        shape, expected = manifests[layers[key]][key]["shape"], wanted["shape"]
         if is_padded(key):
             fits = shape[0] >= model.language.vocab_size and shape[1:] == expected[1:]
         else:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_vlm
 from megatron_vlm.config.checkpoint import (
+    BASE,
     HF_FOLDER,
     RUN_CONFIG,
+    checkpoint_layers,
     checkpoint_name,
     finish_folder,
     list_checkpoints,
@@ -34,9 +36,9 @@ from megatron_vlm.config.checkpoint import (
     write_tracker,
 )
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.native import read_metadata
+from megatron_vlm.hf.native import LayeredReader, read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.models.weights import describe, load_sharded, sharded_weights
+from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import Optimizer
 
@@ -69,6 +71,7 @@ def save_checkpoint(
     config: RunConfig,
     hf_source: Path,
     data_state: Callable[[], dict[int, Any]] | None,
+    base: dict[str, str] | None = None,
 ) -> Path:
     """Write ``<root>/iter_<iteration>``; a collective call.
 
@@ -78,6 +81,7 @@ def save_checkpoint(
         optimizer: None for a checkpoint with weights only, which can't be resumed from.
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
         data_state: asks the loader for its state; None on ranks that don't load data.
+        base: of :func:`find_base`, for a checkpoint of trained weights only; None: all weights.
 
     Returns:
         The checkpoint's folder.
@@ -89,13 +93,17 @@ def save_checkpoint(
     staging = staging_folder(final)
 
     weights = sharded_weights(chunks)
+    written = dict(weights)
+    if base is not None:
+        trained = {name for name, parameter in named_parameters(chunks) if parameter.requires_grad}
+        written = {name: entry for name, entry in weights.items() if name in trained}
     # save() changes the dictionaries that it is given.
-    sharded: dict[str, Any] = {"model": dict(weights)}
+    sharded: dict[str, Any] = _request("model", dict(written))
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
     sharded_files.save(sharded, str(staging))
 
-    tensors = _gather(describe(weights) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
+    tensors = _gather(describe(written) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
     data = {}
     if optimizer is not None:
         _save_rng(staging, layout)
@@ -116,6 +124,7 @@ def save_checkpoint(
                 "model": chunks[0].model_config.to_dict(),
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
                 "tensors": tensors,
+                **({} if base is None else {BASE: base}),
                 "versions": {
                     "megatron_vlm": megatron_vlm.__version__,
                     "torch": torch.__version__,
@@ -129,6 +138,22 @@ def save_checkpoint(
         write_tracker(root, state.iteration)
     dist.barrier()
     return final
+
+
+def find_base(
+    start: Path, trained: Collection[str], base: str | os.PathLike[str] | None = None
+) -> dict[str, str]:
+    """What the checkpoints of a run that begins at ``start`` lie over, if they hold trained weights only.
+
+    Args:
+        start: a checkpoint; if all that it holds is trained on, what it lies over itself.
+        trained: names of the tensors that are trained.
+        base: where the checkpoint under ``start`` is, if it has moved.
+    """
+    folders = checkpoint_layers(start, base)
+    while len(folders) > 1 and set(read_manifest(folders[-1])["tensors"]) <= set(trained):
+        folders.pop()
+    return {"path": os.path.abspath(folders[-1]), "fingerprint": LayeredReader(folders).fingerprint()}
 
 
 def load_optimizer(
@@ -146,8 +171,8 @@ def load_optimizer(
             if entry.key not in saved:
                 raise ValueError(
                     f"{folder}: no optimizer state for {entry.key.split('.', 3)[-1]}; it was saved with "
-                    "another --stage, --freeze-lm or --train-vision. Use the same, or start a new run from "
-                    "its weights"
+                    "another --stage, --freeze-lm, --train-vision or --train-modules. Use the same, or start "
+                    "a new run from its weights"
                 )
     loaded = load_sharded(folder, _request("optimizer", request))
     with torch.no_grad():

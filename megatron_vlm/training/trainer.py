@@ -12,6 +12,7 @@ from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, RUN_CONFIG, read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.batch import describe
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
@@ -129,7 +130,8 @@ class Trainer:
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         self.regime = set_trainable(self.chunks, config.trained, layout)
-        load_weights(start.checkpoint, self.chunks)
+        load_weights(start.checkpoint, self.chunks, config.model.base)
+        self.base = self._find_base(start)
         start_adapters(start.checkpoint, self.chunks, config.training.seed, config.lora.lora_load_dir)
         # Overlapping communication with the backward pass needs streams of its own.
         overlap = layout.device.type == "cuda" and layout.dp > 1
@@ -149,6 +151,19 @@ class Trainer:
         peaks = [schedule.lr for schedule in self.schedules]
         self.say(table(self.regime, peaks, config.optimizer.weight_decay))
         self.gradient_check = GradientCheck(self.regime, layout, self.say)
+
+    def _find_base(self, start: Start) -> dict[str, str] | None:
+        """What this run's checkpoints lie over; None if they hold all weights."""
+        trained, config = self.regime.trained, self.config
+        if not config.checkpoint.save_trained_only or len(trained) == len(self.regime.shapes):
+            return None
+        if config.lora.lora_load_dir is not None and not any(name.startswith(PROJECTOR) for name in trained):
+            raise ValueError(
+                "--save-trained-only loses the projector of --lora-load-dir; train it, or leave one out"
+            )
+        return parallel.on_first_rank(
+            lambda: checkpoint.find_base(start.checkpoint, trained, config.model.base)
+        )
 
     def train(self) -> None:
         """Run to the last iteration.
@@ -186,6 +201,7 @@ class Trainer:
             self.config,
             self.hf_source,
             self.loader.state_dict if self.loader is not None else None,
+            self.base,
         )
         self.watchdog.beat()
         self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))

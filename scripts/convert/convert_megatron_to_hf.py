@@ -26,6 +26,10 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--megatron-dir", required=True, help="checkpoint, checkpoint root or run folder")
     parser.add_argument("--hf-dir", required=True, help="folder to make")
     parser.add_argument(
+        "--base",
+        help="checkpoint with all weights under one of trained weights only (default: where it was then)",
+    )
+    parser.add_argument(
         "--tokenizer-dir", help="take tokenizer and chat template from here, not from the checkpoint"
     )
     parser.add_argument(
@@ -43,9 +47,11 @@ def main(argv: List[str]) -> int:
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if args.sif_path:
+        from megatron_vlm.config.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
-        paths = [args.megatron_dir, args.hf_dir, *([args.tokenizer_dir] if args.tokenizer_dir else [])]
+        paths = [*map(str, checkpoint_layers(args.megatron_dir, args.base)), args.megatron_dir, args.hf_dir]
+        paths += [args.tokenizer_dir] if args.tokenizer_dir else []
         return reenter([__file__, *argv], args.sif_path, [*args.bind, *paths])
 
     from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
@@ -59,7 +65,7 @@ def main(argv: List[str]) -> int:
     if args.adapter_only:
         if args.tokenizer_dir or args.max_shard_size:
             raise ValueError("--adapter-only takes neither --tokenizer-dir nor --max-shard-size")
-        export_adapter(checkpoint, args.hf_dir, args.force)
+        export_adapter(checkpoint, args.hf_dir, args.force, args.base)
         print(f"{args.hf_dir}: loads with peft's PeftModel, beside the model that the run began with")
         return 0
     export_hf(
@@ -69,6 +75,7 @@ def main(argv: List[str]) -> int:
         args.max_shard_size,
         args.force,
         progress=cli.ProgressLine(),
+        base=args.base,
     )
     print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
     return 0

@@ -8,6 +8,7 @@ import pytest
 from megatron_vlm.config.checkpoint import (
     TRACKER,
     appearing_folder,
+    checkpoint_layers,
     checkpoint_name,
     list_checkpoints,
     read_manifest,
@@ -111,3 +112,30 @@ def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     (left / "stale").touch()
     with appearing_folder(tmp_path / "final") as folder:
         assert folder == left and os.listdir(folder) == []
+
+
+def test_layers_of_a_checkpoint_of_trained_weights(tmp_path: Path) -> None:
+    """Each names the one below; --base stands for the lowest, wherever that was."""
+
+    def over(name: str, base: object) -> Path:
+        (tmp_path / name).mkdir()
+        more = {} if base is None else {"base": {"path": str(base), "fingerprint": "-"}}
+        write_manifest(tmp_path / name, {**MANIFEST, **more})
+        return tmp_path / name
+
+    full, moved = over("full", None), over("moved", None)
+    projector = over("projector", full)
+    top = over("top", projector)
+    assert checkpoint_layers(full) == checkpoint_layers(full, base=moved) == [full]
+    assert checkpoint_layers(top) == [full, projector, top]
+    assert checkpoint_layers(top, base=moved) == [moved, projector, top]
+    (full / "manifest.json").unlink()
+    assert checkpoint_layers(top, base=moved) == [moved, projector, top]
+    for path in (top, projector):
+        with pytest.raises(ValueError, match=f"no longer at {full}; say with --base"):
+            checkpoint_layers(path)
+    with pytest.raises(ValueError, match="give the checkpoint under it"):
+        checkpoint_layers(top, base=projector)
+    write_manifest(top, {**MANIFEST, "base": {}})
+    with pytest.raises(ValueError, match="base names no path"):
+        checkpoint_layers(top)

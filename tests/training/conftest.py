@@ -34,7 +34,7 @@ class Trainable:
         ]
 
 
-def save_llava(folder: Path, tie_word_embeddings: bool) -> None:
+def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5) -> None:
     """A Hugging Face LLaVA with weights, tokenizer, template and image processor."""
     make_tokenizer, make_images, chat_template, tower, extra = FOLDERS["llava"]
     tokenizer = make_tokenizer()
@@ -55,7 +55,7 @@ def save_llava(folder: Path, tie_word_embeddings: bool) -> None:
         tie_word_embeddings=tie_word_embeddings,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     transformers.LlavaProcessor(
         make_images(),
