@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 from megatron_vlm.config.model import ModelConfig
 
@@ -36,6 +36,8 @@ _PEAK_TFLOPS = (
 )
 
 _Product = Tuple[Optional[str], int]  # a weight's name, or None for attention; operations forward
+# Products one after the other, and beside each other on one input, as a linear and its LoRA adapters.
+_Step = Sequence[Sequence[_Product]]
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,28 @@ def training_flops(model: ModelConfig, work: Work, trains: Callable[[str], bool]
     Args:
         trains: whether a parameter is trained, by the name that checkpoints have for it.
     """
-    counts: Dict[str, int] = {}
+    counts = {"vision": 0, "projector": 0, "language": 0}
     gradient_flows = False  # something so far is trained, so that gradients are asked for from here
-    for part, products in (
-        ("vision", _vision(model, work)),
-        ("projector", _projector(model, work)),
-        ("language", _language(model, work)),
-    ):
-        total = 0
-        for weight, forward in products:
-            total += forward
-            if weight is None:
-                total += 2 * forward * gradient_flows
-            else:
-                trained = trains(weight)
-                total += forward * (gradient_flows + trained)
-                gradient_flows = gradient_flows or trained
-        counts[part] = total
+    for part, step in _steps(model, work):
+        ways = [_operations(products, trains, gradient_flows) for products in step]
+        counts[part] += sum(operations for operations, _ in ways)
+        gradient_flows = any(flows for _, flows in ways)
     return Flops(**counts)
+
+
+def _operations(
+    products: Sequence[_Product], trains: Callable[[str], bool], gradient_flows: bool
+) -> Tuple[int, bool]:
+    """Operations of products in a row, and whether their result needs a gradient if their input does."""
+    total = 0
+    for weight, forward in products:
+        if weight is None:
+            total += forward + 2 * forward * gradient_flows
+        else:
+            trained = trains(weight)
+            total += forward * (1 + gradient_flows + trained)
+            gradient_flows = gradient_flows or trained
+    return total, gradient_flows
 
 
 def peak_tflops(device_name: str) -> Optional[float]:
@@ -126,63 +132,98 @@ def peak_tflops(device_name: str) -> Optional[float]:
     return None
 
 
-def _vision(model: ModelConfig, work: Work) -> Iterator[_Product]:
+def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, _Step]]:
+    for part, steps in (("vision", _vision), ("projector", _projector), ("language", _language)):
+        for step in steps(model, work):
+            yield part, step
+
+
+def _vision(model: ModelConfig, work: Work) -> Iterator[_Step]:
     vision, images = model.vision, work.images
-    positions = images * vision.sequence_length
+    positions, hidden = images * vision.sequence_length, vision.hidden_size
     pixels = vision.num_channels * vision.patch_size**2
-    yield "vision_model.conv1.weight", 2 * images * vision.num_patches * pixels * vision.hidden_size
-    yield "vision_model.position_embeddings.weight", 0
+    yield [[("vision_model.conv1.weight", 2 * images * vision.num_patches * pixels * hidden)]]
+    yield [[("vision_model.position_embeddings.weight", 0)]]
     for number in range(model.num_vision_layers_run):
         yield from _layer(
             f"vision_model.decoder.layers.{number}",
             tokens=positions,
             pairs=positions * vision.sequence_length,
-            hidden=vision.hidden_size,
-            query=vision.hidden_size,
-            key=vision.hidden_size,
-            ffn_in=vision.ffn_hidden_size,
-            ffn_out=vision.ffn_hidden_size,
+            qkv={"q_proj": (hidden, hidden), "k_proj": (hidden, hidden), "v_proj": (hidden, hidden)},
+            proj={"out_proj": (hidden, hidden)},
+            fc1={"fc1": (hidden, vision.ffn_hidden_size)},
+            fc2={"fc2": (vision.ffn_hidden_size, hidden)},
+            rank=model.lora.rank if model.lora else 0,
+            adapted=model.lora.vision_targets if model.lora else (),
         )
 
 
-def _projector(model: ModelConfig, work: Work) -> Iterator[_Product]:
+def _projector(model: ModelConfig, work: Work) -> Iterator[_Step]:
     features = work.images * model.image_tokens
     projector, hidden = model.projector, model.language.hidden_size
     prefix = "vision_projection.encoder"
     if projector.kind == "linear":
-        yield f"{prefix}.weight", 2 * features * projector.input_size * hidden
+        yield [[(f"{prefix}.weight", 2 * features * projector.input_size * hidden)]]
     else:
-        yield f"{prefix}.linear_fc1.weight", 2 * features * projector.input_size * hidden
-        yield f"{prefix}.linear_fc2.weight", 2 * features * hidden * hidden
+        yield [[(f"{prefix}.linear_fc1.weight", 2 * features * projector.input_size * hidden)]]
+        yield [[(f"{prefix}.linear_fc2.weight", 2 * features * hidden * hidden)]]
 
 
-def _language(model: ModelConfig, work: Work) -> Iterator[_Product]:
+def _language(model: ModelConfig, work: Work) -> Iterator[_Step]:
     language = model.language
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size
+    query = language.num_attention_heads * language.head_dim
+    key = language.num_key_value_heads * language.head_dim
     embedding = "language_model.embedding.word_embeddings.weight"
-    yield embedding, 0
+    yield [[(embedding, 0)]]
     for number in range(language.num_layers):
         yield from _layer(
             f"language_model.decoder.layers.{number}",
             tokens=work.tokens,
             pairs=work.attention_pairs,
-            hidden=language.hidden_size,
-            query=language.num_attention_heads * language.head_dim,
-            key=language.num_key_value_heads * language.head_dim,
-            ffn_in=2 * language.ffn_hidden_size,  # gate and up
-            ffn_out=language.ffn_hidden_size,
+            qkv={"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)},
+            proj={"o_proj": (query, hidden)},
+            fc1={"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn)},
+            fc2={"down_proj": (ffn, hidden)},
+            rank=model.lora.rank if model.lora else 0,
+            adapted=model.lora.language_targets if model.lora else (),
         )
     output = embedding if language.tie_word_embeddings else "language_model.output_layer.weight"
-    yield output, 2 * work.trained_tokens * language.hidden_size * language.vocab_size
+    yield [[(output, 2 * work.trained_tokens * hidden * language.vocab_size)]]
+
+
+_Projections = Dict[str, Tuple[int, int]]  # Hugging Face's name: input and output features
 
 
 def _layer(
-    prefix: str, tokens: int, pairs: int, hidden: int, query: int, key: int, ffn_in: int, ffn_out: int
-) -> Iterator[_Product]:
+    prefix: str,
+    tokens: int,
+    pairs: int,
+    qkv: _Projections,
+    proj: _Projections,
+    fc1: _Projections,
+    fc2: _Projections,
+    rank: int,
+    adapted: Sequence[str],
+) -> Iterator[_Step]:
     """One block. Norms have no products, but gradients have to reach those that are trained."""
-    yield f"{prefix}.self_attention.linear_qkv.layer_norm_weight", 0
-    yield f"{prefix}.self_attention.linear_qkv.weight", 2 * tokens * hidden * (query + 2 * key)
-    yield None, 4 * pairs * query  # queries with keys, then weights with values
-    yield f"{prefix}.self_attention.linear_proj.weight", 2 * tokens * query * hidden
-    yield f"{prefix}.mlp.linear_fc1.layer_norm_weight", 0
-    yield f"{prefix}.mlp.linear_fc1.weight", 2 * tokens * hidden * ffn_in
-    yield f"{prefix}.mlp.linear_fc2.weight", 2 * tokens * ffn_out * hidden
+
+    def linear(name: str, projections: _Projections) -> _Step:
+        whole = sum(2 * tokens * inputs * outputs for inputs, outputs in projections.values())
+        adapters = [
+            [
+                (f"{prefix}.{name}.adapters.{projection}.lora_A.weight", 2 * tokens * inputs * rank),
+                (f"{prefix}.{name}.adapters.{projection}.lora_B.weight", 2 * tokens * rank * outputs),
+            ]
+            for projection, (inputs, outputs) in projections.items()
+            if projection in adapted
+        ]
+        return [[(f"{prefix}.{name}.weight", whole)], *adapters]
+
+    yield [[(f"{prefix}.self_attention.linear_qkv.layer_norm_weight", 0)]]
+    yield linear("self_attention.linear_qkv", qkv)
+    yield [[(None, 4 * pairs * qkv["q_proj"][1])]]  # queries with keys, then weights with values
+    yield linear("self_attention.linear_proj", proj)
+    yield [[(f"{prefix}.mlp.linear_fc1.layer_norm_weight", 0)]]
+    yield linear("mlp.linear_fc1", fc1)
+    yield linear("mlp.linear_fc2", fc2)

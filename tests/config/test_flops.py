@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import peft
 import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config.flops import Flops, Work, causal_pairs, peak_tflops, training_flops
+from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from tests.tiny import FAMILIES, tiny_config
 
@@ -45,7 +49,9 @@ TRAINED = {
 BATCH, TEXT, IMAGES = 3, 7, 4
 
 
-def counted(family: str, trained: tuple[str, ...]) -> tuple[ModelConfig, Work, int]:
+def counted(
+    family: str, trained: tuple[str, ...], lora: peft.LoraConfig | None = None
+) -> tuple[ModelConfig, Work, int]:
     """Operations that torch counts in transformers' forward and backward pass."""
     config = tiny_config(**FAMILIES[family])
     config.vision_config.vision_use_head = False  # of SigLIP's pooled output, which LLaVA doesn't read
@@ -55,6 +61,10 @@ def counted(family: str, trained: tuple[str, ...]) -> tuple[ModelConfig, Work, i
     net.set_attn_implementation("eager")  # flash and its like count work that they do twice
     for name, parameter in net.named_parameters():
         parameter.requires_grad = name.startswith(trained)
+    if lora is not None:
+        peft.inject_adapter_in_model(lora, net)  # freezes all but its own
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad |= name.startswith(trained)
     model = ModelConfig.from_hf(config.to_dict())
     tower = net.model.vision_tower
     for block in tower.encoder.layers[model.num_vision_layers_run :]:
@@ -67,7 +77,7 @@ def counted(family: str, trained: tuple[str, ...]) -> tuple[ModelConfig, Work, i
     size = model.vision.image_size
     with FlopCounterMode(display=False) as counter:
         output = net(input_ids=ids, pixel_values=torch.rand(IMAGES, 3, size, size), labels=ids)
-        if trained:
+        if trained or lora is not None:
             output.loss.backward()
     work = Work(BATCH * length, BATCH * length, BATCH * length**2, IMAGES)
     return model, work, counter.get_total_flops()
@@ -85,6 +95,30 @@ def test_equals_torchs_count(family: str, trained: str) -> None:
     model, work, expected = counted(family, theirs)
     flops = formula(model, work, ours)
     assert flops.total == expected
+
+
+@pytest.mark.parametrize("projector", [False, True])
+@pytest.mark.parametrize(
+    "targets",
+    [("q_proj", "v_proj"), LANGUAGE_TARGETS, ("o_proj", "vision.fc1"), (*LANGUAGE_TARGETS, *VISION_TARGETS)],
+)
+def test_lora_equals_torchs_count(targets: tuple[str, ...], projector: bool) -> None:
+    """Of PEFT's adapters, on grouped queries; with the projector trained beside them, and without."""
+    names = [f"language_model.*{name}" for name in targets if not name.startswith("vision.")]
+    names += [f"vision_tower.*{name[7:]}" for name in targets if name.startswith("vision.")]
+    lora = peft.LoraConfig(r=3, target_modules=f".*({'|'.join(names)})")
+    model, work, expected = counted("clip-llama", TRAINED["projector"][1] if projector else (), lora)
+    model = dataclasses.replace(model, lora=LoRAConfig(rank=3, alpha=6, dropout=0.0, targets=targets))
+
+    def trains(name: str) -> bool:
+        return ".adapters." in name or (projector and name.startswith("vision_projection."))
+
+    if targets == ("q_proj", "v_proj") and not projector:
+        # Nothing before the first block's keys is trained, so torch spares their gradient, one product of
+        # one block. The count doesn't look into attention: it has all of its gradients or none.
+        query = model.language.num_attention_heads * model.language.head_dim
+        expected += 2 * work.attention_pairs * query
+    assert training_flops(model, work, trains).total == expected
 
 
 def test_each_part_alone() -> None:

@@ -71,3 +71,31 @@ def test_gpu_hours_go_on(pool: Pool, trainables: dict[str, Trainable], tmp_path:
         zip([0.0, *hours], hours, strict=False), lines, [1, 1, 2, 2], strict=True
     ):
         assert after - before >= ranks * line["iteration_seconds"] / 3600 * (1 - 1e-9)
+
+
+def test_adapters_are_counted(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """A run with LoRA knows its adapters by the names that the count has for them."""
+    one = trainables["untied"]
+    flags = ["--stage", "2", "--train-iters", "1", "--no-save", "--lora-rank", "4"]
+    pool.run(2, train, one.flags(tmp_path, "run", "--pp", "2", *flags))
+    (line,) = metrics(tmp_path / "run")
+    model = ModelConfig.from_dict(read_manifest(str(one.checkpoint))["model"])
+    language = model.language
+    query, key = (
+        language.num_attention_heads * language.head_dim,
+        language.num_key_value_heads * language.head_dim,
+    )
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size
+    base = language.num_layers * (2 * hidden * (query + key) + 3 * hidden * ffn)
+    sides = 2 * (hidden + query) + 2 * (hidden + key) + 3 * (hidden + ffn)  # of the seven projections
+    adapters = language.num_layers * 4 * sides
+    # Frozen maps pass gradients on, trained ones have their own too; then attention and the output layer.
+    maps = (
+        line["tokens"] * (4 * base + 6 * adapters) + 4 * line["trained_tokens"] * hidden * language.vocab_size
+    )
+    projector = line["images"] * model.image_tokens * hidden * (4 * model.vision.hidden_size + 6 * hidden)
+    attention = flops(line, 2, "tflops_per_gpu_without_vision") - maps - projector
+    pairs = attention / (3 * 4 * query * language.num_layers)
+    assert pairs == pytest.approx(round(pairs), abs=1e-3)  # nothing is left over
+    length = int(line["tokens"] / line["samples"])
+    assert causal_pairs([length] * 4) <= round(pairs) <= causal_pairs([int(line["tokens"])])
