@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
@@ -22,6 +24,7 @@ from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
+from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, GlobalBatch
@@ -39,6 +42,9 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    vpp: int = 1
+    first: int | None = None  # layers of the first pipeline rank
+    recompute: str = "none"
 
     @property
     def world(self) -> int:
@@ -46,6 +52,8 @@ class Layout:
 
     def __str__(self) -> str:
         switches = ["sp"] * self.sequence_parallel + ["do"] * self.distributed_optimizer
+        switches += [f"vpp{self.vpp}"] * (self.vpp > 1) + [f"first{self.first}"] * (self.first is not None)
+        switches += [self.recompute] * (self.recompute != "none")
         return "-".join([f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", *switches])
 
 
@@ -81,12 +89,19 @@ def logits_and_gradients(
         loss; logits of each microbatch on the last stage; ``(name, shape, offset, piece)`` for each
         parameter piece that this rank holds.
     """
-    layout = parallel.initialize(sizes.tp, sizes.pp)
+    layout = parallel.initialize(sizes.tp, sizes.pp, vpp=sizes.vpp)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    layers = deal_layers(model.language.num_layers, StageCosts(layer=1), sizes.pp, sizes.vpp, sizes.first)
+    chunks = build_model(
+        model,
+        layout,
+        sequence_parallel=sizes.sequence_parallel,
+        layers_per_stage=layers,
+        recompute=sizes.recompute,
+    )
     set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(Path(checkpoint), chunks)
-    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
     batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1)
     loss, _ = compute_gradients(models, batch, layout, len(microbatches[0]["input_ids"]))
@@ -143,7 +158,9 @@ def train(argv: list[str]) -> None:
     """Train as ``python -m megatron_vlm.training`` does."""
     config = RunConfig.from_flags(argv)
     sections = config.parallel
-    layout = parallel.initialize(sections.tp, sections.pp, config.training.seed, sections.device)
+    layout = parallel.initialize(
+        sections.tp, sections.pp, config.training.seed, sections.device, vpp=sections.vpp
+    )
     trainer.run(config, layout)
 
 
@@ -161,7 +178,7 @@ def train_on(
     chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
     regime = set_trainable(chunks, parse_train_modules(train_modules), layout)
     load_weights(Path(checkpoint), chunks)
-    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
     updates = Optimizer(models, entries=len(regime.entries), **optimizer)
     schedules = [schedule.scaled_to(entry.lr or schedule.lr) for entry in regime.entries]
@@ -191,7 +208,7 @@ def train_adapters(
     set_trainable(chunks, parse_train_modules("projector|lora"), layout)
     load_weights(Path(checkpoint), chunks)
     start_adapters(Path(checkpoint), chunks, seed=0, peft_adapter=adapter)
-    models = wrap_model(chunks, sizes.distributed_optimizer, overlap=False)
+    models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
     optimizer = Optimizer(models, weight_decay, 0.9, 0.999, 1e-8, clip_grad, entries=2)
     losses = []
@@ -256,3 +273,31 @@ def adapters_behind_a_fused_norm(place: str, bias: bool) -> tuple[torch.Tensor, 
     else:  # a group is two queries, a key and a value of 4 numbers each
         expected.unflatten(-1, (2, 16))[..., 8:12] += delta.unflatten(-1, (2, 4))
     return output.detach(), expected.detach()
+
+
+def train_in_small_buckets(argv: list[str]) -> None:
+    """As :func:`train`, with every parameter in a bucket of its own, as only large models have them."""
+    make = optimizer_module.DistributedDataParallelConfig
+    optimizer_module.DistributedDataParallelConfig = partial(make, bucket_size=1)
+    try:
+        train(argv)
+    finally:
+        optimizer_module.DistributedDataParallelConfig = make
+
+
+def arguments_of_build_model(argv: list[str]) -> dict[str, Any]:
+    """What the flags of a run come to for :func:`build_model`; nothing is trained."""
+    found: dict[str, Any] = {}
+
+    def record(*_: Any, **arguments: Any) -> Any:
+        found.update(arguments)
+        raise InterruptedError
+
+    build, trainer.build_model = trainer.build_model, record
+    try:
+        train(argv)
+    except InterruptedError:
+        pass
+    finally:
+        trainer.build_model = build
+    return found

@@ -347,12 +347,8 @@ class ModelConfig:
             if count % tp:
                 raise ValueError(f"--tp {tp} does not divide the {count} {what}; try {_alternatives(works)}")
         layers = self.language.num_layers
-        if layers % pp:
-            works = [n for n in range(1, layers + 1) if layers % n == 0]
-            raise ValueError(
-                f"--pp {pp} does not divide the {layers} layers of the language model; "
-                f"try {_alternatives(works)}"
-            )
+        if pp > layers:
+            raise ValueError(f"--pp {pp}: the language model has only {layers} layers; use {layers} or fewer")
 
 
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:

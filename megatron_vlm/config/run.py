@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
 from megatron_vlm.config.lora import LoraSection
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import deal_layers, stage_costs
 from megatron_vlm.config.sections import (
     GROUPS,
     CheckpointSection,
@@ -30,7 +31,7 @@ from megatron_vlm.config.sections import (
     TrainingSection,
     nearest_multiples,
 )
-from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules
+from megatron_vlm.config.train_modules import LANGUAGE, VISION, TrainEntry, parse_train_modules
 
 SECTIONS: Dict[str, type] = {
     "model": ModelSection,
@@ -204,6 +205,23 @@ class RunConfig:
             )
         return batch // (micro * dp)
 
+    def layers_per_stage(self, model: ModelConfig) -> Tuple[int, ...]:
+        """Layers of the language model on each pipeline stage, see :func:`pipeline.deal_layers`.
+
+        Raises:
+            ValueError: the model has too few layers for the stages, or the flags leave some without.
+        """
+        frozen = [LANGUAGE] * self.model.freeze_lm + [VISION] * (not self.model.train_vision)
+        costs = stage_costs(model, self.data.seq_length, lambda name: not name.startswith(tuple(frozen)))
+        return deal_layers(
+            model.language.num_layers,
+            costs,
+            self.parallel.pp,
+            self.parallel.vpp,
+            self.parallel.decoder_first_pipeline_num_layers,
+            self.parallel.decoder_last_pipeline_num_layers,
+        )
+
     def data_workers(self, world_size: int) -> int:
         """Loader workers of the whole run, N: dp divides N, and N divides global batch / micro batch.
 
@@ -314,7 +332,22 @@ class RunConfig:
             )
         if model is not None:
             self._check_model(model)
+        self._check_interleaving(world_size)
+        if self.parallel.overlap_param_gather and (self.lora.adapters or (model and model.lora)):
+            # They aren't called as modules, which is what waits for weights; and they are small.
+            raise ValueError("--overlap-param-gather does not run with LoRA's adapters; leave it out")
         self.data_workers(world_size)
+
+    def _check_interleaving(self, world_size: int) -> None:
+        """Interleaved stages take micro batches in groups, one for each pipeline rank."""
+        pp, vpp, microbatches = self.parallel.pp, self.parallel.vpp, self.num_microbatches(world_size)
+        if vpp > 1 and microbatches % pp:
+            batch = self.training.global_batch_size
+            step = self.training.micro_batch_size * self.dp(world_size) * pp
+            raise ValueError(
+                f"--vpp {vpp} needs micro batches in multiples of --pp {pp}, and each data-parallel rank has "
+                f"{microbatches}; {nearest_multiples('--global-batch-size', batch, step)}"
+            )
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check_layout(self.parallel.tp, self.parallel.pp)
@@ -325,6 +358,7 @@ class RunConfig:
                 f"--seq-length {self.data.seq_length} has no room for text: an image takes "
                 f"{model.image_tokens} tokens; use more"
             )
+        self.layers_per_stage(model)
         window = model.language.sliding_window
         if window is not None and self.data.seq_length > window:
             raise ValueError(

@@ -107,12 +107,51 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """How the model is cut, and what runs it."""
+    """How the model is cut, what runs it, and what it keeps in memory."""
 
     tp: int = flag(PARALLEL, 1, "tensor-parallel size: each layer is cut into this many parts")
     pp: int = flag(PARALLEL, 1, "pipeline-parallel size: the layers are dealt to this many stages")
+    vpp: int = flag(
+        PARALLEL,
+        1,
+        "interleaved pipeline stages: model chunks on each pipeline rank (virtual-pipeline size); needs "
+        "--pp > 1, and micro batches per data-parallel rank in multiples of --pp",
+    )
+    decoder_first_pipeline_num_layers: Optional[int] = flag(
+        PARALLEL, None, "language-model layers of the first pipeline rank", shown_default="balanced by FLOPs"
+    )
+    decoder_last_pipeline_num_layers: Optional[int] = flag(
+        PARALLEL, None, "language-model layers of the last pipeline rank", shown_default="balanced by FLOPs"
+    )
     sequence_parallel: bool = flag(PARALLEL, False, "cut activations along the sequence too; needs --tp > 1")
     dist_optim: bool = flag(PARALLEL, False, "shard the optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = flag(
+        PARALLEL, True, "reduce gradients over data-parallel ranks while the backward pass runs"
+    )
+    overlap_param_gather: bool = flag(
+        PARALLEL,
+        False,
+        "gather the weights that --dist-optim has updated while the next forward pass runs",
+    )
+    tp_comm_overlap: bool = flag(
+        PARALLEL,
+        False,
+        "overlap tensor-parallel communication with matrix products",
+        not_yet="Transformer Engine needs one sequence length for it, and batches here vary; leave it out",
+    )
+    recompute: str = flag(
+        TRAINING,
+        "none",
+        "activations that the backward pass computes again instead of keeping them: selective those of "
+        "the MLPs, full all but each layer's input",
+        choices=("none", "selective", "full"),
+    )
+    recompute_num_layers: Optional[int] = flag(
+        TRAINING,
+        None,
+        "with --recompute full: layers of each pipeline stage that are computed again",
+        shown_default="all",
+    )
     backend: Optional[str] = flag(
         DISTRIBUTED,
         None,
@@ -134,9 +173,24 @@ class ParallelSection:
         choices=("cuda", "cpu"),
         shown_default="cuda where there is a GPU, else cpu",
     )
+    distributed_timeout_minutes: int = flag(
+        DISTRIBUTED,
+        10,
+        "stop when ranks have waited this long for each other; 5 more than --watchdog-minutes at least",
+    )
 
     def __post_init__(self) -> None:
-        _positive(self, "tp", "pp")
+        _positive(self, "tp", "pp", "vpp", "recompute_num_layers", "distributed_timeout_minutes")
+        _positive(self, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        for name, unset in (("vpp", 1), (ends[0], None), (ends[1], None)):
+            if self.pp == 1 and getattr(self, name) != unset:
+                raise ValueError(f"{flag_name(name)} needs --pp 2 or more; raise --pp or leave it out")
+        if self.recompute_num_layers is not None and self.recompute != "full":
+            raise ValueError("--recompute-num-layers needs --recompute full; add it or leave this out")
+        if self.overlap_param_gather and not (self.dist_optim and self.overlap_grad_reduce):
+            missing = "needs --dist-optim" if not self.dist_optim else "contradicts --no-overlap-grad-reduce"
+            raise ValueError(f"--overlap-param-gather {missing}; change that or leave it out")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp 2 or more; raise --tp or leave it out")
         if self.backend == "mpi":
@@ -148,6 +202,8 @@ class ParallelSection:
             raise ValueError("--backend nccl does not run with --device cpu; use --backend gloo")
         if self.transformer_impl == "transformer_engine" and self.device == "cpu":
             raise ValueError("--transformer-impl transformer_engine needs GPUs, not --device cpu; use local")
+        if self.backend == "gloo" and self.device == "cuda":
+            raise ValueError("--backend gloo does not run with --device cuda; use --backend nccl")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def _choose_device(config: RunConfig, environ: Mapping[str, str]) -> Tuple[str, 
         if config.parallel.backend == "nccl":
             raise ValueError("--backend nccl needs GPUs and this machine has none; use --backend gloo")
         return "cpu", []
+    if config.parallel.backend == "gloo":
+        raise ValueError("--backend gloo runs on CPUs only; add --device cpu or use --backend nccl")
     unknown = [gpu for gpu in launch.gpu_ids if gpu not in visible]
     if unknown:
         raise ValueError(f"--gpu-ids {','.join(unknown)}: not among the visible GPUs {','.join(visible)}")

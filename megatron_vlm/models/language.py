@@ -33,9 +33,10 @@ class LanguageModel(GPTModel):
         impl: str,
         vocab_divisible_by: int = 128,
         lora: LoRAConfig | None = None,
+        chunk: int = 0,
     ) -> None:
         spec = block_spec(
-            impl, get_num_layers_to_build(config), language.attention_output_bias, language.qk_norm
+            impl, get_num_layers_to_build(config, chunk), language.attention_output_bias, language.qk_norm
         )
         if lora is not None:
             add_adapters(spec.layer_specs, LANGUAGE_PROJECTIONS, lora.language_targets, lora)
@@ -44,14 +45,15 @@ class LanguageModel(GPTModel):
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(language.vocab_size, layout.tp, vocab_divisible_by),
             max_sequence_length=language.max_position_embeddings,
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
+            pre_process=layout.is_first_stage and chunk == 0,
+            post_process=layout.is_last_stage and chunk == layout.vpp - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=language.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=language.rope_theta,
             # Image features are placed among the embeddings first; the model scatters the result.
             scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk,
         )
         if language.rope_scaling is not None:
             # megatron-core's own argument knows one of the four numbers.
@@ -69,6 +71,8 @@ class LanguageModel(GPTModel):
         labels = arguments.get("labels")
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, **arguments)
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())  # the module isn't called, and its weight may still be being gathered
         tied = self.share_embeddings_and_output_weights
         return linear_cross_entropy(
             hidden_states,

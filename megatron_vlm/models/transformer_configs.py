@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.parallel import Layout
 
 
@@ -51,6 +52,9 @@ def transformer_configs(
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     deterministic: bool = False,
+    layers_per_stage: Sequence[int] | None = None,
+    recompute: str = "none",
+    recompute_num_layers: int | None = None,
 ) -> TransformerConfigs:
     """The configs of a model on this layout.
 
@@ -58,6 +62,9 @@ def transformer_configs(
         dtype: of the parameters: ``torch.float32`` or ``torch.bfloat16``.
         sequence_parallel: shard the language model's activations between its tensor parallel parts.
         deterministic: ask the kernels for reproducible sums.
+        layers_per_stage: see :func:`megatron_vlm.config.pipeline.deal_layers`; None for an even deal.
+        recompute: which activations the backward pass computes again: "none", "selective" or "full".
+        recompute_num_layers: with "full", the layers of each stage, and of the tower; None for all.
     """
     on_gpu = layout.device.type == "cuda"
     common: dict[str, Any] = dict(
@@ -77,10 +84,10 @@ def transformer_configs(
         bias_dropout_fusion=on_gpu,
         calculate_per_token_loss=True,
         deterministic_mode=deterministic,
-        batch_p2p_comm=on_gpu,  # gloo mixes the two directions of a batched exchange up
         cross_entropy_loss_fusion=False,
     )
     language, vision, projector = model.language, model.vision, model.projector
+    recomputation = _recomputation(recompute, recompute_num_layers or language.num_layers + vision.num_layers)
     return TransformerConfigs(
         vision=TransformerConfig(
             num_layers=model.num_vision_layers_run,
@@ -92,6 +99,7 @@ def transformer_configs(
             normalization="LayerNorm",
             layernorm_epsilon=vision.norm_epsilon,
             add_bias_linear=True,
+            **recomputation,
             **common,
         ),
         projector=TransformerConfig(
@@ -120,8 +128,37 @@ def transformer_configs(
             add_qkv_bias=language.qkv_bias,
             qk_layernorm=language.qk_norm,
             pipeline_model_parallel_size=layout.pp,
+            pipeline_model_parallel_layout=_pipeline_layout(model, layout, layers_per_stage),
             pipeline_dtype=dtype,
+            # Gloo mixes the two directions of a batched exchange up, and interleaved stages exchange
+            # with both neighbours at a time, which at PP 2 are one rank.
+            batch_p2p_comm=on_gpu and layout.vpp == 1,
+            overlap_p2p_comm=layout.vpp > 1,
             sequence_parallel=sequence_parallel,
+            **recomputation,
             **common,
         ),
     )
+
+
+def _recomputation(recompute: str, num_layers: int) -> dict[str, Any]:
+    if recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=num_layers)
+    if recompute == "selective":
+        # Not core_attn, megatron-core's own choice: fused attention keeps no scores anyway.
+        return dict(recompute_granularity="selective", recompute_modules=["mlp"])
+    return {}
+
+
+def _pipeline_layout(
+    model: ModelConfig, layout: Layout, layers_per_stage: Sequence[int] | None
+) -> list[list[str]] | None:
+    """What each stage holds, in the words of megatron-core's ``PipelineParallelLayerLayout``."""
+    if layout.pp == 1:
+        return None
+    if layers_per_stage is None:
+        layers_per_stage = deal_layers(model.language.num_layers, StageCosts(layer=1), layout.pp, layout.vpp)
+    stages = [["decoder"] * count for count in layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages

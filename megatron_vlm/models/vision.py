@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.lora import VISION_PROJECTIONS, add_adapters
+from megatron_vlm.models.recompute import ask_for_gradient
 from megatron_vlm.models.specs import layer_spec, standalone_norm
 
 
@@ -73,9 +75,14 @@ class VisionTower(CLIPViTModel):
         if self.ln_pre is not None:
             x = self.ln_pre(x)
         x = x.transpose(0, 1).contiguous()  # [n, positions, hidden] -> [positions, n, hidden]
+        x = ask_for_gradient(x, self)
+        recomputed = self.config.recompute_num_layers if self.training and x.requires_grad else 0
         states = {0: x}
         for number, layer in enumerate(self.decoder.layers, start=1):
-            x, _ = layer(hidden_states=x, attention_mask=None)
+            if number <= (recomputed or 0):
+                x, _ = tensor_parallel.checkpoint(layer, False, x)
+            else:
+                x, _ = layer(hidden_states=x, attention_mask=None)
             if number in self.feature_layers:
                 states[number] = x
         features = torch.cat([states[number] for number in self.feature_layers], dim=-1)

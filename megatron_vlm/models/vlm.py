@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import ModelType
@@ -11,6 +13,7 @@ from torch import Tensor
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projector import Projector
+from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
@@ -18,7 +21,7 @@ from megatron_vlm.parallel import Layout
 
 
 class VisionLanguageModel(MegatronModule):
-    """A LLaVA model, or the part of it that one pipeline stage holds.
+    """A LLaVA model, or the part of it that one pipeline stage holds: a model chunk.
 
     The first stage holds tower, projector and token embedding; every stage its share of the language
     model's layers; the last one the output layer and the loss. Equals transformers'
@@ -32,19 +35,27 @@ class VisionLanguageModel(MegatronModule):
         layout: Layout,
         impl: str,
         vocab_divisible_by: int = 128,
+        chunk: int = 0,
     ) -> None:
+        """
+        Args:
+            chunk: number of this stage among those of this pipeline rank.
+        """
         super().__init__(config=configs.language)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
-        self.pre_process = layout.is_first_stage
-        self.post_process = layout.is_last_stage
+        self.vp_stage = chunk
+        self.pre_process = layout.is_first_stage and chunk == 0
+        self.post_process = layout.is_last_stage and chunk == layout.vpp - 1
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         self.model_config = model
         if self.pre_process:
             self.vision_model = VisionTower(model, configs.vision, impl)
             self.vision_projection = Projector(model.projector, configs.projector, impl)
         self.language_model = LanguageModel(
-            model.language, configs.language, layout, impl, vocab_divisible_by, model.lora
+            model.language, configs.language, layout, impl, vocab_divisible_by, model.lora, chunk
         )
+        if configs.language.recompute_granularity == "selective":
+            let_mlps_be_recomputed(self)
 
     def forward(
         self,
@@ -73,6 +84,7 @@ class VisionLanguageModel(MegatronModule):
         embeddings = None
         if self.pre_process:
             embeddings = self.embed(input_ids, pixel_values, image_positions)
+            embeddings = ask_for_gradient(embeddings, self.language_model)
         return self.language_model(
             input_ids=None,
             position_ids=None,
@@ -143,6 +155,9 @@ def build_model(
     deterministic: bool = False,
     impl: str | None = None,
     vocab_divisible_by: int = 128,
+    layers_per_stage: Sequence[int] | None = None,
+    recompute: str = "none",
+    recompute_num_layers: int | None = None,
 ) -> list[VisionLanguageModel]:
     """This rank's chunks of the model, on the layout's device, with weights not yet set.
 
@@ -150,8 +165,20 @@ def build_model(
 
     Args:
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
+        layers_per_stage, recompute, recompute_num_layers: see :func:`transformer_configs`.
     """
-    configs = transformer_configs(model, layout, dtype, sequence_parallel, deterministic)
+    configs = transformer_configs(
+        model,
+        layout,
+        dtype,
+        sequence_parallel,
+        deterministic,
+        layers_per_stage,
+        recompute,
+        recompute_num_layers,
+    )
     impl = choose_transformer_impl(layout.device.type, impl)
-    chunk = VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by)
-    return [chunk.to(layout.device)]
+    return [
+        VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by, chunk).to(layout.device)
+        for chunk in range(layout.vpp)
+    ]

@@ -33,6 +33,7 @@ class Layout:
     world_size: int
     tp: int
     pp: int
+    vpp: int  # model chunks on each pipeline rank; above 1 stages are interleaved
     dp: int
     tp_rank: int
     pp_rank: int
@@ -45,12 +46,12 @@ class Layout:
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank holds the tower, the projector and the embedding."""
+        """This rank holds the tower, the projector and the embedding, in its first model chunk."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank computes the loss."""
+        """This rank computes the loss, in its last model chunk."""
         return self.pp_rank == self.pp - 1
 
     @property
@@ -60,7 +61,8 @@ class Layout:
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks} on {self.device.type}: TP {self.tp} x PP {self.pp} x DP {self.dp}"
+        stages = f"PP {self.pp}" + (f" (VPP {self.vpp})" if self.vpp > 1 else "")
+        return f"{ranks} on {self.device.type}: TP {self.tp} x {stages} x DP {self.dp}"
 
 
 def choose_device(device: str | None = None, backend: str | None = None) -> tuple[str, str]:
@@ -81,6 +83,8 @@ def choose_device(device: str | None = None, backend: str | None = None) -> tupl
         backend = "nccl" if device == "cuda" else "gloo"
     if backend == "nccl" and device == "cpu":
         raise ValueError("--backend nccl needs GPUs and this run is on the CPU; use --backend gloo")
+    if backend == "gloo" and device == "cuda":
+        raise ValueError("--backend gloo runs on CPUs only; add --device cpu or use --backend nccl")
     return device, backend
 
 
@@ -91,6 +95,7 @@ def initialize(
     device: str | None = None,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
+    vpp: int = 1,
 ) -> Layout:
     """Join the process group and cut the ranks into groups.
 
@@ -102,6 +107,7 @@ def initialize(
         pp: pipeline parallel size.
         seed: seeds the generators, differently for each pipeline stage, as Megatron-LM does.
         timeout_minutes: after this long without an answer a collective is an error.
+        vpp: model chunks on each pipeline rank.
 
     Raises:
         ValueError: ``tp * pp`` does not divide the number of ranks, or the device isn't there.
@@ -133,6 +139,7 @@ def initialize(
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
             # A second set of groups, for gathering optimizer state; the way it is saved here needs none.
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
@@ -143,6 +150,7 @@ def initialize(
         world_size=world_size,
         tp=tp,
         pp=pp,
+        vpp=vpp,
         dp=world_size // (tp * pp),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),

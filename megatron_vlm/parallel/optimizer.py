@@ -12,8 +12,10 @@ so that a run goes on at any layout, with or without the distributed optimizer.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +36,10 @@ _PREFIX = "optimizer.state"
 
 
 def wrap_model(
-    chunks: Sequence[MegatronModule], distributed_optimizer: bool, overlap: bool
+    chunks: Sequence[MegatronModule],
+    distributed_optimizer: bool,
+    overlap_grad_reduce: bool,
+    overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
     """Wrap this rank's model chunks for mixed precision and data parallelism.
 
@@ -42,13 +47,16 @@ def wrap_model(
 
     Args:
         distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO 1).
-        overlap: reduce gradients while the backward pass runs.
+        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        overlap_param_gather: gather updated weights while the next forward pass runs; needs both others.
+            Whatever reads weights without running the modules calls :meth:`Optimizer.gather_weights` first.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=overlap,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
     )
     return [
         DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if config.bf16 else chunk)
@@ -95,6 +103,7 @@ class Optimizer:
             bf16=models[0].config.bf16,
             params_dtype=models[0].config.params_dtype,
             use_distributed_optimizer=models[0].ddp_config.use_distributed_optimizer,
+            overlap_param_gather=models[0].ddp_config.overlap_param_gather,
         )
         self.models = models
         self.chained = get_megatron_optimizer(
@@ -135,6 +144,12 @@ class Optimizer:
             clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, gradient_norm)
         self.chained.step_with_ready_grads()
 
+    def gather_weights(self) -> None:
+        """Finish what ``overlap_param_gather`` leaves to the next forward pass; a collective call."""
+        if self.config.overlap_param_gather:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
     def sharded_state(self, model_state: dict[str, Any], loading: bool = False) -> dict[Any, dict[str, Any]]:
         """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``.
 
@@ -148,7 +163,8 @@ class Optimizer:
         if loading or not inner.state:
             self.optimizer.init_state_fn(inner, self.config)
         if isinstance(self.optimizer, DistributedOptimizer):
-            sharded = self.optimizer.sharded_param_state_fully_reshardable(model_state, loading, {})
+            with _places_without_padding(self.optimizer.buffers):
+                sharded = self.optimizer.sharded_param_state_fully_reshardable(model_state, loading, {})
         else:
             entries = {id(entry.data): entry for entry in model_state.values()}
             sharded = {
@@ -216,6 +232,28 @@ def _overrides(entries: int) -> dict[ParamKey, Any]:
         key = ParamKey(predicate=ParamPredicate(f"entry {entry}", partial(of_entry, entry)))
         overrides[key] = {"entry": entry}
     return overrides
+
+
+@contextlib.contextmanager
+def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """Let megatron-core look parameters up where they are in the state that it gathers from its buffers.
+
+    It leaves the padding at the end of each bucket out of what it gathers, but looks parameters up by their
+    places with it: every bucket after a padded one would be saved shifted (0.16.1 warns of corruption then).
+    """
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        starts = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+        shift = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
+        buffer.param_index_map = {
+            parameter: (start + shift[bucket], end + shift[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def _sharded_like(

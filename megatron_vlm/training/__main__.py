@@ -46,7 +46,12 @@ def main(argv: list[str]) -> int:
             config.parallel.backend,
             # With --init the first rank makes a whole model while the others wait. Longer than the watchdog
             # waits, too: a rank that hangs has to tell where, before one that waits for it gives up.
-            timeout_minutes=max(120.0 if config.model.init else 10.0, config.logging.watchdog_minutes + 5.0),
+            max(
+                config.parallel.distributed_timeout_minutes,
+                120.0 if config.model.init else 0.0,
+                config.logging.watchdog_minutes + 5.0,
+            ),
+            config.parallel.vpp,
         )
         trainer.run(config, layout)
         code = 0

@@ -78,16 +78,25 @@ def compute_gradients(
 
     Raises:
         NonFiniteError: on every rank, if any microbatch's loss is NaN or infinite.
+        ValueError: a trained parameter gets no gradient while reduction overlaps the backward pass.
     """
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(global_batch.microbatches) for _ in models],
-        model=models,
-        num_microbatches=len(global_batch.microbatches),
-        seq_length=global_batch.sequence_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=False,
-    )
+    try:
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(global_batch.microbatches) for _ in models],
+            model=models,
+            num_microbatches=len(global_batch.microbatches),
+            seq_length=global_batch.sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=False,
+        )
+    except AssertionError as error:
+        if "overlap_grad_reduce" not in str(error):
+            raise
+        raise ValueError(
+            "a trained parameter gets no gradient (a bias whose weight is frozen, for one), and overlapped "
+            "reduction would wait for it; leave it out of --train-modules, or add --no-overlap-grad-reduce"
+        ) from None
     count = len(global_batch.microbatches)
     # Every stage learns the microbatches' losses: the rank that knows the samples' names is on the first.
     report = torch.zeros(count + 1, dtype=torch.float64, device=layout.device)

@@ -11,6 +11,7 @@ import torch
 from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, RUN_CONFIG, read_manifest
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.batch import describe
@@ -120,6 +121,9 @@ class Trainer:
 
     def _build_model(self, start: Start) -> None:
         config, layout = self.config, self.layout
+        layers = config.layers_per_stage(self.model_config)
+        if layout.pp > 1:
+            self.say("\n".join(describe_stages(layers, layout.pp)))
         self.chunks = build_model(
             self.model_config,
             layout,
@@ -128,14 +132,20 @@ class Trainer:
             deterministic=config.training.deterministic,
             impl=config.parallel.transformer_impl,
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
+            layers_per_stage=layers,
+            recompute=config.parallel.recompute,
+            recompute_num_layers=config.parallel.recompute_num_layers,
         )
         self.regime = set_trainable(self.chunks, config.trained, layout)
         load_weights(start.checkpoint, self.chunks, config.model.base)
         self.base = self._find_base(start)
         start_adapters(start.checkpoint, self.chunks, config.training.seed, config.lora.lora_load_dir)
-        # Overlapping communication with the backward pass needs streams of its own.
-        overlap = layout.device.type == "cuda" and layout.dp > 1
-        self.models = wrap_model(self.chunks, config.parallel.dist_optim, overlap)
+        self.models = wrap_model(
+            self.chunks,
+            config.parallel.dist_optim,
+            config.parallel.overlap_grad_reduce and layout.dp > 1,
+            config.parallel.overlap_param_gather and layout.dp > 1,
+        )
         prepare_for_schedules(self.models)
         self.optimizer = Optimizer(
             self.models,
@@ -191,6 +201,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; a collective call."""
+        self.optimizer.gather_weights()
         with_state = self.config.checkpoint.save_optim
         folder = checkpoint.save_checkpoint(
             self.run / CHECKPOINTS,

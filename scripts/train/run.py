@@ -18,6 +18,7 @@ from typing import List
 sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycache__
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import preflight, process
 from megatron_vlm.launch.plan import LaunchPlan, make_plan
@@ -52,6 +53,9 @@ def check(plan: LaunchPlan) -> None:
         print(f"warning: {error}", file=sys.stderr)
         return
     plan.config.validate(plan.world_size, model)
+    if model is not None and plan.config.parallel.pp > 1 and plan.config.launch.dry_run:
+        for line in describe_stages(plan.config.layers_per_stage(model), plan.config.parallel.pp):
+            print(f"note: {line}", file=sys.stderr)
     if not plan.config.launch.dry_run:
         preflight.check_interpreter(plan.config)
 

@@ -28,7 +28,9 @@ ORIGINAL_FLAGS = """
 MEGATRON_FLAGS = """
 --train-iters --train-samples --lr --min-lr --lr-decay-style --lr-decay-iters --lr-warmup-iters
 --lr-warmup-fraction --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --seed --seq-length
---bf16 --fp32 --sequence-parallel --make-vocab-size-divisible-by
+--bf16 --fp32 --sequence-parallel --make-vocab-size-divisible-by --decoder-first-pipeline-num-layers
+--decoder-last-pipeline-num-layers --recompute-num-layers --overlap-grad-reduce --overlap-param-gather
+--tp-comm-overlap --distributed-timeout-minutes
 """
 
 
@@ -46,6 +48,11 @@ AVAILABLE = [entry for entry in FIELDS if not entry[1].metadata["not_yet"]]
 # What a field's rule asks for beside it.
 COMPANIONS = {
     "sequence_parallel": ["--tp", "2"],
+    "vpp": ["--pp", "2"],
+    "decoder_first_pipeline_num_layers": ["--pp", "2"],
+    "decoder_last_pipeline_num_layers": ["--pp", "2"],
+    "overlap_param_gather": ["--dist-optim"],
+    "recompute_num_layers": ["--recompute", "full"],
     "gpu_ids": ["--gpus", "2"],
     "lr_warmup_iters": ["--lr-warmup-iters", "3"],
     "lora_rank": ["--freeze-lm"],
@@ -188,7 +195,20 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--stage", "1", "--no-freeze-lm"], ["--no-freeze-lm", "--stage 1"]),
         (["--backend", "mpi"], ["--backend mpi", "nccl", "gloo"]),
         (["--backend", "nccl", "--device", "cpu"], ["--backend nccl", "--device cpu"]),
+        (["--backend", "gloo", "--device", "cuda"], ["--backend gloo", "--device cuda"]),
+        (["--distributed-timeout-minutes", "0"], ["--distributed-timeout-minutes 0", "above 0"]),
         (["--sequence-parallel"], ["--sequence-parallel", "--tp 2"]),
+        (["--vpp", "2"], ["--vpp needs --pp 2"]),
+        (["--decoder-last-pipeline-num-layers", "3"], ["--decoder-last-pipeline-num-layers needs --pp 2"]),
+        (["--decoder-first-pipeline-num-layers", "0", "--pp", "2"], ["num-layers 0", "above 0"]),
+        (["--recompute", "some"], ["--recompute", "'some'", "selective"]),
+        (["--recompute-num-layers", "2"], ["--recompute-num-layers needs --recompute full"]),
+        (["--overlap-param-gather"], ["--overlap-param-gather needs --dist-optim"]),
+        (
+            ["--dist-optim", "--no-overlap-grad-reduce", "--overlap-param-gather"],
+            ["--overlap-param-gather contradicts --no-overlap-grad-reduce"],
+        ),
+        (["--tp-comm-overlap"], ["--tp-comm-overlap", "not available yet"]),
         (["--save-optim", "--no-save"], ["--save-optim", "--no-save"]),
         (["--name", "a/b"], ["--name", "a/b"]),
         (["--name", ".."], ["--name"]),
@@ -311,6 +331,19 @@ def test_layout_and_batch_rules() -> None:
     assert "leaves none" in error_of([*BASE, "--lr-warmup-iters", "10"], 1)
 
 
+def test_interleaved_stages_need_groups_of_micro_batches() -> None:
+    argv = [*BASE, "--pp", "4", "--vpp", "2", "--micro-batch-size", "2"]
+    message = error_of([*argv, "--global-batch-size", "24"], 8)
+    assert "micro batches in multiples of --pp 4" in message and "has 6" in message
+    assert message.endswith("use --global-batch-size 16 or 32")
+    RunConfig.from_flags([*argv, "--global-batch-size", "32"]).validate(8)
+
+
+def test_adapters_are_not_gathered_in_the_background() -> None:
+    flags = ["--lora-rank", "4", "--dist-optim", "--overlap-param-gather"]
+    assert "--overlap-param-gather does not run with LoRA" in error_of([*BASE, *flags], 1)
+
+
 def test_the_length_defaults_to_one_epoch() -> None:
     at = BASE.index("--train-iters")
     config = RunConfig.from_flags([*BASE[:at], *BASE[at + 2 :], "--global-batch-size", "128"])
@@ -362,7 +395,12 @@ def test_rules_that_need_the_model() -> None:
         }
     )
     assert "--tp 3 does not divide" in error_of([*BASE, "--tp", "3", "--global-batch-size", "3"], 3, model)
-    assert "--pp 3 does not divide" in error_of([*BASE, "--pp", "3", "--global-batch-size", "3"], 3, model)
+    assert "--pp 5: the language model has only 4" in error_of([*BASE, "--pp", "5"], 5, model)
+    assert "--pp 2 x --vpp 3 makes 6" in error_of([*BASE, "--pp", "2", "--vpp", "3"], 2, model)
+    first = ["--pp", "2", "--decoder-first-pipeline-num-layers", "4"]
+    assert "leave 0 of the 4 layers" in error_of([*BASE, *first], 2, model)
+    trained = RunConfig.from_flags([*BASE, "--pp", "2", "--train-vision"])
+    assert trained.layers_per_stage(model) == (1, 3)  # the tower is far larger than this language model
     assert "16 tokens" in error_of([*BASE, "--seq-length", "16"], 1, model)
     assert "clip tower has a class token" in error_of([*BASE, "--no-add-class-token"], 1, model)
     assert "vocabulary of 100" in error_of([*BASE, "--image-token-id", "100"], 1, model)

@@ -281,8 +281,8 @@ def test_a_bin_file_is_not_executed(llava: Path, monkeypatch, tmp_path: Path) ->
 def test_layouts_that_do_not_divide(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--tp 3 does not divide .*; try 1 or 2"):
         import_hf(llava, tmp_path / "megatron", 3, 1)
-    with pytest.raises(ValueError, match="--pp 3 does not divide the 4 layers"):
-        import_hf(llava, tmp_path / "megatron", 1, 3)
+    with pytest.raises(ValueError, match="--pp 5: the language model has only 4 layers; use 4 or fewer"):
+        import_hf(llava, tmp_path / "megatron", 1, 5)
 
 
 def test_outputs_are_not_overwritten(llava: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_there_and_back_from_anywhere(llava: Path, tmp_path: Path) -> None:
     "flags, message",
     [
         (["--tp", "3"], "--tp 3 does not divide"),
-        (["--pp", "3"], "--pp 3 does not divide"),
+        (["--pp", "99"], "--pp 99: the language model has only"),
         (["--tp", "0"], "'0' is not a positive integer"),
         (["--hf-dir", "nowhere"], "nowhere: no config.json"),
         (["--megatron-dir", "taken"], "--force"),

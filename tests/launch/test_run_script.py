@@ -150,6 +150,11 @@ def test_the_checkpoints_architecture_is_checked_without_torch(workplace) -> Non
         == "error: --tp 4 does not divide the 6 attention heads of the language model; try 1 or 2\n"
     )
     assert start(sys.executable, *BASE, "--tp", "2", "--dry-run", cwd=workplace).returncode == 0
+    result = start(sys.executable, *BASE, "--pp", "3", "--dry-run", cwd=workplace)
+    assert result.returncode == 0
+    stages = [line for line in result.stderr.splitlines() if "pipeline stage" in line]
+    assert stages[0].startswith("note: pipeline stage 0: vision tower, projector, embedding, layer")
+    assert len(stages) == 3 and stages[2].endswith("-31, output layer")
 
 
 def test_only_the_standard_library_is_imported() -> None:

@@ -23,6 +23,13 @@ LAYOUTS = [
     Layout(pp=2),
     Layout(tp=2, pp=2),
 ]
+# Where a family differs is the embedding: tied ones stand on two stages.
+MORE_LAYOUTS = [
+    Layout(pp=2, first=3),
+    Layout(tp=2, pp=2, vpp=2, sequence_parallel=True),
+    Layout(tp=2, sequence_parallel=True, recompute="full"),
+    Layout(pp=2, recompute="selective"),
+]
 
 
 def make_batch(model: ModelConfig, seed: int, images: list[int], length: int) -> dict[str, torch.Tensor]:
@@ -46,6 +53,7 @@ def make_global_batch(model: ModelConfig) -> list[dict[str, torch.Tensor]]:
         make_batch(model, 1, [1, 2], 70),
         make_batch(model, 2, [0, 0], 31),
         make_batch(model, 3, [0, 1], 45),
+        make_batch(model, 4, [1, 0], 52),
     ]
 
 
@@ -103,6 +111,16 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_equals_transformers(reference: Reference, pool: Pool, sizes: Layout) -> None:
+    check(reference, pool, sizes)
+
+
+@pytest.mark.parametrize("sizes", MORE_LAYOUTS, ids=str)
+@pytest.mark.parametrize("reference", ["clip-llama", "clip-qwen2-tied"], indirect=True)
+def test_stages_and_recomputation_equal_transformers(reference: Reference, pool: Pool, sizes: Layout) -> None:
+    check(reference, pool, sizes)
+
+
+def check(reference: Reference, pool: Pool, sizes: Layout) -> None:
     answers = pool.run(sizes.world, logits_and_gradients, reference.checkpoint, reference.batch, sizes)
     for loss, _, _ in answers:
         assert loss == pytest.approx(reference.loss, rel=1e-6)

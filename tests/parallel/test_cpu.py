@@ -83,7 +83,9 @@ def test_choice_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert parallel.choose_device() == ("cuda", "nccl")
     assert parallel.choose_device("cpu") == ("cpu", "gloo")
-    assert parallel.choose_device(backend="gloo") == ("cuda", "gloo")
+    for device in ("cuda", None):
+        with pytest.raises(ValueError, match="--backend gloo runs on CPUs only; add --device cpu or use"):
+            parallel.choose_device(device, "gloo")
 
 
 def test_no_compiler_is_needed() -> None:

@@ -34,7 +34,7 @@ class Trainable:
         ]
 
 
-def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5) -> None:
+def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2) -> None:
     """A Hugging Face LLaVA with weights, tokenizer, template and image processor."""
     make_tokenizer, make_images, chat_template, tower, extra = FOLDERS["llava"]
     tokenizer = make_tokenizer()
@@ -46,7 +46,7 @@ def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5) -> None:
             vocab_size=450,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=tie_word_embeddings,
@@ -80,11 +80,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def trainables(tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]) -> dict[str, Trainable]:
-    """With untied and with tied embeddings."""
+    """With untied and with tied embeddings; the deep one has layers for several, unequal pipeline stages."""
     found = {}
-    for name in ("untied", "tied"):
+    for name, layers in (("untied", 2), ("tied", 2), ("deep", 5)):
         root = tmp_path_factory.mktemp(name)
-        save_llava(root / "hf", tie_word_embeddings=name == "tied")
+        save_llava(root / "hf", tie_word_embeddings=name != "untied", num_layers=layers)
         import_hf(root / "hf", root / "megatron", tp=1, pp=1)
         found[name] = Trainable(root / "megatron", root / "hf", *datasets)
     return found

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
-from tests.workers import Layout, train
+from tests.workers import Layout, arguments_of_build_model, train, train_in_small_buckets
 
 ITERATIONS = 20
 LAYOUTS = [
@@ -34,6 +34,17 @@ EVERYWHERE = list(CASES)[:3]
 # Tied embeddings stand on two stages of a pipeline: there the other cases matter.
 SOMEWHERE = [Layout(pp=2), Layout(pp=2, dp=2, distributed_optimizer=True)]
 MATRIX = [(case, layout) for case in CASES for layout in (LAYOUTS if case in EVERYWHERE else SOMEWHERE)]
+# Several model chunks on a rank, one of them with nothing to train in stage 1; stages of unequal length.
+INTERLEAVED = Layout(pp=2, vpp=2, dp=2, distributed_optimizer=True, recompute="selective")
+CASES |= {
+    "stage 1, deep": ("deep", ["--stage", "1", "--lr", "2e-2", "--global-batch-size", "8"]),
+    "stage 2 with the tower, deep": ("deep", ["--stage", "2", "--train-vision", "--global-batch-size", "8"]),
+}
+MATRIX += [
+    ("stage 1, deep", INTERLEAVED),
+    ("stage 2 with the tower, deep", INTERLEAVED),
+    ("stage 2 with the tower, deep", Layout(pp=4, recompute="full")),
+]
 # fp32: 20 iterations were seen within 3e-7 of one rank. bf16 rounds to 4e-3 in each of its sums.
 TOLERANCE = {"--fp32": 1e-5, "--bf16": 1e-2}
 
@@ -43,13 +54,25 @@ Losses = list[float]
 def layout_flags(layout: Layout) -> list[str]:
     flags = ["--tp", str(layout.tp), "--pp", str(layout.pp)]
     flags += ["--sequence-parallel"] * layout.sequence_parallel
+    flags += ["--vpp", str(layout.vpp)]
+    if layout.first is not None:
+        flags += ["--decoder-first-pipeline-num-layers", str(layout.first)]
+    flags += ["--recompute", layout.recompute]
     return flags + ["--dist-optim"] * layout.distributed_optimizer
 
 
-def run(pool: Pool, layout: Layout, trainable: Trainable, folder: Path, name: str, *flags: str) -> Losses:
+def run(
+    pool: Pool,
+    layout: Layout,
+    trainable: Trainable,
+    folder: Path,
+    name: str,
+    *flags: str,
+    worker: Callable[[list[str]], None] = train,
+) -> Losses:
     """Train and read the losses back."""
     argv = trainable.flags(folder, name, *layout_flags(layout), "--train-iters", str(ITERATIONS), *flags)
-    pool.run(layout.world, train, argv)
+    pool.run(layout.world, worker, argv)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1))
     return [line["loss"] for line in lines]
@@ -94,17 +117,47 @@ def test_layout(
     losses = run(pool, layout, trainables[model], tmp_path, "whole", *saving)
     assert losses == pytest.approx(expected, rel=allowed)
 
-    reloads = [("reloaded", one, layout)]
-    if case == "stage 2 with the tower, tied":  # all that is saved in a way of its own somewhere
-        reloads.append(("back", tmp_path / "whole", Layout()))
-    for name, source, at in reloads:
-        checkpoint = source / "checkpoints" / f"iter_{half:07d}"
-        argv = [*flags, "--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint)]
-        (tmp_path / name).mkdir()
-        kept = (source / "metrics.jsonl").read_text().splitlines(keepends=True)[:half]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(kept))
-        losses = run(pool, at, trainables[model], tmp_path, name, *argv)
-        assert losses == pytest.approx(expected, rel=allowed)
+    assert reloaded(pool, layout, trainables[model], one, tmp_path, *flags) == pytest.approx(
+        expected, rel=allowed
+    )
+    if case.startswith("stage 2 with the tower"):  # all that is saved in a way of its own somewhere
+        at = Layout() if layout.vpp == 1 else Layout(pp=2)
+        back = reloaded(pool, at, trainables[model], tmp_path / "whole", tmp_path / "back", *flags)
+        assert back == pytest.approx(expected, rel=allowed)
+
+
+def reloaded(
+    pool: Pool, layout: Layout, trainable: Trainable, source: Path, folder: Path, *flags: str
+) -> Losses:
+    """Losses of the run in ``source``, whose second half is trained again from its checkpoint."""
+    half = ITERATIONS // 2
+    checkpoint = source / "checkpoints" / f"iter_{half:07d}"
+    (folder / "reloaded").mkdir(parents=True)
+    kept = (source / "metrics.jsonl").read_text().splitlines(keepends=True)[:half]
+    (folder / "reloaded" / "metrics.jsonl").write_text("".join(kept))
+    flags = (*flags, "--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint))
+    return run(pool, layout, trainable, folder, "reloaded", *flags)
+
+
+@pytest.mark.parametrize(
+    "overlap", [["--no-overlap-grad-reduce"], ["--dist-optim", "--overlap-param-gather"]], ids=" ".join
+)
+def test_overlap(
+    pool: Pool,
+    trainables: dict[str, Trainable],
+    reference: Callable[[str], tuple[Losses, Path]],
+    tmp_path: Path,
+    overlap: list[str],
+) -> None:
+    """Other than the default, with each weight gathered on its own as the large ones of a real model are."""
+    flags = [*CASES["stage 2, untied"][1], *overlap]
+    expected, _ = reference("stage 2, untied")
+    saving = [*flags, "--save-optim", "--save-interval", str(ITERATIONS // 2)]
+    trainable, layout = trainables["untied"], Layout(dp=2)
+    losses = run(pool, layout, trainable, tmp_path, "whole", *saving, worker=train_in_small_buckets)
+    assert losses == pytest.approx(expected, rel=TOLERANCE["--fp32"])
+    losses = reloaded(pool, layout, trainable, tmp_path / "whole", tmp_path / "back", *flags)
+    assert losses == pytest.approx(expected, rel=TOLERANCE["--fp32"])
 
 
 def test_bf16(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
@@ -113,24 +166,32 @@ def test_bf16(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> N
     half = ITERATIONS // 2
     saving = ["--save-optim", "--save-interval", str(half)]
     expected = run(pool, Layout(), trainables["untied"], tmp_path, "one", *flags, *saving)
-    checkpoint = tmp_path / "one" / "checkpoints" / f"iter_{half:07d}"
-    kept = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)[:half]
     for layout in (Layout(tp=2), Layout(pp=2), Layout(dp=2, distributed_optimizer=True)):
         losses = run(pool, layout, trainables["untied"], tmp_path, str(layout), *flags, "--no-save")
         assert losses == pytest.approx(expected, rel=TOLERANCE["--bf16"])
-        name = f"{layout}-reloaded"
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(kept))
-        argv = [*flags, "--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint)]
-        losses = run(pool, layout, trainables["untied"], tmp_path, name, *argv)
+        losses = reloaded(
+            pool, layout, trainables["untied"], tmp_path / "one", tmp_path / f"{layout}-", *flags
+        )
         assert losses == pytest.approx(expected, rel=TOLERANCE["--bf16"])
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(dp=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2), Layout(dp=4), Layout(pp=2, vpp=2)], ids=str
+)
 def test_without_images(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, layout: Layout) -> None:
     """Text alone, with a projector and a tower that train: no rank hangs, nothing else changes."""
     more = ["--global-batch-size", "8", "--data-workers", "4"]  # enough for DP 4
-    text = [*more, "--data-path", str(trainables["untied"].text_only), "--train-vision", "--no-save"]
-    expected = run(pool, Layout(), trainables["untied"], tmp_path, "one", *text)
-    losses = run(pool, layout, trainables["untied"], tmp_path, "many", *text)
+    trainable = trainables["untied" if layout.vpp == 1 else "deep"]
+    text = [*more, "--data-path", str(trainable.text_only), "--train-vision", "--no-save"]
+    expected = run(pool, Layout(), trainable, tmp_path, "one", *text)
+    losses = run(pool, layout, trainable, tmp_path, "many", *text)
     assert losses == pytest.approx(expected, rel=TOLERANCE["--fp32"])
+
+
+def test_flags_reach_the_model(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Losses don't show whether these are heard."""
+    flags = ["--pp", "2", "--decoder-first-pipeline-num-layers", "1", "--recompute", "full"]
+    argv = trainables["deep"].flags(tmp_path, "run", *flags, "--recompute-num-layers", "3")
+    for found in pool.run(2, arguments_of_build_model, argv):
+        assert found["layers_per_stage"] == (1, 4)
+        assert (found["recompute"], found["recompute_num_layers"]) == ("full", 3)

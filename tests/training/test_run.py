@@ -181,6 +181,17 @@ def test_a_pattern_that_matches_nothing(pool: Pool, trainables: dict[str, Traina
     pool.run(2, train, [*flags, "--train-modules", "language_model.decoder.layers.1.mlp.linear_fc1.weight"])
 
 
+def test_overlap_with_a_parameter_without_gradient(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """megatron-core gives the bias of a frozen weight none, and no bucket without it would be reduced."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "2", "--no-save")
+    biases = [*flags, "--train-modules", "projector|vision_model.*linear_qkv.bias"]
+    message = failure(pool, 2, biases)
+    assert "gets no gradient" in message and message.endswith("add --no-overlap-grad-reduce")
+    assert "no gradient has reached" in failure(pool, 2, [*biases, "--no-overlap-grad-reduce"])
+
+
 def hold_lock(folder: Path) -> None:
     from megatron_vlm.training import run_folder
 

@@ -1,0 +1,65 @@
+"""Recomputed activations: less is kept, and every gradient is as without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_vlm import parallel
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.vlm import build_model, find_image_positions
+from tests.distributed import Pool
+from tests.tiny import tiny_config
+
+Result = tuple[dict[str, torch.Tensor], int]
+
+
+def forward_and_backward(model: ModelConfig, recompute: str, only_layers: bool) -> Result:
+    """Gradients of one pass, and the bytes that the forward pass kept for the backward pass.
+
+    Args:
+        only_layers: train the language model's layers alone, so that nothing before them needs a gradient.
+    """
+    layout = parallel.initialize()
+    (chunk,) = build_model(model, layout, recompute=recompute, recompute_num_layers=None)
+    torch.manual_seed(1)
+    for name, parameter in chunk.named_parameters():
+        parameter.data.normal_(0.0, 0.15)
+        parameter.requires_grad = name.startswith("language_model.decoder.") or not only_layers
+    length = 64
+    ids = torch.randint(3, 190, (2, length))
+    ids[0, 2 : 2 + model.image_tokens] = model.image_token_id
+    pixels = torch.randn(1, 3, model.vision.image_size, model.vision.image_size)
+    labels = torch.randint(3, 190, ids.shape)
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = chunk(
+            ids,
+            pixels,
+            find_image_positions(ids, 1, model),
+            labels=labels,
+            loss_mask=torch.ones_like(ids).bool(),
+        )
+    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    loss.backward()
+    gradients = {name: p.grad for name, p in chunk.named_parameters() if p.requires_grad}
+    return gradients, sum(size for at, size in storages.items() if at not in weights)
+
+
+@pytest.mark.parametrize("only_layers", [False, True], ids=["all trained", "only layers trained"])
+def test_gradients_are_those_without(pool: Pool, only_layers: bool) -> None:
+    model = ModelConfig.from_hf(tiny_config().to_dict())
+
+    def result(recompute: str) -> Result:
+        return pool.run(1, forward_and_backward, model, recompute, only_layers)[0]
+
+    expected, everything = result("none")
+    selective, some = result("selective")
+    full, inputs = result("full")
+    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+    for gradients in (selective, full):
+        # The same operations on the same numbers.
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    assert inputs < 0.5 * some and some < 0.7 * everything, (inputs, some, everything)
