@@ -172,6 +172,16 @@ def test_dropout(
     assert on == one
 
 
+def test_recomputation(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """It drops the same elements again, and reaches adapters in front of which nothing is trained."""
+    flags = ["--lora-rank", "4", "--lora-dropout", "0.5", "--train-modules", "lora", "--no-save"]
+    once, twice = (
+        run(pool, Layout(tp=2, sequence_parallel=True), trainables["untied"], tmp_path, name, *flags, *more)
+        for name, more in (("once", []), ("twice", ["--recompute", "full"]))
+    )
+    assert twice == once  # the same operations on the same numbers
+
+
 def test_adapters_of_another_kind(
     trainables: dict[str, Trainable], whole: tuple[list[float], Path], tmp_path: Path
 ) -> None:
