@@ -295,8 +295,7 @@ class TrainingSection:
     debug: bool = flag(
         DEBUG,
         False,
-        "one rank, one sample, a debugger",
-        not_yet="use --tp 1 --pp 1 --micro-batch-size 1 --global-batch-size 1 -g 1",
+        "show each iteration's first sample, shapes and gradient norms, and where a NaN arises",
     )
 
     def __post_init__(self) -> None:

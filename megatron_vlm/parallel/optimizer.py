@@ -28,7 +28,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate, ParamWithNamePredicate
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import Float16Module, MegatronModule, param_is_not_shared
 
 from megatron_vlm.parallel.adam import use_in_megatron_core
 
@@ -62,6 +63,14 @@ def wrap_model(
         DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if config.bf16 else chunk)
         for chunk in chunks
     ]
+
+
+def _own_part(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> slice:
+    """The elements of a parameter that this data parallel rank updates; of the others it has no gradient."""
+    if parameter not in optimizer.model_param_gbuf_map:
+        return slice(0)
+    part = optimizer._get_model_param_range_map(parameter)["param"]
+    return slice(part.start, part.end)
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:
@@ -106,6 +115,7 @@ class Optimizer:
             overlap_param_gather=models[0].ddp_config.overlap_param_gather,
         )
         self.models = models
+        self._replicas = models[0].dp_cp_group.size()  # ranks over which gradients are reduced
         self.chained = get_megatron_optimizer(
             self.config, models, _overrides(entries), use_gloo_process_groups=False
         )
@@ -129,6 +139,32 @@ class Optimizer:
         """Global L2 norm of the reduced gradients, before clipping; a collective call."""
         self.chained.prepare_grads()
         return float(self.chained.get_grad_norm())
+
+    def squared_gradients(self, groups: Sequence[Sequence[torch.nn.Parameter]]) -> torch.Tensor:
+        """This rank's share of the squared L2 norm of each group's gradients; all ranks' shares add up to it.
+
+        To be called between :meth:`gradient_norm` and :meth:`step`.
+
+        Args:
+            groups: trained parameters of this rank.
+
+        Returns:
+            float32 ``[groups]``.
+        """
+        squares = torch.zeros(len(groups), device=torch.cuda.current_device())
+        for number, parameters in enumerate(groups):
+            for parameter in parameters:
+                if not param_is_not_shared(parameter) or not param_is_not_tensor_parallel_duplicate(
+                    parameter
+                ):
+                    continue  # counted on another rank
+                gradient = parameter.main_grad.flatten()  # type: ignore[attr-defined]
+                if isinstance(self.optimizer, DistributedOptimizer):
+                    part = _own_part(self.optimizer, parameter)
+                    squares[number] += gradient[part].square().sum()
+                else:
+                    squares[number] += gradient.square().sum() / self._replicas
+        return squares
 
     def step(self, rates: Sequence[float], gradient_norm: float) -> None:
         """Clip and update; a collective call.

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     from megatron_vlm import parallel
     from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
     from megatron_vlm.training import trainer
+    from megatron_vlm.training.debugging import post_mortem
 
     code = 1
     try:
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
             ),
             config.parallel.vpp,
         )
-        trainer.run(config, layout)
+        with post_mortem(config.training.debug):
+            trainer.run(config, layout)
         code = 0
     except ValueError as error:
         code = _user_error(error, parallel.first_to_arrive("error"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,8 +121,12 @@ def train_step(
     layout: Layout,
     micro_batch_size: int,
     rates: Sequence[float],
+    inspect: Callable[[], None] | None = None,
 ) -> StepResult:
     """One update, with each entry's learning rate; a collective call.
+
+    Args:
+        inspect: called when the gradients are there and the weights still as before.
 
     Raises:
         NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
@@ -130,6 +134,8 @@ def train_step(
     optimizer.zero_grad()
     loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size)
     norm = optimizer.gradient_norm()
+    if inspect is not None:
+        inspect()
     if not math.isfinite(norm):
         raise NonFiniteError("gradient norm", [], StepResult(loss, trained, norm, updated=False))
     optimizer.step(rates, norm)

@@ -26,6 +26,7 @@ from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.debugging import Debugger
 from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
@@ -101,7 +102,7 @@ class Trainer:
         self.sinks.open(self.run, self.config.logging, name, config, self.state.iteration)
 
     def _build_data(self, start: Start) -> None:
-        processing = build_processing(self.config, self.model_config, str(self.hf_source))
+        self.processing = processing = build_processing(self.config, self.model_config, str(self.hf_source))
         self.loader: TrainLoader | None = None
         if self.layout.loads_data:
             self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
@@ -161,6 +162,9 @@ class Trainer:
         peaks = [schedule.lr for schedule in self.schedules]
         self.say(table(self.regime, peaks, config.optimizer.weight_decay))
         self.gradient_check = GradientCheck(self.regime, layout, self.say)
+        self.debugger: Debugger | None = None
+        if config.training.debug:
+            self.debugger = Debugger(self.regime, self.optimizer, self.processing, self.say)
 
     def _find_base(self, start: Start) -> dict[str, str] | None:
         """What this run's checkpoints lie over; None if they hold all weights."""
@@ -230,6 +234,8 @@ class Trainer:
         return self.state.iteration % interval == 0 or self.state.iteration == self.total_iterations
 
     def _step(self, global_batch: GlobalBatch) -> StepResult:
+        if self.debugger is not None:
+            self.debugger.show_batch(self.state.iteration + 1, global_batch)
         try:
             return train_step(
                 self.models,
@@ -238,6 +244,7 @@ class Trainer:
                 self.layout,
                 self.config.training.micro_batch_size,
                 [schedule.at(self.state.iteration + 1) for schedule in self.schedules],
+                self.debugger.show_gradients if self.debugger is not None else None,
             )
         except NonFiniteError as error:
             return self.guard.not_finite(error, global_batch)

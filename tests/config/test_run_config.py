@@ -225,7 +225,6 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--gpu-ids", "0,0"], ["--gpu-ids", "twice"]),
         (["--master-port", "70000"], ["--master-port 70000", "65535"]),
         (["--fp8"], ["--fp8", "not available yet", "--bf16"]),
-        (["--debug"], ["--debug", "not available yet"]),
         (["--skip-train-iteration-range", "100-110", "300-400"], ["not available yet"]),
     ],
 )

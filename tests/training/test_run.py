@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -246,8 +247,16 @@ def test_random_weights_are_made_once_and_alike_at_every_layout(
 
 
 def test_a_run_with_the_debug_flags(trainables: dict[str, Trainable], tmp_path: Path) -> None:
-    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "2", "--num-workers", "2")
-    flags += ["--deterministic", "--transformer-impl", "local", "--tp", "2"]
+    flags = trainables["tied"].flags(tmp_path, "run", "--train-iters", "2", "--num-workers", "2", "--debug")
+    flags += ["-g", "4", "--tp", "2", "--dist-optim", "--deterministic", "--transformer-impl", "local"]
     ended = script("train/run.py", *flags)
     assert ended.returncode == 0, ended.stderr
-    assert len(metrics(tmp_path / "run")) == 2
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("debug: ")]
+    assert lines[0] == "debug: iteration 1"
+    assert re.search(r"^debug:   first sample: .*trained\):.*⟦.*⟧", ended.stdout, re.MULTILINE | re.DOTALL)
+    assert re.search(r"microbatch 0: input_ids \[2, \d+\], \d+ trained tokens, pixel_values \[", lines[2])
+    norms = [list(map(float, re.findall(r" (\S+)(?:,|$)", line))) for line in lines if "norms" in line]
+    assert len(norms) == 2 and all(len(of_modules) == 3 and of_modules[0] == 0.0 for of_modules in norms)
+    for of_modules, line in zip(norms, metrics(tmp_path / "run"), strict=True):
+        # megatron-core's own norm, of all parameters at once; the console shows six digits.
+        assert sum(norm**2 for norm in of_modules) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)

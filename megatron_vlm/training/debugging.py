@@ -1,0 +1,77 @@
+"""What ``--debug`` adds: a look at every batch and at the gradients of every module."""
+
+from __future__ import annotations
+
+import contextlib
+import pdb
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, describe
+from megatron_vlm.data.processing import Processing
+from megatron_vlm.parallel.optimizer import Optimizer
+from megatron_vlm.training.batch import GlobalBatch
+from megatron_vlm.training.regimes import MODULES, Regime
+
+
+class Debugger:
+    """Prints what goes into a step and what comes out, and lets autograd name the operation behind a NaN.
+
+    Args:
+        say: prints, on one rank.
+    """
+
+    def __init__(
+        self, regime: Regime, optimizer: Optimizer, processing: Processing, say: Callable[[str], None]
+    ) -> None:
+        torch.autograd.set_detect_anomaly(True)
+        self.optimizer = optimizer
+        self.processing = processing
+        self.say = say
+        self.modules = {
+            module: [p for name, p in regime.own if name.startswith(prefix) and name in regime.trained]
+            for module, prefix in MODULES.items()
+        }
+
+    def show_batch(self, iteration: int, global_batch: GlobalBatch) -> None:
+        """The first sample as the model sees it, and the shapes of this rank's microbatches."""
+        self.say(f"debug: iteration {iteration}")
+        for number, batch in enumerate(global_batch.microbatches):
+            if number == 0 and global_batch.keys:
+                first = Microbatch(
+                    input_ids=batch.input_ids.cpu(),
+                    labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
+                    lengths=torch.empty(0),
+                    pixels=torch.empty(0),
+                    keys=global_batch.keys[0],
+                )
+                shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)
+                self.say(f"debug:   first sample: {shown}")
+            images = [] if batch.pixel_values is None else list(batch.pixel_values.shape)
+            self.say(
+                f"debug:   microbatch {number}: input_ids {list(batch.input_ids.shape)}, "
+                f"{int(batch.loss_mask.sum())} trained tokens, pixel_values {images}"
+            )
+
+    def show_gradients(self) -> None:
+        """The norm of each module's gradient before clipping; a collective call before the update."""
+        squares = self.optimizer.squared_gradients(list(self.modules.values()))
+        dist.all_reduce(squares)
+        norms = zip(self.modules, squares.sqrt().tolist(), strict=True)
+        self.say("debug:   gradient norms: " + ", ".join(f"{module} {norm:.6g}" for module, norm in norms))
+
+
+@contextlib.contextmanager
+def post_mortem(wanted: bool) -> Iterator[None]:
+    """Open Python's debugger where an error arose, if this is the only rank and has a terminal."""
+    try:
+        yield
+    except Exception as error:
+        if wanted and dist.get_world_size() == 1 and sys.stdin.isatty():
+            traceback.print_exc()
+            pdb.post_mortem(error.__traceback__)
+        raise
