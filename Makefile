@@ -1,6 +1,7 @@
 # make demo        the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
 # make test        the test suite (ARGS= goes to pytest)
 # make kill-test   its test that kills a run at random moments, with KILLS=20 kills instead of 3
+# make bench       this trainer beside transformers' Trainer, and what the loss saves; writes benchmarks/results/
 # make check       lint, format, types, import contract
 # make setup       .venv with pinned versions; the others call it, and it does nothing when it is up to date
 # make clean       remove what these made
@@ -24,7 +25,7 @@ TP ?= 2
 PP ?= 1
 KILLS ?= 20
 
-.PHONY: help setup demo test kill-test check clean
+.PHONY: help setup demo test kill-test bench check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +48,10 @@ test: setup
 
 kill-test: setup
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/training/test_kill.py $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.loss_memory
+	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 check: setup
 	$(BIN)/ruff check

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-# Tokens whose logits exist at once. Fewer save memory; each chunk reads and writes the whole weight
-# gradient once, which at some 100 tokens begins to cost more than the multiplication itself.
-CHUNK = 512
+# Tokens whose logits exist at once. Each chunk reads and writes the whole weight gradient once, so it has
+# to hold enough of them to keep the multiplications busy; a GPU needs more than a CPU core.
+CHUNK = {"cpu": 256, "cuda": 1024}
 
 
 def linear_cross_entropy(
@@ -30,7 +30,7 @@ def linear_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup,
     sequence_parallel: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Summed cross entropy of the trained tokens; a collective call over the tensor parallel ranks.
 
@@ -46,7 +46,7 @@ def linear_cross_entropy(
         vocab_size: columns of the softmax; padding beyond takes no part in it.
         group: the tensor parallel ranks.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once; None for what suits the device.
 
     Returns:
         fp32 scalar, the same on every rank of the group.
@@ -58,6 +58,7 @@ def linear_cross_entropy(
     if not sequence_parallel:  # there, the gather's backward sums the ranks' gradients already
         rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=group)
     targets = labels.t().flatten()[trained]
+    chunk = chunk or CHUNK[rows.device.type]
     return _LinearCrossEntropy.apply(rows, weight, targets, vocab_size, group, chunk, torch.is_grad_enabled())
 
 

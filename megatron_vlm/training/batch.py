@@ -117,22 +117,25 @@ class BatchReader:
         dist.broadcast(sizes, src, group=group)
         shapes = sizes.tolist()
 
-        text = torch.empty(sum(2 * b * s for b, s, _ in shapes), dtype=torch.int64, device=device)
-        if read:
-            text.copy_(torch.cat([t.flatten() for m in read for t in (m.input_ids, m.labels)]))
+        own_text = torch.cat([t.flatten() for m in read for t in (m.input_ids, m.labels)]) if read else None
+        if own_text is not None:
+            text = _to_device(own_text, device)
+        else:
+            text = torch.empty(sum(2 * b * s for b, s, _ in shapes), dtype=torch.int64, device=device)
         dist.broadcast(text, src, group=group)
+        text = text.cpu() if own_text is None else own_text
 
         pixels = None
         num_images = sum(images for _, _, images in shapes)
         if self.layout.is_first_stage and num_images:
-            vision = self.model.vision
-            shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
-            pixels = torch.empty(shape, dtype=torch.uint8, device=device)
             if read:
-                pixels.copy_(torch.cat([m.pixels for m in read]))
+                pixels = _to_device(torch.cat([m.pixels for m in read]), device)
+            else:
+                vision = self.model.vision
+                shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
+                pixels = torch.empty(shape, dtype=torch.uint8, device=device)
             dist.broadcast(pixels, src, group=self.layout.tp_group)
 
-        text = text.cpu()
         shared, at, image_at = [], 0, 0
         for b, s, images in shapes:
             ids, labels = text[at : at + 2 * b * s].view(2, b, s)
@@ -149,14 +152,21 @@ class BatchReader:
         device = self.layout.device
         pixel_values = None
         if part.pixels is not None and part.num_images:
-            pixel_values = normalize(part.pixels.to(device, non_blocking=True), self.images, self.dtype)
+            pixel_values = normalize(_to_device(part.pixels, device), self.images, self.dtype)
         return Batch(
-            input_ids=ids.to(device, non_blocking=True),
-            labels=labels.clamp(min=0).to(device, non_blocking=True),
-            loss_mask=labels.ne(IGNORE_INDEX).to(device, non_blocking=True),
+            input_ids=_to_device(ids, device),
+            labels=_to_device(labels.clamp(min=0), device),
+            loss_mask=_to_device(labels.ne(IGNORE_INDEX), device),
             pixel_values=pixel_values,
-            image_positions=None if pixel_values is None else positions.to(device, non_blocking=True),
+            image_positions=None if pixel_values is None else _to_device(positions, device),
         )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for it: to a GPU that is possible from page-locked memory only."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
