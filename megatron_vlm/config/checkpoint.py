@@ -15,13 +15,15 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Collection, Dict, Iterator, List, Optional, Union
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 RELEASE = "release"
 CHECKPOINTS = "checkpoints"  # the root's name inside a run folder
 RUN_CONFIG = "run_config.json"  # what the run that wrote a checkpoint was told
+BEST = "best"  # name of the root that holds the checkpoint with the lowest validation loss
+BEST_LOSS = "best.json"  # in it: the iteration and the loss
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
 BASE = "base"  # of a manifest: {"path", "fingerprint"} of what a checkpoint of trained weights only lies over
@@ -46,6 +48,47 @@ def list_checkpoints(root: PathLike) -> List[Path]:
         if (match or folder.name == RELEASE) and (folder / MANIFEST).is_file():
             found.append((int(match.group(1)) if match else -1, folder))
     return [folder for _, folder in sorted(found)]
+
+
+def latest_resumable(root: PathLike) -> Optional[Path]:
+    """The newest checkpoint that holds optimizer state; None if there is none."""
+    for folder in reversed(list_checkpoints(root)):
+        if read_manifest(folder)["has_optimizer"]:
+            return folder
+    return None
+
+
+def keep_last(root: PathLike, count: int, also: Collection[PathLike] = ()) -> List[Path]:
+    """Delete all checkpoints of ``root`` but the newest ``count``.
+
+    Kept besides: the one that the tracker names, the newest that a run can resume from, ``release``, and
+    those in ``also``. Each is renamed before it is removed, so that a kill leaves no half checkpoint.
+
+    Returns:
+        The folders that are gone.
+    """
+    root = Path(root)
+    for trash in root.glob(".iter_*.deleted"):  # a kill came in between
+        shutil.rmtree(trash, ignore_errors=True)
+    iterations = [folder for folder in list_checkpoints(root) if folder.name != RELEASE]
+    kept = {folder.resolve() for folder in map(Path, also)}
+    kept.update(folder.resolve() for folder in iterations[-count:])
+    kept.add((root / checkpoint_name(_read_tracker(root))).resolve())
+    resumable = latest_resumable(root)
+    if resumable is not None:
+        kept.add(resumable.resolve())
+    deleted = [folder for folder in iterations if folder.resolve() not in kept]
+    for folder in deleted:
+        trash = folder.with_name(f".{folder.name}.deleted")
+        os.rename(folder, trash)
+        _fsync(root)
+        shutil.rmtree(trash, ignore_errors=True)
+    return deleted
+
+
+def write_best(root: PathLike, iteration: int, loss: float) -> None:
+    """Say which checkpoint ``root`` holds as the best one, atomically."""
+    _write_atomically(Path(root) / BEST_LOSS, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def resolve_checkpoint(path: PathLike) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from megatron_vlm.config.flags import REQUIRED, flag, flag_name
 from megatron_vlm.config.lora import LORA
@@ -283,8 +283,25 @@ class TrainingSection:
     skip_train_iteration_range: Tuple[str, ...] = flag(
         SAVE_LOAD,
         (),
-        "iterations to leave out, e.g. 100-110 300-400",
-        not_yet="take the samples out of the dataset instead",
+        "iterations to leave out, first and last: 100-110 300-400; their batches are read and not trained on",
+    )
+    eval_interval: Optional[int] = flag(
+        TRAINING,
+        None,
+        "iterations between evaluations on the dataset's val split; there is one more at the end",
+        shown_default="no evaluation",
+    )
+    eval_iters: int = flag(
+        TRAINING, 0, "global batches of val samples in an evaluation, the first ones; 0 is all of them"
+    )
+    early_stopping_patience: Optional[int] = flag(
+        TRAINING,
+        None,
+        "stop after this many evaluations in a row without an improvement",
+        shown_default="never",
+    )
+    early_stopping_min_delta: float = flag(
+        TRAINING, 0.0, "how far below the last improvement's loss is an improvement"
     )
     fp8: bool = flag(OTHER, False, "compute in FP8", not_yet="use --bf16")
     deterministic: bool = flag(
@@ -300,7 +317,12 @@ class TrainingSection:
 
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
-        _not_negative(self, "seed")
+        _positive(self, "eval_interval", "early_stopping_patience")
+        _not_negative(self, "seed", "eval_iters", "early_stopping_min_delta")
+        _needs(self, "eval_iters", "eval_interval")
+        _needs(self, "early_stopping_patience", "eval_interval")
+        _needs(self, "early_stopping_min_delta", "early_stopping_patience")
+        _ = self.skipped_ranges
         if self.train_iters is not None and self.train_samples is not None:
             raise ValueError("--train-iters and --train-samples both say how long to train; give one")
         if self.global_batch_size % self.micro_batch_size:
@@ -321,6 +343,20 @@ class TrainingSection:
         if self.train_samples is not None:
             return self.train_samples // self.global_batch_size
         return self.train_iters
+
+    @property
+    def skipped_ranges(self) -> Tuple[Tuple[int, int], ...]:
+        """First and last iteration of each range to leave out; in order, disjoint."""
+        merged: List[Tuple[int, int]] = []
+        for first, last in sorted(map(_iteration_range, self.skip_train_iteration_range)):
+            if merged and first <= merged[-1][1] + 1:
+                first, last = merged[-1][0], max(last, merged.pop()[1])
+            merged.append((first, last))
+        return tuple(merged)
+
+    def skips(self, iteration: int) -> bool:
+        """Whether the flags leave this iteration out (1 is the first)."""
+        return any(first <= iteration <= last for first, last in self.skipped_ranges)
 
 
 @dataclass(frozen=True)
@@ -387,10 +423,18 @@ class CheckpointSection:
         SAVE_LOAD, False, "take the optimizer state from --megatron-load-dir too, when a run starts there"
     )
     save_interval: int = flag(SAVE_LOAD, 2000, "iterations between checkpoints; the last one is always saved")
+    keep_checkpoints: Optional[int] = flag(
+        SAVE_LOAD,
+        None,
+        "delete all but this many of the newest checkpoints after each save; the best one is kept besides",
+        shown_default="all are kept",
+    )
     restart: bool = flag(SAVE_LOAD, False, "start over in a run folder that holds an earlier run")
 
     def __post_init__(self) -> None:
-        _positive(self, "save_interval")
+        _positive(self, "save_interval", "keep_checkpoints")
+        if self.keep_checkpoints is not None and not self.save:
+            raise ValueError("--keep-checkpoints has nothing to keep with --no-save; drop one of them")
         for name in ("save_optim", "save_trained_only"):
             if getattr(self, name) and not self.save:
                 raise ValueError(f"{flag_name(name)} saves nothing with --no-save; drop one of them")
@@ -547,6 +591,22 @@ def _not_negative(section: Any, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and value < 0:
             raise ValueError(f"{flag_name(name)} {value}: must be 0 or more")
+
+
+def _needs(section: Any, name: str, other: str) -> None:
+    if getattr(section, name) and getattr(section, other) is None:
+        raise ValueError(f"{flag_name(name)} does nothing without {flag_name(other)}; give both or neither")
+
+
+def _iteration_range(text: str) -> Tuple[int, int]:
+    match = re.fullmatch(r"(\d+)-(\d+)", text, re.ASCII)
+    first, last = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"--skip-train-iteration-range {text}: not a range of iterations; write the first, from 1 on, "
+            "and the last, such as 100-110"
+        )
+    return first, last
 
 
 def _between(section: Any, name: str, low: float, high: float) -> None:

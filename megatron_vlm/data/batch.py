@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
@@ -76,6 +77,27 @@ def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[
         lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
         pixels=torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8),
         keys=[sample.key for sample in samples],
+    )
+
+
+def fill_up(
+    microbatch: Microbatch | None, rows: int, pad_token_id: int, image_shape: Sequence[int] = ()
+) -> Microbatch:
+    """A microbatch with rows of padding, which carry no loss, up to ``rows`` rows.
+
+    Args:
+        microbatch: None for nothing but one token of padding per row.
+        image_shape: ``(c, H, W)``, needed for None.
+    """
+    if microbatch is None:
+        blank = Sample(key="", input_ids=[pad_token_id], labels=[IGNORE_INDEX], pixels=[])
+        return replace(collate([blank] * rows, pad_token_id, image_shape), keys=[])
+    missing = rows - len(microbatch.input_ids)
+    return replace(
+        microbatch,
+        input_ids=F.pad(microbatch.input_ids, (0, 0, 0, missing), value=pad_token_id),
+        labels=F.pad(microbatch.labels, (0, 0, 0, missing), value=IGNORE_INDEX),
+        lengths=F.pad(microbatch.lengths, (0, missing)),
     )
 
 

@@ -82,7 +82,8 @@ class PreparedDataset:
         if not names:
             raise ValueError(
                 f"--data-path {path}: its {split} split is empty ({len(counts)} shards; energon splits by "
-                f"whole shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
+                "whole shards); write more shards, or prepare again: "
+                + prepare_command(path, "1,0,0" if split == "train" else "9,1,0")
             )
         shards = tuple(_checked_shard(path, name, counts) for name in names)
         uuid_file = os.path.join(meta, "index.uuid")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
 import torch
 from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig
 from megatron.energon.errors import FatalSampleError, reraise_exception
+from megatron.energon.flavors.webdataset.structs import DatasetSubset
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
 
 from megatron_vlm.data.batch import Microbatch
@@ -243,47 +244,80 @@ def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, 
     )
 
 
-def validation_batches(
-    dataset: PreparedDataset,
-    processing: Processing,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    micro_batch_size: int,
-    limit: int | None = None,
-    timeout: float = TIMEOUT_SECONDS,
-) -> Iterator[Microbatch]:
-    """One pass over this rank's share of a split, in order; ends its worker when it is exhausted or closed.
+class ValidationLoader:
+    """Passes over the first samples of a split, each time the same, for one data-parallel rank.
 
-    Ranks may differ in their number of microbatches: agree on it before a collective, or give ``limit``.
+    The ranks' shares are disjoint and make up the whole; they differ by one sample at most. A share is read
+    by one worker of its own, which draws nothing from this process's random generators.
 
     Args:
         dataset: usually ``PreparedDataset.open(path, "val")``.
-        limit: most microbatches per rank.
+        processing: encodes samples.
+        dp_rank, dp_size: this rank among the data-parallel ranks.
+        micro_batch_size: samples per microbatch; the last one of a pass may have fewer.
+        max_samples: samples of the split that are used, over all ranks; None for all.
+        timeout: seconds to wait for a microbatch.
     """
-    worker_config = WorkerConfig(
-        rank=dp_rank, world_size=dp_size, num_workers=1, global_error_handler=reraise_exception
-    )
-    encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate=1.0)
-    loader = _Loader(
-        encoder.build_val_datasets(
-            datasets=[dataset.load(worker_config)],
-            worker_config=worker_config,
-            batch_size=micro_batch_size,
-            limit=limit,
-        ),
-        dataset.path,
-        timeout,
-    )
-    try:
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        processing: Processing,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch_size: int,
+        max_samples: int | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self.num_samples = min(dataset.num_samples, max_samples or dataset.num_samples)
+        self.max_microbatches = -(-self.num_samples // (dp_size * micro_batch_size))
+        """Of any rank, in one pass; samples that can't be used make them fewer."""
+        worker_config = WorkerConfig(
+            rank=dp_rank, world_size=dp_size, num_workers=1, global_error_handler=reraise_exception
+        )
+        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate=1.0)
+        subset = DatasetSubset(absolute_range=(0, self.num_samples))
+        self._loader = _Loader(
+            encoder.build_val_datasets(
+                datasets=[dataset.load(worker_config, subset=subset)],
+                worker_config=worker_config,
+                batch_size=micro_batch_size,
+            ),
+            dataset.path,
+            timeout,
+        )
+        self._peeked: Microbatch | None = None
+
+    def start(self) -> None:
+        """Fork the worker and begin the first pass. Comes before this process uses CUDA.
+
+        Raises:
+            as :meth:`__iter__`.
+        """
+        with contextlib.suppress(StopIteration):
+            self._peeked = self._loader.take()
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """One pass, in the split's order. The one before must have been read to its end.
+
+        Raises:
+            ValueError: the data can't be read; one line that says why.
+            RuntimeError: the worker died, or gave nothing for ``timeout`` seconds.
+        """
+        peeked, self._peeked = self._peeked, None
+        if peeked is not None:
+            yield peeked
         while True:
             try:
-                microbatch = loader.take()
+                microbatch = self._loader.take()
             except StopIteration:
                 return
             yield microbatch
-    finally:
-        loader.close()
+
+    def close(self) -> None:
+        """End the worker. Safe to call twice."""
+        self._loader.close()
 
 
 class _Loader(SavableDataLoader):
@@ -306,6 +340,7 @@ class _Loader(SavableDataLoader):
         self.started = False
         self._path = path
         self.pin_memory = torch.cuda.is_available()
+        self.generator = torch.Generator()  # else torch draws a seed from the global one
         self.worker_init_fn = functools.partial(_init_worker, os.getpid(), self.worker_init_fn)
 
     def take(self) -> Microbatch:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from typing import Optional
 
-from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
+from megatron_vlm.config.checkpoint import CHECKPOINTS, checkpoint_layers, latest_resumable, read_manifest
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -46,23 +47,29 @@ def check_paths(config: RunConfig) -> None:
         check_image(config.launch.sif_path)
     if config.data.data_path is not None:
         check_dataset(config.data.data_path)
+        if config.training.eval_interval is not None:
+            check_held_out(config.data.data_path)
     folder = config.model.tokenizer_load_dir
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"--tokenizer-load-dir {folder}: no such folder; give a Hugging Face model folder")
 
 
 def read_model(config: RunConfig) -> Optional[ModelConfig]:
-    """The architecture of the checkpoint that training starts from, or of the one that it makes.
+    """The architecture of the checkpoint that training starts from or goes on from, or of the one it makes.
 
     Raises:
         ValueError: the checkpoint is not there or not readable.
     """
-    if config.model.init:
+    own, where = None, config.checkpoint
+    if where.save_dir and where.name and not where.restart:
+        own = latest_resumable(os.path.join(where.run_dir, CHECKPOINTS))
+    if own is None and config.model.init:
         return ModelConfig.from_hf_dir(str(config.model.tokenizer_load_dir))
-    if config.model.megatron_load_dir is not None:
-        checkpoint_layers(config.model.megatron_load_dir, config.model.base)
-        return ModelConfig.from_dict(read_manifest(config.model.megatron_load_dir)["model"])
-    return None
+    source = own or config.model.megatron_load_dir
+    if source is None:
+        return None
+    checkpoint_layers(source, config.model.base)
+    return ModelConfig.from_dict(read_manifest(source)["model"])
 
 
 def check_dataset(path: str) -> None:
@@ -93,6 +100,24 @@ def check_dataset(path: str) -> None:
         raise ValueError(
             f"--data-path {path}: shard {missing[0]} is gone since it was prepared; "
             f"bring it back, or run: {prepare_command(path)}"
+        )
+
+
+def check_held_out(path: str) -> None:
+    """Check that a prepared dataset has samples for evaluations, as far as its split tells without YAML.
+
+    Raises:
+        ValueError: its ``val`` split is empty.
+    """
+    try:
+        with open(os.path.join(path, ".nv-meta", "split.yaml"), encoding="utf-8") as file:
+            split = file.read()
+    except OSError:
+        return  # a JSON file, or none: told when training opens the data
+    if re.search(r"^\s+val:\s*\[\s*\]\s*$", split, re.MULTILINE):
+        raise ValueError(
+            f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
+            f"leave it out, or write more shards and prepare again: {prepare_command(path)}"
         )
 
 

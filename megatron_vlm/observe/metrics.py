@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 METRICS = "metrics.jsonl"
-SUPERSEDED = "metrics.superseded.jsonl"
+VALIDATION = "validation.jsonl"  # one object per evaluation
 
 
 @dataclass(frozen=True)
@@ -59,46 +59,58 @@ class IterationMetrics:
         )
 
 
+def superseded(name: str) -> str:
+    """``metrics.jsonl`` -> ``metrics.superseded.jsonl``."""
+    return name.replace(".jsonl", ".superseded.jsonl")
+
+
+LOGS = tuple(log for name in (METRICS, VALIDATION) for log in (name, superseded(name)))
+
+
 class MetricsLog:
-    """Appends to a run's ``metrics.jsonl``.
+    """Appends to a run's ``metrics.jsonl`` or ``validation.jsonl``; the first line makes the file.
 
     Args:
         run_folder: where the file lies.
         last_iteration: the run goes on after this one. Lines beyond it, written by a process that was
             killed before its next checkpoint, are moved to ``metrics.superseded.jsonl``.
+        name: of the file.
     """
 
-    def __init__(self, run_folder: Path, last_iteration: int) -> None:
-        self.path = run_folder / METRICS
+    def __init__(self, run_folder: Path, last_iteration: int, name: str = METRICS) -> None:
+        self.path = run_folder / name
         if self.path.exists():
             self._move_aside(last_iteration)
-        self.file: IO[str] = open(self.path, "a", encoding="utf-8")
+        self.file: IO[str] | None = None
 
     def _move_aside(self, last_iteration: int) -> None:
         kept: list[str] = []
-        superseded: list[str] = []
+        moved: list[str] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 keep = json.loads(line)["iteration"] <= last_iteration
             except (ValueError, KeyError, TypeError):  # a line that a kill cut off
                 keep = False
-            (kept if keep else superseded).append(line)
-        if not superseded:
+            (kept if keep else moved).append(line)
+        if not moved:
             return
-        with open(self.path.with_name(SUPERSEDED), "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in superseded)
-        temporary = self.path.with_name(f".{METRICS}.incomplete")
+        with open(self.path.with_name(superseded(self.path.name)), "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in moved)
+        temporary = self.path.with_name(f".{self.path.name}.incomplete")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Append one line; it survives a kill of this process at once."""
+        if self.file is None:
+            self.file = open(self.path, "a", encoding="utf-8")
         self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _number(value: float | None, form: str) -> str:

@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megatron_vlm.config.sections import LoggingSection
-from megatron_vlm.observe.metrics import MetricsLog
+from megatron_vlm.observe.metrics import METRICS, VALIDATION, MetricsLog
 
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
+_HELD_OUT = "validation/"
 _WANDB_ID = "id"
 _WANDB_PROJECT = "megatron-vlm"
 _WANDB_SECONDS = 60.0  # for its server to answer, at the start and at the end
@@ -46,7 +47,7 @@ class Sinks:
     """
 
     def __init__(self) -> None:
-        self.file: MetricsLog | None = None
+        self.files: dict[str, MetricsLog] = {}
         self.sinks: dict[str, Sink] = {}
 
     def open(
@@ -67,7 +68,8 @@ class Sinks:
             self.sinks["TensorBoard"] = TensorBoard(run, config, last_iteration)
         if flags.wandb:
             self.sinks["Weights & Biases"] = WeightsAndBiases(run, flags, name, config)
-        self.file = MetricsLog(run, last_iteration)
+        for name in (METRICS, VALIDATION):
+            self.files[name] = MetricsLog(run, last_iteration, name)
 
     def log(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Hand metrics to every sink.
@@ -75,10 +77,13 @@ class Sinks:
         Args:
             iteration: the one that they belong to.
             values: by name; ``<group>/<name>`` for what isn't a metric of training. None is what isn't
-                known: ``null`` in the file, left out elsewhere.
+                known: ``null`` in the file, left out elsewhere. Those of the group ``validation`` come by
+                themselves, and have a file of their own.
         """
-        if self.file is not None:
-            self.file.write(iteration, values)
+        held_out = all(name.startswith(_HELD_OUT) for name in values)
+        file = self.files.get(VALIDATION if held_out else METRICS)
+        if file is not None:
+            file.write(iteration, {name.removeprefix(_HELD_OUT): value for name, value in values.items()})
         known = {name: value for name, value in values.items() if value is not None}
         self._call("log", iteration, known)
 
@@ -94,8 +99,8 @@ class Sinks:
         """
         self._call("close", failed)
         self.sinks.clear()
-        if self.file is not None:
-            self.file.close()
+        for file in self.files.values():
+            file.close()
 
     def __enter__(self) -> Sinks:
         return self

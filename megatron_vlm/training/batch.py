@@ -48,6 +48,19 @@ class GlobalBatch:
     keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
 
 
+def sample_names(microbatches: list[int], batch: GlobalBatch, layout: Layout) -> list[str]:
+    """Names of the samples in some of the ranks' microbatches; a collective call, since only the ranks
+    that read know them.
+
+    Args:
+        microbatches: indices of this data parallel rank's.
+    """
+    own = [key for index in microbatches if batch.keys for key in batch.keys[index]]
+    everyones: list[list[str]] = [[] for _ in range(layout.world_size)]
+    dist.all_gather_object(everyones, own)
+    return [key for keys in everyones for key in keys]
+
+
 class BatchReader:
     """Yields this rank's part of each global batch; a collective call over a model copy.
 
@@ -85,10 +98,7 @@ class BatchReader:
         Raises:
             ValueError: image tokens and image features differ in number, on every rank alike.
         """
-        read: list[Microbatch] = []
-        if self.layout.loads_data:
-            assert self.source is not None
-            read = [next(self.source) for _ in range(self.num_microbatches)]
+        read = self._read()
         shared = self._share(read)
         multiple = self.sequence_multiple
         lengths = [-(-part.input_ids.shape[1] // multiple) * multiple for part in shared]
@@ -104,6 +114,16 @@ class BatchReader:
             images=sum(len(m.pixels) for m in read),
             keys=[m.keys for m in read],
         )
+
+    def skip(self) -> None:
+        """Pass over the next global batch; not a collective call."""
+        self._read()
+
+    def _read(self) -> list[Microbatch]:
+        if not self.layout.loads_data:
+            return []
+        assert self.source is not None
+        return [next(self.source) for _ in range(self.num_microbatches)]
 
     def _share(self, read: list[Microbatch]) -> list[_Shared]:
         """Hand what one rank read to all ranks of its model copy; images to the first stage only."""

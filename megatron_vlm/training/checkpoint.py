@@ -28,7 +28,6 @@ from megatron_vlm.config.checkpoint import (
     checkpoint_layers,
     checkpoint_name,
     finish_folder,
-    list_checkpoints,
     read_manifest,
     staging_folder,
     start_folder,
@@ -60,6 +59,10 @@ class RunState:
     spikes: int = 0  # times that the loss jumped
     recent_losses: list[float] = field(default_factory=list)  # what a jump is measured against
     gpu_seconds: float = 0.0  # ranks x time, from the first iteration of each start
+    best_loss: float | None = None  # lowest of the evaluations
+    best_iteration: int = 0
+    improved_loss: float | None = None  # of the last evaluation that counted as an improvement
+    evaluations_without_improvement: int = 0  # since then
 
 
 def save_checkpoint(
@@ -201,14 +204,6 @@ def load_run_state(folder: Path) -> RunState:
 def load_data_state(folder: Path) -> dict[str, Any]:
     """The states of all data loader workers of the run."""
     return _read_json(folder / DATA_STATE)
-
-
-def latest_resumable(root: Path) -> Path | None:
-    """The newest checkpoint that holds optimizer state; None if there is none."""
-    for folder in reversed(list_checkpoints(root)):
-        if read_manifest(folder)["has_optimizer"]:
-            return folder
-    return None
 
 
 def _request(name: str, entries: dict[Any, Any]) -> dict[str, Any]:

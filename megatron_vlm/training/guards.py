@@ -11,12 +11,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import torch.distributed as dist
-
 from megatron_vlm.config.sections import LoggingSection
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel import Layout
-from megatron_vlm.training.batch import GlobalBatch
+from megatron_vlm.training.batch import GlobalBatch, sample_names
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.step import NonFiniteError, StepResult
 
@@ -51,7 +49,7 @@ class LossGuard:
             ValueError: it is ``stop``, or it was the tenth iteration in a row.
         """
         iteration = self.state.iteration + 1
-        names = self._samples(error, batch)
+        names = sample_names(error.microbatches, batch, self.layout)
         what = f"iteration {iteration}: the {error} is not finite"
         where = f"It arose in a micro batch of these samples: {', '.join(names)}. " if names else ""
         advice = "Look at the data, lower --lr, or go on from an earlier checkpoint"
@@ -92,13 +90,6 @@ class LossGuard:
         if self.layout.rank == 0:
             print(f"alert: {text}", flush=True)
         self.sinks.alert(iteration, title, text)
-
-    def _samples(self, error: NonFiniteError, batch: GlobalBatch) -> list[str]:
-        """A collective call: only the ranks that read know the samples' names."""
-        own = [key for index in error.microbatches if batch.keys for key in batch.keys[index]]
-        everyones: list[list[str]] = [[] for _ in range(self.layout.world_size)]
-        dist.all_gather_object(everyones, own)
-        return [key for keys in everyones for key in keys]
 
 
 class Watchdog:

@@ -6,23 +6,36 @@ import errno
 import fcntl
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from megatron_vlm.config.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest, resolve_checkpoint
+from megatron_vlm.config.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    RUN_CONFIG,
+    latest_resumable,
+    list_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+)
+from megatron_vlm.config.flags import flag_name, negative_flag_name
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.hf.convert import import_hf
-from megatron_vlm.observe.metrics import METRICS, SUPERSEDED
+from megatron_vlm.observe.metrics import LOGS
 from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
-from megatron_vlm.training.checkpoint import latest_resumable
+from megatron_vlm.training.checkpoint import load_data_state
 
 CONFIG = "config.json"
 INIT = "init"  # root of the checkpoint that --init makes
-_OF_A_RUN = (CHECKPOINTS, INIT, METRICS, SUPERSEDED, CONFIG, TENSORBOARD, WANDB)
+_OF_A_RUN = (CHECKPOINTS, BEST, INIT, *LOGS, CONFIG, TENSORBOARD, WANDB)
 _LOCK = ".lock"
 _LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
+# What sets which samples a global batch holds. (The loader itself knows of changed data.)
+_DATA_ORDER = ("seed", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
+_TRAINED_PARTS = ("stage", "train_modules", "freeze_lm", "train_vision")
 
 
 @dataclass(frozen=True)
@@ -31,13 +44,17 @@ class Start:
 
     Attributes:
         checkpoint: folder to load.
-        with_state: take optimizer, counters and data position from it, not the weights alone.
+        with_state: take the optimizer from it, not the weights alone.
+        with_position: take counters, random numbers and data position too.
+        resumes: it is the run's own.
         message: first line of the log.
     """
 
     checkpoint: Path
     with_state: bool
     message: str
+    with_position: bool = False
+    resumes: bool = False
 
 
 def lock(run: Path) -> IO[str]:
@@ -80,7 +97,11 @@ def choose_start(config: RunConfig, run: Path) -> Start:
     if resumable is not None:
         iteration = read_manifest(resumable)["iteration"]
         return Start(
-            resumable, True, f"resuming {run} from {resumable.name}: {iteration} iterations are done"
+            checkpoint=resumable,
+            with_state=True,
+            message=f"resuming {run} from {resumable.name}: {iteration} iterations are done",
+            with_position=True,
+            resumes=True,
         )
     finished = list_checkpoints(root)
     if finished:
@@ -98,7 +119,67 @@ def choose_start(config: RunConfig, run: Path) -> Start:
         return Start(source, False, f"starting {run} from the weights of {source}")
     if not read_manifest(source)["has_optimizer"]:
         raise ValueError(f"--load-optim: {source} has no optimizer state; leave the flag out")
-    return Start(source, True, f"starting {run} from {source}, with its optimizer state and position")
+    dataset = PreparedDataset.open(str(config.data.data_path), "train")
+    same_data = all(
+        worker["identity"]["data"] == dataset.fingerprint for worker in load_data_state(source).values()
+    )
+    taken = "its optimizer state and position" if same_data else "its optimizer state, on other data"
+    return Start(source, True, f"starting {run} from {source}, with {taken}", with_position=same_data)
+
+
+def check_same_run(config: RunConfig, start: Start) -> str:
+    """Compare the flags with those that the checkpoint was saved with, where the run goes on from it.
+
+    Args:
+        config: resolved.
+
+    Returns:
+        What else changed, as a line for the log; empty if nothing did.
+
+    Raises:
+        ValueError: other parts would be trained, or other samples drawn.
+    """
+    saved = RunConfig.load(str(start.checkpoint / RUN_CONFIG))
+    then, now = _training_flags(saved), _training_flags(config)
+    changed = {name: (then[name], now[name]) for name in now if now[name] != then[name]}
+    instead = f"start a new run from its weights: another --name, and --megatron-load-dir {start.checkpoint}"
+    trained = [[entry.name for entry in flags.trained] for flags in (saved, config)]
+    for name in _TRAINED_PARTS if start.resumes and ("stage" in changed or trained[0] != trained[1]) else ():
+        if name in changed:
+            old, new = changed[name]
+            raise ValueError(
+                f"{_show(name, new)} trains other parts of the model than {_show(name, old)}, with which "
+                f"{start.checkpoint} was trained; go on with that, or {instead}"
+            )
+    for name in _DATA_ORDER:
+        if name in changed:
+            old, new = changed[name]
+            raise ValueError(
+                f"{_show(name, new)} would change the order of the data within the run; go on with "
+                f"{_show(name, old)}, with which {start.checkpoint} was trained, or {instead}"
+            )
+    if not changed:
+        return ""
+    return "changed since the checkpoint: " + ", ".join(
+        f"{flag_name(name)} {old} -> {new}" for name, (old, new) in changed.items()
+    )
+
+
+def _training_flags(config: RunConfig) -> dict[str, Any]:
+    """The flags that have a say in the weights that come out, but for the layout."""
+    values: dict[str, Any] = {}
+    for section in (config.data, config.training, config.optimizer, config.model, config.lora):
+        values.update(asdict(section))
+    del values["megatron_load_dir"], values["base"]  # where things lie
+    values["stage"] = values["stage"] or 2  # a run without a stage trains what stage 2 does
+    return values
+
+
+def _show(name: str, value: object) -> str:
+    """``--seed 7``, ``--freeze-lm``, ``--no-freeze-lm`` or ``no --train-modules``."""
+    if isinstance(value, bool):
+        return flag_name(name) if value else negative_flag_name(name)
+    return f"no {flag_name(name)}" if value is None else f"{flag_name(name)} {value}"
 
 
 def _random_start(config: RunConfig, run: Path) -> Start:
@@ -136,7 +217,7 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
     """
     others: dict[str, ModelConfig] = {}
     load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
-    if load_dir is not None:
+    if load_dir is not None and (not start.resumes or Path(load_dir).is_dir()):
         others[f"--megatron-load-dir {load_dir}"] = ModelConfig.from_dict(read_manifest(load_dir)["model"])
     if tokenizer_dir is not None and _is_llava(Path(tokenizer_dir)):
         others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)

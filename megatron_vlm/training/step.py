@@ -80,6 +80,25 @@ def compute_gradients(
         NonFiniteError: on every rank, if any microbatch's loss is NaN or infinite.
         ValueError: a trained parameter gets no gradient while reduction overlaps the backward pass.
     """
+    loss_sum, trained = sum_losses(models, global_batch, layout, micro_batch_size, forward_only=False)
+    return loss_sum / max(trained, 1), trained
+
+
+def sum_losses(
+    models: list[DistributedDataParallel],
+    global_batch: GlobalBatch,
+    layout: Layout,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> tuple[float, int]:
+    """Forward over a global batch, and backward unless ``forward_only``.
+
+    Returns:
+        Sum of the trained tokens' losses and their number, of the global batch, on every rank.
+
+    Raises:
+        NonFiniteError: as :func:`compute_gradients`.
+    """
     try:
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -88,7 +107,7 @@ def compute_gradients(
             num_microbatches=len(global_batch.microbatches),
             seq_length=global_batch.sequence_length,
             micro_batch_size=micro_batch_size,
-            forward_only=False,
+            forward_only=forward_only,
         )
     except AssertionError as error:
         if "overlap_grad_reduce" not in str(error):
@@ -111,7 +130,7 @@ def compute_gradients(
     if not math.isfinite(loss_sum):
         bad = [index for index, loss in enumerate(report[:count].tolist()) if not math.isfinite(loss)]
         raise NonFiniteError("loss", bad, StepResult(loss_sum, int(trained), math.nan, updated=False))
-    return loss_sum / max(trained, 1.0), int(trained)
+    return loss_sum, int(trained)
 
 
 def train_step(

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, RUN_CONFIG, read_manifest
+from megatron_vlm.config.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    HF_FOLDER,
+    RUN_CONFIG,
+    keep_last,
+    read_manifest,
+    write_best,
+)
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
@@ -27,6 +35,7 @@ from megatron_vlm.training import checkpoint, run_folder
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.debugging import Debugger
+from megatron_vlm.training.evaluate import Evaluator, note_evaluation, stops_early, without_evaluations
 from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
@@ -59,13 +68,14 @@ class Trainer:
         watchdog: Watchdog,
     ) -> None:
         self.layout = layout
+        self.start = start
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
         run_folder.check_same_model(config, start, self.model_config)
         self.model_config = run_folder.with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)
-        self.state = checkpoint.load_run_state(start.checkpoint) if start.with_state else RunState()
+        self.state = self._first_state(start)
         self.total_iterations = config.train_iterations
         self.schedule = Schedule(
             lr=config.optimizer.lr,
@@ -77,13 +87,13 @@ class Trainer:
         self.sinks = sinks
         self.watchdog = watchdog
         self.guard = LossGuard(config.logging, layout, self.state, sinks)
-        if self.state.iteration < self.total_iterations:
+        if not self.finished:
             parallel.on_first_rank(self._open_sinks)
         rates = [entry.lr for entry in config.trained]
         self.schedules = [self.schedule if lr is None else self.schedule.scaled_to(lr) for lr in rates]
         self._build_data(start)
         self._build_model(start)
-        if start.with_state:
+        if start.with_position:
             checkpoint.load_rng(start.checkpoint, layout)
         watchdog.beat()
         self.meter = Meter(
@@ -101,15 +111,32 @@ class Trainer:
         name = str(self.config.checkpoint.name)
         self.sinks.open(self.run, self.config.logging, name, config, self.state.iteration)
 
+    def _first_state(self, start: Start) -> RunState:
+        if not start.with_state:
+            return RunState()
+        saved = checkpoint.load_run_state(start.checkpoint)
+        if not start.with_position:
+            return RunState(optimizer_steps=saved.optimizer_steps)
+        changes = run_folder.check_same_run(self.config, start)
+        if changes:
+            self.say(changes)
+        return saved if start.resumes else without_evaluations(saved)
+
     def _build_data(self, start: Start) -> None:
         self.processing = processing = build_processing(self.config, self.model_config, str(self.hf_source))
         self.loader: TrainLoader | None = None
         if self.layout.loads_data:
             self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
-            if start.with_state:
+            if start.with_position:
                 self.loader.load_state_dict(checkpoint.load_data_state(start.checkpoint))
-            if self.state.iteration < self.total_iterations:
+            if not self.finished:
                 self._show_first_sample(self.loader, processing)
+        multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
+        self.evaluator: Evaluator | None = None
+        if self.config.training.eval_interval is not None and not self.finished:
+            self.evaluator = Evaluator(
+                self.config, self.layout, self.model_config, processing, self._dtype, multiple
+            )
         self.reader = BatchReader(
             self.loader,
             self.layout,
@@ -117,7 +144,7 @@ class Trainer:
             processing,
             num_microbatches=self.config.num_microbatches(self.layout.world_size),
             dtype=self._dtype,
-            sequence_multiple=self.layout.tp if self.config.parallel.sequence_parallel else 1,
+            sequence_multiple=multiple,
         )
 
     def _build_model(self, start: Start) -> None:
@@ -185,30 +212,90 @@ class Trainer:
         Raises:
             ValueError: the data can't be read on, or a loss or gradient is not finite.
         """
-        while self.state.iteration < self.total_iterations:
-            self.meter.start()
-            global_batch = self.reader.next()
-            self.meter.batch_arrived()
-            result = self._step(global_batch)
-            if result.updated:
-                self.gradient_check.after_step(global_batch, result.trained_tokens)
-            self.state.iteration += 1
-            self.state.consumed_samples += self.config.training.global_batch_size
-            self.state.optimizer_steps += result.updated
-            self.guard.watch(result)
-            self.watchdog.beat()
-            self.meter.stop()
-            if self._every(self.config.logging.log_interval):
-                self._log(global_batch, result)
+        while not self.finished:
+            if self.config.training.skips(self.state.iteration + 1):
+                self._skip_iteration()
+            else:
+                self._iterate()
+            if self.evaluator is not None and self._every(self.evaluator.interval):
+                self._evaluate(self.evaluator)
             if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
                 self.save()
+        if self.state.iteration < self.total_iterations:
+            self.say(self.why_finished())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended: by its length, or early."""
+        patience = self.config.training.early_stopping_patience
+        return self.state.iteration >= self.total_iterations or stops_early(self.state, patience)
+
+    def why_finished(self) -> str:
+        """One line, for a run that stopped early or had ended before this start of it."""
+        done, total, state = self.state.iteration, self.total_iterations, self.state
+        if done >= total:
+            return (
+                f"{done} iterations are done and the run has {total}: nothing left to do; give a larger "
+                "--train-iters to go on"
+            )
+        return (
+            f"stopped early at iteration {done}, after {state.evaluations_without_improvement} evaluations "
+            f"without an improvement; the lowest validation loss was {state.best_loss:.4f}, at iteration "
+            f"{state.best_iteration}. To go on, give a larger --early-stopping-patience"
+        )
+
+    def _count_iteration(self) -> None:
+        self.state.iteration += 1
+        self.state.consumed_samples += self.config.training.global_batch_size
+
+    def _iterate(self) -> None:
+        """Train on the next global batch."""
+        self.meter.start()
+        global_batch = self.reader.next()
+        self.meter.batch_arrived()
+        result = self._step(global_batch)
+        if result.updated:
+            self.gradient_check.after_step(global_batch, result.trained_tokens)
+        self._count_iteration()
+        self.state.optimizer_steps += result.updated
+        self.guard.watch(result)
+        self.watchdog.beat()
+        self.meter.stop()
+        if self._every(self.config.logging.log_interval):
+            self._log(global_batch, result)
+
+    def _skip_iteration(self) -> None:
+        """Pass over the next global batch, as if it were done."""
+        self.reader.skip()
+        self._count_iteration()
+        self.state.skipped += 1
+        self.say(f"iteration {self.state.iteration}/{self.total_iterations} skipped, as the flags say")
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        """Evaluate, and save the weights if they are the best so far; a collective call."""
+        self.optimizer.gather_weights()
+        found = evaluator.evaluate(self.models, self.watchdog.beat)
+        best = note_evaluation(self.state, found.loss, self.config.training.early_stopping_min_delta)
+        self.sinks.log(self.state.iteration, {f"validation/{k}": v for k, v in asdict(found).items()})
+        self.say(f"{found} at iteration {self.state.iteration}" + (", the lowest so far" if best else ""))
+        if best and self.config.checkpoint.save:
+            self._save(self.run / BEST, with_state=False)
+            if self.layout.rank == 0:
+                write_best(self.run / BEST, self.state.iteration, found.loss)
+                keep_last(self.run / BEST, 1)
 
     def save(self) -> None:
         """Write a checkpoint; a collective call."""
+        root = self.run / CHECKPOINTS
+        self._save(root, with_state=self.config.checkpoint.save_optim)
+        keep = self.config.checkpoint.keep_checkpoints
+        if keep is not None and self.layout.rank == 0:
+            keep_last(root, keep, also=[self.start.checkpoint])
+
+    def _save(self, root: Path, with_state: bool) -> None:
         self.optimizer.gather_weights()
-        with_state = self.config.checkpoint.save_optim
         folder = checkpoint.save_checkpoint(
-            self.run / CHECKPOINTS,
+            root,
             self.chunks,
             self.optimizer if with_state else None,
             self.layout,
@@ -222,16 +309,18 @@ class Trainer:
         self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))
 
     def close(self) -> None:
-        """End the data loader's workers."""
+        """End the data loaders' workers."""
         if self.loader is not None:
             self.loader.close()
+        if self.evaluator is not None:
+            self.evaluator.close()
 
     @property
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
 
     def _every(self, interval: int) -> bool:
-        return self.state.iteration % interval == 0 or self.state.iteration == self.total_iterations
+        return self.state.iteration % interval == 0 or self.finished
 
     def _step(self, global_batch: GlobalBatch) -> StepResult:
         if self.debugger is not None:
@@ -280,7 +369,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     samples = PreparedDataset.open(str(config.data.data_path), "train").num_samples
     config = config.for_one_epoch(samples)
     workers = config.data.data_workers
-    if start.with_state and workers is None and config.launch.num_workers is None:
+    if start.with_position and workers is None and config.launch.num_workers is None:
         # The order of the data depends on it, so a run that goes on at another layout keeps it.
         workers = RunConfig.load(str(start.checkpoint / RUN_CONFIG)).data.data_workers
         config = replace(config, data=replace(config.data, data_workers=workers))
@@ -319,11 +408,8 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
         Sinks() as sinks,
         closing(Trainer(config, layout, start, sinks, watchdog)) as trainer,
     ):
-        if trainer.state.iteration >= trainer.total_iterations:
-            trainer.say(
-                f"{trainer.state.iteration} iterations are done and the run has {trainer.total_iterations}: "
-                "nothing left to do; give a larger --train-iters to go on"
-            )
+        if trainer.finished:
+            trainer.say(trainer.why_finished())
             return
         if layout.rank == 0:
             trainer.config.save(str(folder / run_folder.CONFIG))

@@ -10,6 +10,7 @@ from megatron_vlm.config.checkpoint import (
     appearing_folder,
     checkpoint_layers,
     checkpoint_name,
+    keep_last,
     list_checkpoints,
     read_manifest,
     resolve_checkpoint,
@@ -84,6 +85,29 @@ def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_manifest(tmp_path)
+
+
+def test_the_last_ones_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "release", 5, 10, 15, 20, 25)
+    write_tracker(tmp_path, 10)
+    (tmp_path / ".iter_0000001.deleted").mkdir()  # as a kill leaves it
+    write_manifest(tmp_path / "iter_0000005", {**MANIFEST, "has_optimizer": True})
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir() if path.name != TRACKER)
+
+    deleted = keep_last(tmp_path, 1, also=[tmp_path / "iter_0000015"])
+    assert [folder.name for folder in deleted] == ["iter_0000020"]
+    names = [f"iter_{iteration:07d}" for iteration in (5, 10, 15, 25)]
+    assert kept() == [*names, "release"]
+
+    # A kill while one is removed: what is left of it has no checkpoint's name.
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)
+    keep_last(tmp_path, 1)
+    assert kept() == [".iter_0000015.deleted", *(n for n in names if "15" not in n), "release"]
+    monkeypatch.undo()
+    keep_last(tmp_path, 1)
+    assert kept() == [*(n for n in names if "15" not in n), "release"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ COMPANIONS = {
         name: ["--lora-rank", "4"]
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "use_rslora", "lora_load_dir")
     },
+    "eval_iters": ["--eval-interval", "5"],
+    "early_stopping_patience": ["--eval-interval", "5"],
+    "early_stopping_min_delta": ["--eval-interval", "5", "--early-stopping-patience", "2"],
     **{key: ["--wandb"] for key in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name")},
 }
 
@@ -71,7 +74,7 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     special |= {"lora_targets": ("q_proj", "vision.fc1"), "spike_threshold": 3.0}
     special |= {"train_samples": 1000, "backend": "gloo", "bind": ("/a:/b:ro", "/c"), "gpus": 3}
     special |= {"name": "-odd 'name' $HOME\t\"x\"", "lr": 0.1 + 0.2, "gpu_ids": ("0", "2"), "stage": 2}
-    special |= {"train_modules": "projector:1e-3|language"}
+    special |= {"train_modules": "projector:1e-3|language", "skip_train_iteration_range": ("3-4", "1-2")}
     if field.name in special:
         return special[field.name]
     choices = field.metadata["choices"]
@@ -225,7 +228,15 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--gpu-ids", "0,0"], ["--gpu-ids", "twice"]),
         (["--master-port", "70000"], ["--master-port 70000", "65535"]),
         (["--fp8"], ["--fp8", "not available yet", "--bf16"]),
-        (["--skip-train-iteration-range", "100-110", "300-400"], ["not available yet"]),
+        (["--skip-train-iteration-range", "110-100"], ["110-100", "such as 100-110"]),
+        (["--skip-train-iteration-range", "1-2", "0-5"], ["0-5", "from 1 on"]),
+        (["--skip-train-iteration-range", "100"], ["100", "such as 100-110"]),
+        (["--eval-iters", "2"], ["--eval-iters", "--eval-interval"]),
+        (["--early-stopping-patience", "2"], ["--early-stopping-patience", "--eval-interval"]),
+        (["--eval-interval", "5", "--early-stopping-min-delta", "0.1"], ["--early-stopping-patience"]),
+        (["--eval-interval", "0"], ["--eval-interval 0", "above 0"]),
+        (["--keep-checkpoints", "0"], ["--keep-checkpoints 0", "above 0"]),
+        (["--keep-checkpoints", "2", "--no-save"], ["--keep-checkpoints", "--no-save"]),
     ],
 )
 def test_bad_flags_are_one_line(argv, words) -> None:
@@ -234,6 +245,14 @@ def test_bad_flags_are_one_line(argv, words) -> None:
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_skipped_ranges_are_merged() -> None:
+    flags = ["--skip-train-iteration-range", "300-400", "100-110", "105-120,121-122", "--train-iters", "10"]
+    training = RunConfig.from_flags(RunConfig.from_flags(flags).to_flags()).training
+    assert training.skipped_ranges == ((100, 122), (300, 400))
+    found = [i for i in range(1, 500) if training.skips(i)]
+    assert found == [*range(100, 123), *range(300, 401)]
 
 
 def test_an_unavailable_switch_may_be_off() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate, describe
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader, build_train_loader, validation_batches
+from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
@@ -274,16 +275,31 @@ def test_describe_marks_what_is_trained(processing: Processing) -> None:
         assert text.startswith(f"{order[0].key} ({len(order[0].input_ids)} tokens, {trained} trained)")
 
 
-def test_validation_is_one_pass_in_order(dataset_dir: Path, processing: Processing) -> None:
+def test_every_validation_pass_is_the_same(dataset_dir: Path, processing: Processing) -> None:
+    """At any data-parallel size, each usable one of the first samples once, and no random number is drawn."""
     val = PreparedDataset.open(str(dataset_dir), "val")
-    usable = [str(s["key"]) for s in make_samples(140)[120:] if s.get("jpg") != b"not a picture"]
-    options: dict[str, Any] = {"micro_batch_size": MICRO_BATCH, "processing": processing}
-    for _ in range(2):
-        batches = list(validation_batches(val, dp_rank=0, dp_size=1, **options))
-        assert [key for batch in batches for key in batch.keys] == usable
-    shares = [list(validation_batches(val, dp_rank=rank, dp_size=2, **options)) for rank in range(2)]
-    assert [key for share in shares for batch in share for key in batch.keys] == usable
-    assert len(list(validation_batches(val, dp_rank=0, dp_size=1, limit=2, **options))) == 2
+    in_order = make_samples(140)[120:]
+    for max_samples, dp_size in [(None, 1), (None, 3), (13, 1), (13, 2), (2, 3)]:
+        usable = [str(s["key"]) for s in in_order[:max_samples] if s.get("jpg") != b"not a picture"]
+        state, python_state = torch.get_rng_state(), random.getstate()
+        passes: list[list[str]] = [[], [], []]
+        for rank in range(dp_size):
+            loader = ValidationLoader(
+                val,
+                processing,
+                dp_rank=rank,
+                dp_size=dp_size,
+                micro_batch_size=MICRO_BATCH,
+                max_samples=max_samples,
+            )
+            loader.start()
+            for keys in passes:
+                microbatches = list(loader)
+                assert len(microbatches) <= loader.max_microbatches
+                keys += [key for microbatch in microbatches for key in microbatch.keys]
+            loader.close()
+        assert passes == [usable] * 3
+        assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
 
 
 def test_building_from_a_run_config(

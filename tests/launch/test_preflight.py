@@ -49,6 +49,22 @@ def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> N
     assert f"not prepared; run: {prepare_command(str(dataset))}" in message()
 
 
+def test_a_dataset_without_held_out_samples(dataset) -> None:
+    def check() -> None:
+        preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset), "--eval-interval", "5"]))
+
+    check()  # no split to look at: told when training opens the data
+    split = dataset / ".nv-meta" / "split.yaml"
+    split.write_text("split_parts:\n  train:\n  - a.tar\n  val:\n  - b.tar\n  test: []\nexclude: []\n")
+    check()
+    split.write_text("split_parts:\n  train:\n  - a.tar\n  val: []\n  test: []\nexclude: []\n")
+    with pytest.raises(
+        ValueError, match=r"--eval-interval .* the val split of --data-path .* is empty; .*9,1,0"
+    ):
+        check()
+    preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset)]))
+
+
 def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
     command = shlex.split(prepare_command("/a b"))
     assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"

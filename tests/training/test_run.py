@@ -170,6 +170,9 @@ def test_other_parts_trained(pool: Pool, trainables: dict[str, Trainable], tmp_p
     flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "1", "--save-optim")
     pool.run(1, train, [*flags, "--freeze-lm"])
     message = failure(pool, 2, [*flags, "--train-iters", "2"])
+    assert "--no-freeze-lm trains other parts of the model than --freeze-lm" in message
+    another = trainables["untied"].flags(tmp_path, "another", "--train-iters", "2", "--load-optim")
+    message = failure(pool, 2, [*another, "--megatron-load-dir", str(tmp_path / "run")])
     assert "no optimizer state for language_model." in message and "--freeze-lm" in message
 
 
