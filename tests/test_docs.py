@@ -89,13 +89,14 @@ def test_command(words: list[str]) -> None:
 def test_the_readme_shows_the_whole_pipeline() -> None:
     shown = {word for words in commands(ROOT / "README.md") for word in words}
     assert {"demo", "test", "environments/recipe_latest.def", "energon", RUN} <= shown
+    assert {"scripts/inference/generate.py"} <= shown
     assert {f"scripts/convert/{path.name}" for path in (ROOT / "scripts/convert").glob("*.py")} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_in_the_text_exist(page: Path) -> None:
     known = set().union(energon_flags(), flags_of(RUN), *FLAGS_OF_OTHERS.values())
-    for script in (ROOT / "scripts/convert").glob("*.py"):
+    for script in [*(ROOT / "scripts/convert").glob("*.py"), ROOT / "scripts/inference/generate.py"]:
         known |= flags_of(str(script.relative_to(ROOT)))
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))

@@ -14,11 +14,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.specs import layer_spec
@@ -301,3 +303,17 @@ def arguments_of_build_model(argv: list[str]) -> dict[str, Any]:
     finally:
         trainer.build_model = build
     return found
+
+
+def generate(
+    checkpoint: str, prompts: list[Prompt], calls: list[tuple[SamplingSection, list[int]]], sizes: Layout
+) -> list[list[list[int]]]:
+    """The answers to a batch of prompts, for each way of sampling and its end tokens."""
+    layout = parallel.initialize(sizes.tp, sizes.pp)
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    generator = load_generator(Path(checkpoint), model, layout, None, [])
+    answers = []
+    for sampling, end_tokens in calls:
+        generator.end_tokens = frozenset(end_tokens)
+        answers.append(generator.generate(prompts, sampling))
+    return answers

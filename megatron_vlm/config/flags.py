@@ -176,7 +176,7 @@ class FlagParser(argparse.ArgumentParser):
             metavar: Optional[str] = {int: "N", float: "X", str: "TEXT"}[scalar]
             if about["choices"]:
                 metavar = None
-            elif field.name.endswith(("dir", "path")):
+            elif field.name.endswith(("dir", "path")) or field.name in ("input", "output"):
                 metavar = "PATH"
             heading.add_argument(
                 *names,

@@ -53,8 +53,7 @@ class Processing:
         Raises:
             SampleError: the sample can't be used; names the reason, not the sample.
         """
-        if not question.replace(IMAGE_MARKER, "").strip() and images:
-            question += caption_prompt(key, self.lang)
+        question = self._question(key, question, len(images))
         ids, trained = self.template.encode([Turn("user", question), Turn("assistant", answer)], len(images))
         ids, trained = self._expand_images(ids, trained)
         labels = [
@@ -65,6 +64,29 @@ class Processing:
         if truncated:
             ids, labels = self._truncate(ids, labels)
         return Sample(key, ids, labels, [self.images(data) for data in images], truncated)
+
+    def encode_prompt(self, question: str, num_images: int, raw: bool = False) -> List[int]:
+        """Token ids that a model answers, as :meth:`encode` would have them before the answer.
+
+        Args:
+            question: as for :meth:`encode`.
+            raw: it is the whole prompt, nothing is put around it; every image has to be marked.
+
+        Raises:
+            SampleError: markers and images differ in number, or the template refuses the question.
+        """
+        if raw:
+            ids = self.template.encode_text(question, num_images)
+        else:
+            question = self._question("", question, num_images)
+            ids = self.template.encode_prompt([Turn("user", question)], num_images)
+        return self._expand_images(ids, [False] * len(ids))[0]
+
+    def _question(self, key: str, question: str, num_images: int) -> str:
+        """The question, or where an image comes without any, one that asks for a caption."""
+        if num_images and not question.replace(IMAGE_MARKER, "").strip():
+            return question + caption_prompt(key, self.lang)
+        return question
 
     def _expand_images(self, ids: List[int], trained: List[bool]) -> tuple[List[int], List[bool]]:
         expanded: List[int] = []

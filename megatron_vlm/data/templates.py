@@ -136,14 +136,7 @@ class ChatTemplate:
             for i, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-        bos = self._tokenizer.bos_token
-        encoding = self._tokenizer(
-            text,
-            # The rule of transformers' processors: a template that writes its own bos_token gets no second.
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_offsets_mapping=True,
-            verbose=False,  # nothing about model_max_length: that is --seq-length's business
-        )
+        encoding = self._tokenize(text)
         ids: List[int] = list(encoding["input_ids"])
         trained = [False] * len(ids)
         for begin, end in spans:
@@ -154,10 +147,49 @@ class ChatTemplate:
         if self._append_eos and messages[-1]["role"] == "assistant":
             ids.append(self._tokenizer.eos_token_id)
             trained.append(True)
+        self._check_images(ids, num_images)
+        return ids, trained
+
+    def encode_prompt(self, turns: Sequence[Turn], num_images: int) -> List[int]:
+        """Token ids of a conversation up to where the assistant's next answer begins.
+
+        Args:
+            turns: user and assistant in turn, the last one the user's.
+            num_images: images that belong to the conversation.
+
+        Raises:
+            SampleError: markers and images differ in number, or the template refuses the text.
+        """
+        text = self._render(self._messages(turns, num_images), add_generation_prompt=True)
+        return self._encode(text, num_images)
+
+    def encode_text(self, text: str, num_images: int) -> List[int]:
+        """Token ids of text that needs no rendering, after the tokenizer's start token if it has one.
+
+        Raises:
+            SampleError: markers and images differ in number.
+        """
+        return self._encode(text.replace(IMAGE_MARKER, self._image_token), num_images)
+
+    def _encode(self, text: str, num_images: int) -> List[int]:
+        ids: List[int] = list(self._tokenize(text)["input_ids"])
+        self._check_images(ids, num_images)
+        return ids
+
+    def _tokenize(self, text: str) -> Any:
+        bos = self._tokenizer.bos_token
+        return self._tokenizer(
+            text,
+            # The rule of transformers' processors: a template that writes its own bos_token gets no second.
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_offsets_mapping=True,
+            verbose=False,  # nothing about model_max_length: that is --seq-length's business
+        )
+
+    def _check_images(self, ids: List[int], num_images: int) -> None:
         found = ids.count(self._tokenizer.convert_tokens_to_ids(self._image_token))
         if found != num_images:
             raise SampleError(f"its text has {found} image markers, but {num_images} images belong to it")
-        return ids, trained
 
     def _answer_span(self, text: str, messages: List[Dict[str, Any]]) -> Tuple[int, int]:
         """Characters of ``text`` that the last of ``messages`` trains: its answer and its end token."""

@@ -6,12 +6,34 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
+from megatron_vlm.config.sections import LaunchSection, ParallelSection
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
+
+
+class Placed(Protocol):
+    """A config that says how ranks are started and how they cut the model."""
+
+    @property
+    def launch(self) -> LaunchSection: ...
+
+    @property
+    def parallel(self) -> ParallelSection: ...
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of this node."""
+
+    device: str  # "cuda" or "cpu"
+    processes: int  # on this node, one per GPU
+    command: List[str]  # environment and torchrun
+    notes: List[str]  # decisions that a user should see
+    port_claim: Optional[machine.PortClaim]  # holds the port until torchrun listens on it
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,40 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
     """
     config = with_cluster_defaults(config, environ)
     launch = config.launch
+    on_gpus = DETERMINISTIC_ENVIRONMENT if config.training.deterministic else {}
+    ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus)
+    command = ranks.command
+    if launch.sif_path:
+        command = container.container_command(
+            command,
+            launch.sif_path,
+            binds=launch.bind,
+            paths=_paths(config),
+            gpu=ranks.device == "cuda",
+            runtime=_runtime(launch.dry_run),
+        )
+    world_size = ranks.processes * (launch.node or 1)
+    return LaunchPlan(
+        config, ranks.device, ranks.processes, world_size, command, ranks.notes, ranks.port_claim
+    )
+
+
+def plan_ranks(
+    config: Placed,
+    module: str,
+    flags: Sequence[str],
+    environ: Mapping[str, str],
+    on_gpus: Optional[Mapping[str, str]] = None,
+) -> Ranks:
+    """Decide device, number of processes, port and environment of ``python -m module <flags>``.
+
+    Args:
+        on_gpus: further variables, set where the ranks run on GPUs.
+
+    Raises:
+        ValueError: this machine does not have what the flags ask for.
+    """
+    launch = config.launch
     notes: List[str] = []
     device, gpu_ids = _choose_device(config, environ)
     nodes, rank = launch.node or 1, launch.rank or 0
@@ -49,21 +105,15 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
     torchrun += ["--nnodes", str(nodes), "--node-rank", str(rank), "--nproc-per-node", str(processes)]
     torchrun += ["--master-addr", address, "--master-port", str(port)]
     # The "--" keeps torchrun from taking the flags after it, --node for one, for its own.
-    command = [*torchrun, "-m", "--", "megatron_vlm.training", *_training_flags(config)]
-    command = container.with_environment(_environment(config, environ, device, gpu_ids, processes), command)
-    if launch.sif_path:
-        command = container.container_command(
-            command,
-            launch.sif_path,
-            binds=launch.bind,
-            paths=_paths(config),
-            gpu=device == "cuda",
-            runtime=_runtime(launch.dry_run),
-        )
-    return LaunchPlan(config, device, processes, processes * nodes, command, notes, claim)
+    command = [*torchrun, "-m", "--", module, *flags]
+    variables = _environment(config, environ, device, gpu_ids, processes)
+    if device == "cuda":
+        variables.update(on_gpus or {})
+    command = container.with_environment(variables, command)
+    return Ranks(device, processes, command, notes, claim)
 
 
-def _choose_device(config: RunConfig, environ: Mapping[str, str]) -> Tuple[str, List[str]]:
+def _choose_device(config: Placed, environ: Mapping[str, str]) -> Tuple[str, List[str]]:
     """The device, and the ids of the GPUs to use."""
     launch, wanted = config.launch, config.parallel.device
     visible = [] if wanted == "cpu" else machine.visible_gpus(environ)
@@ -92,7 +142,7 @@ def _choose_device(config: RunConfig, environ: Mapping[str, str]) -> Tuple[str, 
     return "cuda", gpu_ids if launch.gpus == -1 else gpu_ids[: launch.gpus]
 
 
-def _cpu_processes(config: RunConfig, nodes: int) -> int:
+def _cpu_processes(config: Placed, nodes: int) -> int:
     if config.launch.gpus != -1:
         return config.launch.gpus
     model_parallel = config.parallel.tp * config.parallel.pp
@@ -104,7 +154,7 @@ def _cpu_processes(config: RunConfig, nodes: int) -> int:
     return model_parallel // nodes
 
 
-def _choose_port(config: RunConfig, notes: List[str]) -> Tuple[Optional[machine.PortClaim], int]:
+def _choose_port(config: Placed, notes: List[str]) -> Tuple[Optional[machine.PortClaim], int]:
     launch = config.launch
     if launch.rank:
         return None, launch.rdzv_port or launch.master_port  # only node 0 listens
@@ -118,7 +168,7 @@ def _choose_port(config: RunConfig, notes: List[str]) -> Tuple[Optional[machine.
 
 
 def _environment(
-    config: RunConfig, environ: Mapping[str, str], device: str, gpu_ids: List[str], processes: int
+    config: Placed, environ: Mapping[str, str], device: str, gpu_ids: List[str], processes: int
 ) -> Dict[str, str]:
     variables = {"PYTHONPATH": container.python_path(environ), "PYTHONUNBUFFERED": "1"}
     if device == "cuda":
@@ -127,8 +177,6 @@ def _environment(
         if config.parallel.tp > 1 or config.parallel.sequence_parallel:
             # Kernels start in the order they are launched, so that communication overlaps with GEMMs.
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-        if config.training.deterministic:
-            variables.update(DETERMINISTIC_ENVIRONMENT)
     else:
         if config.parallel.device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = ""
@@ -138,7 +186,7 @@ def _environment(
     return variables
 
 
-def _network(config: RunConfig, environ: Mapping[str, str]) -> Dict[str, str]:
+def _network(config: Placed, environ: Mapping[str, str]) -> Dict[str, str]:
     """Interface of gloo and NCCL; what the user has exported stays."""
     wanted, names = config.launch.interface, machine.network_interfaces()
     if wanted is not None:

@@ -16,7 +16,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import check_image
 
 
-def check_interpreter(config: RunConfig) -> None:
+def check_interpreter(sif_path: Optional[str] = None, transformer_impl: Optional[str] = None) -> None:
     """Check that this Python, which the ranks will run under, has what they need.
 
     Inside a container it isn't asked.
@@ -24,13 +24,13 @@ def check_interpreter(config: RunConfig) -> None:
     Raises:
         ValueError: it has not.
     """
-    if config.launch.sif_path is None and not _installed("torch"):
+    if sif_path is None and not _installed("torch"):
         raise ValueError(
             f"{sys.executable} has no torch; run `make setup` and `source .venv/bin/activate`, "
             "or give --sif-path"
         )
-    wants_engine = config.parallel.transformer_impl == "transformer_engine"
-    if wants_engine and config.launch.sif_path is None and not _installed("transformer_engine"):
+    wants_engine = transformer_impl == "transformer_engine"
+    if wants_engine and sif_path is None and not _installed("transformer_engine"):
         raise ValueError(
             f"--transformer-impl transformer_engine: {sys.executable} does not have it; "
             "use local, or give --sif-path"

@@ -13,6 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vlm.models.cache import KeyValueCache
+
 
 class ScaledDotProductAttention(MegatronModule):
     """Core attention through ``torch.nn.functional.scaled_dot_product_attention``.
@@ -20,7 +22,8 @@ class ScaledDotProductAttention(MegatronModule):
     Stands where megatron-core's ``DotProductAttention`` would: same arguments, same result, but no
     ``[b, heads, s, s]`` scores in memory. The mask is what ``attn_mask_type`` says, ``causal`` or
     ``no_mask``. Batches are padded on the right, so that a causal mask keeps padding away from
-    every real token and no padding mask is needed.
+    every real token and no padding mask is needed. While a model generates, its language model's layers
+    share a ``cache``.
 
     Raises:
         ValueError: a mask type other than these two, or an explicit mask, bias or packing.
@@ -40,7 +43,9 @@ class ScaledDotProductAttention(MegatronModule):
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(f"attention mask {attn_mask_type}; supported: causal, no_mask")
         assert config.kv_channels is not None
+        self.layer_number = layer_number
         self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.cache: KeyValueCache | None = None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout
 
@@ -67,6 +72,11 @@ class ScaledDotProductAttention(MegatronModule):
             raise ValueError("this attention takes no explicit mask, bias or packed sequences")
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.cache is not None:
+            key, value = self.cache.append(self.layer_number, key, value)
+            if not self.cache.first_pass:
+                context = self._attend_to_cache(query, key, value, self.cache.visible)
+                return context.permute(2, 0, 1, 3).flatten(2)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             # Not enable_gqa: torch's CPU kernel for it is the one that keeps the scores in memory.
@@ -82,6 +92,14 @@ class ScaledDotProductAttention(MegatronModule):
         )
         # [b, n, s, d] -> [s, b, n * d]
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_to_cache(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """One query per sequence and head. Those that share a key-value head stand in the sequence
+        dimension, so that the cache isn't copied for each."""
+        b, heads, _, d = query.shape
+        query = query.reshape(b, key.shape[1], heads // key.shape[1], d)
+        context = F.scaled_dot_product_attention(query, key, value, visible, scale=self.softmax_scale)
+        return context.reshape(b, heads, 1, d)
 
 
 class SelfAttentionWithOutputBias(SelfAttention):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import LanguageConfig, RopeScaling, padded_vocab_size
+from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.loss import linear_cross_entropy
 from megatron_vlm.models.specs import block_spec
@@ -83,6 +84,35 @@ class LanguageModel(GPTModel):
             group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
         )
+
+    def next_token_logits(self, embeddings: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """One pass of this stage's layers while generating.
+
+        Args:
+            embeddings: ``[s, b, hidden]`` on the first stage; the others take the input tensor that was set.
+            cache: what the earlier passes have kept.
+
+        Returns:
+            On the last stage the logits of each sequence's next token, ``[b, vocabulary]`` in float32,
+            padding of the vocabulary left out; on the others the hidden states ``[s, b, hidden]``.
+        """
+        rotary = self.rotary_pos_emb(cache.capacity)[cache.positions]  # [s or b, 1, 1, head_dim]
+        if not cache.first_pass:
+            rotary = rotary.transpose(0, 1)
+        for layer in self.decoder.layers:
+            layer.self_attention.core_attention.cache = cache
+        try:
+            hidden = self.decoder(hidden_states=embeddings, attention_mask=None, rotary_pos_emb=rotary)
+        finally:
+            for layer in self.decoder.layers:
+                layer.self_attention.core_attention.cache = None
+        if not self.post_process:
+            return hidden
+        last = hidden[cache.last, cache.rows].unsqueeze(0)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(last, weight=weight, runtime_gather_output=True)
+        return logits[0, :, : self.real_vocab_size].float()
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
@@ -93,6 +94,27 @@ class VisionLanguageModel(MegatronModule):
             labels=labels,
             loss_mask=loss_mask,
         )
+
+    def next_token_logits(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache,
+        pixel_values: Tensor | None = None,
+        image_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage while generating: the prompts in the first pass, one token of each after that.
+
+        Args:
+            input_ids: ``[b, s]``, prompts padded on the right, or ``[b, 1]``.
+            cache: of the batch; the caller tells it when the next pass begins.
+            pixel_values, image_positions: as for :meth:`forward`, in the first pass.
+
+        Returns:
+            On the last stage the logits of each sequence's next token, ``[b, vocabulary]`` in float32;
+            on the others the hidden states ``[s, b, hidden]``.
+        """
+        embeddings = self.embed(input_ids, pixel_values, image_positions) if self.pre_process else None
+        return self.language_model.next_token_logits(embeddings, cache)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
         """Token embeddings with image features at the placeholders, ``[s, b, hidden]``."""

@@ -57,7 +57,7 @@ def check(plan: LaunchPlan) -> None:
         for line in describe_stages(plan.config.layers_per_stage(model), plan.config.parallel.pp):
             print(f"note: {line}", file=sys.stderr)
     if not plan.config.launch.dry_run:
-        preflight.check_interpreter(plan.config)
+        preflight.check_interpreter(plan.config.launch.sif_path, plan.config.parallel.transformer_impl)
 
 
 def new_log(config: RunConfig) -> str:

@@ -86,8 +86,7 @@ def test_paths_and_model(dataset, tmp_path) -> None:
 
 def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
     monkeypatch.setattr(preflight, "_installed", lambda package: package != "transformer_engine")
-    flags = ["--transformer-impl", "transformer_engine"]
     with pytest.raises(ValueError, match="does not have it; use local, or give --sif-path"):
-        preflight.check_interpreter(RunConfig.from_flags(flags))
-    preflight.check_interpreter(RunConfig.from_flags([*flags, "--sif-path", "image.sif"]))
-    preflight.check_interpreter(RunConfig.from_flags([]))
+        preflight.check_interpreter(transformer_impl="transformer_engine")
+    preflight.check_interpreter("image.sif", "transformer_engine")
+    preflight.check_interpreter()

@@ -1,0 +1,182 @@
+"""What is asked: read from flags or a file, and rendered as training rendered it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vlm.config.checkpoint import HF_FOLDER, RUN_CONFIG
+from megatron_vlm.config.generation import GenerationConfig, PromptSection
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.images import normalize
+from megatron_vlm.data.processing import build_processing
+from megatron_vlm.data.templates import SampleError
+from megatron_vlm.inference.generator import Prompt
+
+_KEYS = {"prompt", "image"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, as it was given."""
+
+    where: str  # names it in messages
+    text: str
+    images: tuple[Path, ...]
+    fields: dict[str, Any]  # what its answer is written beside
+
+
+def read_questions(prompts: PromptSection) -> list[Question]:
+    """The questions of the flags, or of each line of ``--input``.
+
+    Image files are looked for beside the input file, unless their paths are absolute.
+
+    Raises:
+        ValueError: a line is malformed, or names an image that isn't there.
+    """
+    if prompts.input is None:
+        text = prompts.prompt or ""
+        images = tuple(Path(path) for path in prompts.image)
+        fields = {"prompt": text, **({"image": list(prompts.image)} if images else {})}
+        return [Question("--prompt", text, images, fields)]
+    path = Path(prompts.input)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--input {path}: cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines):
+        if line.strip():
+            questions.append(_read_line(f"{path} line {number + 1}", line, path.parent))
+    if not questions:
+        raise ValueError(f"--input {path}: it holds no questions")
+    return questions
+
+
+def _read_line(where: str, line: str, folder: Path) -> Question:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict) or not _KEYS & fields.keys():
+        raise ValueError(
+            f'{where}: expected an object such as {{"prompt": "What is this?", "image": "a.jpg"}}'
+        )
+    text, images = fields.get("prompt", ""), fields.get("image", [])
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: prompt is {text!r}; expected a text")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: image is {images!r}; expected a file or a list of files")
+    files = tuple(folder / image for image in images)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{where}: image {file}: no such file")
+    return Question(where, text, files, fields)
+
+
+class Questions:
+    """All questions, checked, and what turns them into prompts: the tokenizer, template and image processor
+    of the training run.
+
+    Args:
+        checkpoint: the checkpoint's folder. What the flags leave out is as the run that wrote it was told.
+
+    Raises:
+        ValueError: tokenizer, template or image processor is missing or doesn't fit the model, or a
+            question is malformed, too long, or names an image that isn't there.
+    """
+
+    def __init__(self, config: GenerationConfig, checkpoint: Path, model: ModelConfig) -> None:
+        self.raw = config.prompts.raw_prompt
+        self.max_new_tokens = config.sampling.max_new_tokens
+        self.positions = model.language.max_position_embeddings
+        if model.language.sliding_window is not None:
+            self.positions = min(self.positions, model.language.sliding_window)
+        run = _training_config(config, checkpoint, self.positions)
+        self.processing = build_processing(run, model, str(checkpoint / HF_FOLDER))
+        self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer)
+        self.questions = read_questions(config.prompts)
+        self.input_ids = [self._encode(question) for question in self.questions]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def encode(self, numbers: Sequence[int]) -> list[Prompt]:
+        """These questions as the model takes them.
+
+        Raises:
+            ValueError: an image can't be decoded.
+        """
+        return [Prompt(n, self.input_ids[n], self._pixel_values(self.questions[n])) for n in numbers]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """An answer's text."""
+        text: str = self.processing.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+    def _encode(self, question: Question) -> list[int]:
+        try:
+            ids = self.processing.encode_prompt(question.text, len(question.images), self.raw)
+        except SampleError as error:
+            raise ValueError(f"{question.where}: {error}") from None
+        if not ids:
+            raise ValueError(f"{question.where}: it has no tokens")
+        left = self.positions - len(ids)
+        if left < self.max_new_tokens:
+            advice = f"use --max-new-tokens {left}" if left > 0 else "ask something shorter"
+            raise ValueError(
+                f"{question.where}: {len(ids)} tokens and --max-new-tokens {self.max_new_tokens} are more "
+                f"than the model's {self.positions} positions; {advice}"
+            )
+        return ids
+
+    def _pixel_values(self, question: Question) -> torch.Tensor:
+        images = self.processing.images
+        pixels = torch.empty((len(question.images), *images.shape), dtype=torch.uint8)
+        for index, path in enumerate(question.images):
+            try:
+                pixels[index] = images(path.read_bytes())
+            except SampleError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return normalize(pixels, images, torch.float32)
+
+
+def end_tokens(hf_dir: Path, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the generation config's, as transformers reads them, else the tokenizer's."""
+    for name, key in (
+        ("generation_config.json", None),
+        ("config.json", None),
+        ("config.json", "text_config"),
+    ):
+        file = hf_dir / name
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = (values.get(key) or {} if key else values).get("eos_token_id")
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _training_config(config: GenerationConfig, checkpoint: Path, positions: int) -> RunConfig:
+    """What training was told about its text, where the checkpoint is of a run, and what the flags say."""
+    file, source = checkpoint / RUN_CONFIG, config.source
+    run = RunConfig.load(str(file)) if file.is_file() else RunConfig.from_dict({})
+    tokenizer_dir = source.tokenizer_load_dir or run.model.tokenizer_load_dir
+    if source.tokenizer_load_dir is None and not Path(tokenizer_dir or "").is_dir():
+        tokenizer_dir = None  # the run's own is gone; the checkpoint carries one
+    return replace(
+        run,
+        model=replace(run.model, tokenizer_load_dir=tokenizer_dir),
+        data=replace(
+            run.data,
+            template=source.template or run.data.template,
+            lang=source.lang or run.data.lang,
+            seq_length=positions,
+        ),
+    )

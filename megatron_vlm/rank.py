@@ -1,0 +1,92 @@
+"""How one rank begins and ends, whatever it runs in between. Imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
+
+
+def begin() -> None:
+    """Call this before anything that takes time, torch's import for one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
+    _leave_nothing_behind()
+    _quiet_megatron_core()
+
+
+def user_error(error: ValueError, speaks: bool) -> int:
+    """Print what is wrong, if this rank is the one to say it; returns the exit code."""
+    if speaks:  # an error that all ranks meet is told once
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(work: Callable[[], None], device: str | None) -> int:
+    """Do this rank's work, which joins the process group first, and leave the group.
+
+    Args:
+        device: as ``parallel.initialize`` takes it.
+
+    Returns:
+        The exit code: 0, 2 for a user error, 1 for any other.
+    """
+    from megatron_vlm import parallel
+
+    code = 1
+    try:
+        work()
+        code = 0
+    except ValueError as error:
+        code = user_error(error, parallel.first_to_arrive("error"))
+    except OSError as error:  # no space left, read-only, no permission
+        where = f"{error.filename}: " if error.filename else ""
+        reason = ValueError(f"{where}{error.strerror or error}")
+        code = user_error(reason, parallel.first_to_arrive("error"))
+    except Exception as error:  # told in full here, since what follows may end the process at once
+        if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+            # Another rank failed and has said why; a traceback of this one would bury that.
+            print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+    if code and parallel.choose_device(device)[0] == "cuda":
+        # Leaving NCCL's groups waits for the other ranks, which may be waiting for this one.
+        sys.stderr.flush()
+        os._exit(code)
+    parallel.finalize()
+    return code
+
+
+def _quiet_megatron_core() -> None:
+    """Its warnings are about optional packages and its own deprecated calls: nothing a user can mend."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"megatron\.core|torch\.jit|torch\.distributed"
+        )
+
+
+def _leave_nothing_behind() -> None:
+    """A rank whose torchrun is killed, and what a killed rank has forked (loader workers, writers of a
+    checkpoint), must not go on beside the run that takes its place."""
+    if sys.platform != "linux":
+        return
+    os.register_at_fork(after_in_child=_die_with_parent)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+        if os.environ.get("MEGATRON_VLM_TORCHRUN_PID", str(os.getppid())) != str(os.getppid()):
+            sys.exit(1)  # it died before this could be asked for
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,159 @@
+"""Prompts equal those of transformers' processors, and those that training saw; what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from megatron_vlm.config.checkpoint import RUN_CONFIG
+from megatron_vlm.config.generation import GenerationConfig
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.inference.questions import Questions, end_tokens
+from tests.data.tiny_data import jpeg
+from tests.training.conftest import save_llava
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as far as text and images go, and two pictures beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_llava(folder / "hf", tie_word_embeddings=False)
+    for name, seed in (("a.jpg", 1), ("b.jpg", 2)):
+        (folder / name).write_bytes(jpeg(seed))
+    return folder
+
+
+def ask(checkpoint: Path, *flags: str) -> Questions:
+    config = GenerationConfig.from_flags(["--megatron-dir", str(checkpoint), "--max-new-tokens", "8", *flags])
+    return Questions(config, checkpoint, ModelConfig.from_hf_dir(str(checkpoint / "hf")))
+
+
+def test_a_prompt_equals_the_processors(checkpoint: Path) -> None:
+    image, text = checkpoint / "a.jpg", "What is in this picture?"
+    (prompt,) = ask(checkpoint, "--image", str(image), "--prompt", text).encode([0])
+    content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": text}]
+    expected = transformers.AutoProcessor.from_pretrained(checkpoint / "hf").apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert prompt.input_ids == expected["input_ids"][0].tolist()
+    torch.testing.assert_close(prompt.pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("template", ["chat", "v1", "plain"])
+def test_a_prompt_is_how_a_training_sample_begins(checkpoint: Path, template: str) -> None:
+    flags = ["--image", str(checkpoint / "a.jpg"), "--prompt", "What is this?", "--template", template]
+    questions = ask(checkpoint, *flags, "--lang", "en")
+    sample = questions.processing.encode("key", "What is this?", "It is 7.", [jpeg(1)])
+    first_trained = next(i for i, label in enumerate(sample.labels) if label >= 0) + 1
+    (prompt,) = questions.encode([0])
+    assert prompt.input_ids == sample.input_ids[: len(prompt.input_ids)]
+    # The space before an answer is a token of its own or begins the answer's first, as the template has it.
+    assert first_trained - 1 <= len(prompt.input_ids) <= first_trained
+
+
+def test_what_training_was_told_is_the_default(checkpoint: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "iter_0000001"
+    shutil.copytree(checkpoint, trained)
+    RunConfig.from_flags(["--template", "v1", "--lang", "en", "--tokenizer-load-dir", "gone"]).save(
+        str(trained / RUN_CONFIG)
+    )
+    said = ["--prompt", "Hello"]
+    ids = ask(trained, *said).input_ids
+    assert ids == ask(checkpoint, *said, "--template", "v1", "--lang", "en").input_ids
+    assert ids != ask(checkpoint, *said).input_ids
+    assert ask(trained, *said, "--template", "chat").input_ids == ask(checkpoint, *said).input_ids
+
+
+def test_raw_prompts_get_nothing_but_the_start_token(checkpoint: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint / "hf")
+    (ids,) = ask(checkpoint, "--raw-prompt", "--prompt", "The answer is").input_ids
+    assert ids == tokenizer("The answer is")["input_ids"]
+    image = str(checkpoint / "a.jpg")
+    (ids,) = ask(checkpoint, "--raw-prompt", "--prompt", "<image>\nA cat", "--image", image).input_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 25  # 20 / 4 squared
+
+
+def test_an_image_without_a_question_is_to_be_described(checkpoint: Path) -> None:
+    questions = ask(checkpoint, "--image", str(checkpoint / "a.jpg"), "--lang", "en")
+    assert "image" in questions.decode(questions.input_ids[0])
+
+
+def test_input_file(checkpoint: Path) -> None:
+    lines = [
+        {"prompt": "What is this?", "image": "a.jpg", "id": 7},
+        {"prompt": "Hello"},
+        {"prompt": "<image> or <image>?", "image": ["a.jpg", str(checkpoint / "b.jpg")]},
+    ]
+    file = checkpoint / "in.jsonl"
+    file.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    questions = ask(checkpoint, "--input", str(file))
+    assert [question.fields for question in questions.questions] == lines
+    assert [len(prompt.pixel_values) for prompt in questions.encode(range(3))] == [1, 0, 2]
+    assert [prompt.number for prompt in questions.encode([1, 2])] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: expected an object such as"),
+        ('{"question": "Hi"}', "line 2: expected an object such as"),
+        ('{"prompt": 3}', "line 2: prompt is 3; expected a text"),
+        ('{"prompt": "Hi", "image": 3}', "line 2: image is 3; expected a file"),
+        ('{"prompt": "Hi", "image": "no.jpg"}', "no.jpg: no such file"),
+        (
+            '{"prompt": "<image> <image>", "image": "a.jpg"}',
+            "line 2: its text has 2 image markers, but 1 images",
+        ),
+        ('{"prompt": "<image>"}', "line 2: its text has 1 image markers, but 0 images"),
+    ],
+)
+def test_bad_lines(checkpoint: Path, line: str, message: str) -> None:
+    file = checkpoint / "bad.jsonl"
+    file.write_text('{"prompt": "Hi"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        ask(checkpoint, "--input", str(file))
+
+
+def test_an_image_that_cannot_be_decoded(checkpoint: Path) -> None:
+    (checkpoint / "broken.jpg").write_bytes(jpeg(1)[:100])
+    with pytest.raises(ValueError, match=r"broken.jpg: its image"):
+        ask(checkpoint, "--image", str(checkpoint / "broken.jpg")).encode([0])
+
+
+def test_a_request_longer_than_the_model(checkpoint: Path) -> None:
+    length = len(ask(checkpoint, "--prompt", "Hi").input_ids[0])
+    positions = ModelConfig.from_hf_dir(str(checkpoint / "hf")).language.max_position_embeddings
+    fits = str(positions - length)
+    assert ask(checkpoint, "--prompt", "Hi", "--max-new-tokens", fits)
+    with pytest.raises(ValueError, match=f"more than the model's {positions} positions; use .* {fits}$"):
+        ask(checkpoint, "--prompt", "Hi", "--max-new-tokens", str(positions))
+    with pytest.raises(ValueError, match="ask something shorter"):
+        ask(checkpoint, "--prompt", "Hi " * positions)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [4, 5]}, "config.json": {"eos_token_id": 6}}, [4, 5]),
+        ({"generation_config.json": {}, "config.json": {"text_config": {"eos_token_id": 6}}}, [6]),
+        ({"config.json": {"eos_token_id": 3, "text_config": {}}}, [3]),
+        ({"config.json": {}}, [2]),
+    ],
+)
+def test_end_tokens(tmp_path: Path, files: dict[str, dict], expected: list[int]) -> None:
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=2)) == expected
