@@ -50,7 +50,8 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.config.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
-        paths = [*map(str, checkpoint_layers(args.megatron_dir, args.base)), args.megatron_dir, args.hf_dir]
+        bases = checkpoint_layers(args.megatron_dir, args.base)[:-1]
+        paths = [args.megatron_dir, args.hf_dir, *map(str, bases)]
         paths += [args.tokenizer_dir] if args.tokenizer_dir else []
         return reenter([__file__, *argv], args.sif_path, [*args.bind, *paths])
 

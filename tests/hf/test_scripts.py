@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config.checkpoint import write_manifest
 from megatron_vlm.hf import cli
 from megatron_vlm.hf.folder import verify
 from tests.tiny import save_tiny_llava
@@ -107,14 +108,18 @@ def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         "megatron_vlm.launch.container.reenter", lambda argv, sif, binds: seen.append((argv, sif, binds)) or 7
     )
-    text = tmp_path / "text"
-    text.mkdir()
+    text, base, trained = tmp_path / "text", tmp_path / "base", tmp_path / "trained"
+    for folder in (text, base, trained):
+        folder.mkdir()
+    manifest = {key: {} for key in ("format", "iteration", "has_optimizer", "model", "layout", "tensors")}
+    write_manifest(base, manifest)
+    write_manifest(trained, {**manifest, "base": {"path": str(base)}})  # trained weights only
     container = ["--sif-path", "image.sif", "--bind", "/data:/data", "/scratch:/s:ro"]
     cases = {
         "convert_hf_to_megatron": (["--hf-dir", "a", "--megatron-dir", "b"], ["a", "b"]),
         "convert_megatron_to_hf": (
-            ["--megatron-dir", "a", "--hf-dir", "b", "--tokenizer-dir", "c"],
-            ["a", "b", "c"],
+            ["--megatron-dir", str(trained), "--hf-dir", "b", "--tokenizer-dir", "c"],
+            [str(trained), "b", str(base), "c"],
         ),
         "build_llava_jp": (
             ["--save-dir", "a", "--text-model", str(text), "--vision-model", "org/tag"],
