@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Dict, Optional, Sequence, Tuple
 
+from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.flags import FlagParser, flag
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import (
@@ -34,6 +35,12 @@ class SourceSection:
 
     megatron_dir: Optional[str] = flag(
         MODEL, None, "checkpoint: its folder, the root above it, or a run folder"
+    )
+    base: Optional[str] = flag(
+        MODEL,
+        None,
+        "checkpoint with all weights under one of trained weights only",
+        shown_default="where it was when that was saved",
     )
     tokenizer_load_dir: Optional[str] = flag(
         MODEL,
@@ -192,12 +199,17 @@ class GenerationConfig:
 
     @property
     def paths(self) -> Tuple[str, ...]:
-        """Files and folders that are read or written, an input's and an output's folder among them."""
+        """Files and folders that are read or written, an input's and an output's folder among them.
+
+        Raises:
+            ValueError: there is no such checkpoint, or what it lies over isn't where it was.
+        """
         source, prompts = self.source, self.prompts
+        bases = [str(folder) for folder in checkpoint_layers(self.checkpoint, source.base)[:-1]]
         folders = [
             os.path.dirname(file) or "." for file in (prompts.input, prompts.output) if file is not None
         ]
-        named = (source.megatron_dir, source.tokenizer_load_dir, *prompts.image, *folders)
+        named = (source.megatron_dir, *bases, source.tokenizer_load_dir, *prompts.image, *folders)
         return tuple(path for path in named if path is not None)
 
     @property

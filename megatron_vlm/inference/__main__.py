@@ -41,7 +41,8 @@ def _answer(config: GenerationConfig) -> None:
         return held[0].encode(numbers)
 
     count, end_tokens = parallel.on_first_rank(prepare)
-    generator = load_generator(checkpoint, model, layout, config.source.precision, end_tokens)
+    source = config.source
+    generator = load_generator(checkpoint, model, layout, source.precision, end_tokens, source.base)
     answers = Answers(config.prompts, held[0]) if held else None
     started, tokens = time.perf_counter(), 0
     for start in range(0, count, config.prompts.batch_size):

@@ -122,12 +122,18 @@ class Generator:
 
 
 def load_generator(
-    checkpoint: Path, model: ModelConfig, layout: Layout, precision: str | None, end_tokens: Collection[int]
+    checkpoint: Path,
+    model: ModelConfig,
+    layout: Layout,
+    precision: str | None,
+    end_tokens: Collection[int],
+    base: str | None = None,
 ) -> Generator:
     """A generator with a checkpoint's weights; a collective call.
 
     Args:
         precision: ``"bf16"``, ``"fp32"``, or None for what the weights are stored in.
+        base: where the rest of a checkpoint of trained weights only is; None for where it was.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -136,5 +142,5 @@ def load_generator(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # The local layers on GPUs too: Transformer Engine's attention knows nothing of the cache.
     chunks = build_model(model, layout, dtype, impl="local")
-    load_weights(checkpoint, chunks)
+    load_weights(checkpoint, chunks, base)
     return Generator(chunks[0], layout, end_tokens)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from megatron_vlm.config.checkpoint import write_manifest
 from megatron_vlm.config.generation import GenerationConfig
 
 ASKED = ["--megatron-dir", "runs/demo", "--prompt", "Hi"]
@@ -17,7 +20,23 @@ def test_defaults() -> None:
     assert config.sampling.temperature == 0 and config.sampling.max_new_tokens == 256
     assert (config.parallel.tp, config.parallel.pp, config.parallel.device) == (2, 1, "cpu")
     assert (config.launch.gpus, config.launch.node) == (2, 1)
-    assert config.paths == ("runs/demo", "a.jpg", "b.jpg")
+
+
+def test_what_has_to_be_there(tmp_path: Path) -> None:
+    """A checkpoint of trained weights only, with the one under it where it was, gone, and named."""
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    manifest = {key: {} for key in ("format", "iteration", "has_optimizer", "model", "layout", "tensors")}
+    for folder, more in ((base, {}), (trained, {"base": {"path": str(base)}})):
+        folder.mkdir()
+        write_manifest(folder, {**manifest, **more})
+    asked = ["--megatron-dir", str(trained), "--image", "a.jpg", "b.jpg"]
+    config = GenerationConfig.from_flags(asked)
+    assert config.paths == (str(trained), str(base), "a.jpg", "b.jpg")
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="say with --base where it is"):
+        _ = config.paths
+    config = GenerationConfig.from_flags([*asked, "--base", str(moved)])
+    assert config.paths == (str(trained), str(moved), "a.jpg", "b.jpg")
 
 
 @pytest.mark.parametrize(
