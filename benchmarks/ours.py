@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.workload import IGNORE, OPTIMIZER, Workload, make_batches, peak_memory
 from megatron_vlm import parallel
@@ -90,6 +91,7 @@ def from_loader(workload: Workload, folder: Path, layout: parallel.Layout) -> di
     argv += ["--data-path", str(folder / "data"), "--save-dir", str(folder / "runs"), "--restart"]
     argv += ["--bf16" if layout.device.type == "cuda" else "--fp32"]
     trainer.run(RunConfig.from_flags(argv), layout)
+    dist.barrier()  # rank 0 has written its last line
     log = folder / "runs" / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return {
