@@ -174,7 +174,10 @@ def main() -> None:
         "peak_mib": peak_memory(),
     }
     args.result.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    # Not through the interpreter's end: DDP's reducer destroys its gloo group with Python's lock held, and
+    # waits there for a thread of gloo's that may be waiting for this lock.
+    dist.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":
