@@ -153,8 +153,9 @@ class FlagParser(argparse.ArgumentParser):
         text = about["help"] + (" (not available yet)" if about["not_yet"] else _shown(field))
         text = text.replace("%", "%%")
         if about["switches"]:
+            one_of = heading.add_mutually_exclusive_group()
             for i, choice in enumerate(about["choices"]):
-                heading.add_argument(
+                one_of.add_argument(
                     flag_name(choice),
                     dest=field.name,
                     action="store_const",

@@ -162,6 +162,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ({"help": True}, ["help"]),
         ({"config": "other.json"}, ["config"]),
         ({"fp8": True}, ["--fp8 is not available yet"]),
+        ({"bf16": True, "fp32": True}, ["--fp32: not allowed with argument --bf16"]),
         ([1], ["expected a JSON object"]),
     ],
 )
