@@ -271,6 +271,7 @@ def _kind_name(kind: Any) -> str:
 
 def _shown(field: dataclasses.Field[Any]) -> str:
     shown = field.metadata["shown_default"]
-    if shown is None and field.default not in (None, REQUIRED, "", (), False):
+    unshown = field.default is False or field.default in (None, REQUIRED, "", ())
+    if shown is None and not unshown:
         shown = "on" if field.default is True else field.default
     return "" if shown is None else f" (default: {shown})"

@@ -363,7 +363,12 @@ class TrainingSection:
 class OptimizerSection:
     """AdamW and the learning-rate schedule."""
 
-    lr: float = flag(OPTIMIZER, REQUIRED, "peak learning rate", shown_default="1e-3 in --stage 1, else 2e-5")
+    lr: float = flag(
+        OPTIMIZER,
+        REQUIRED,
+        "peak learning rate",
+        shown_default="1e-3 in --stage 1, 2e-4 with --lora-rank, else 2e-5",
+    )
     min_lr: float = flag(
         OPTIMIZER, REQUIRED, "learning rate at the end of the decay", shown_default="1e-8, or --lr if smaller"
     )
