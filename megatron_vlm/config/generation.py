@@ -104,7 +104,12 @@ class PromptSection:
 class SamplingSection:
     """How the next token is chosen, and when to stop."""
 
-    max_new_tokens: int = flag(SAMPLING, 256, "longest answer in tokens, its end token included")
+    max_new_tokens: Optional[int] = flag(
+        SAMPLING,
+        None,
+        "longest answer in tokens, its end token included",
+        shown_default="256, or less where the model has fewer positions left",
+    )
     temperature: float = flag(
         SAMPLING,
         0.0,

@@ -330,6 +330,14 @@ class RunConfig:
                 f"the warmup of {self.warmup_iterations} iterations leaves none of {self.decay_iterations} "
                 f"for the decay; use --lr-warmup-iters {self.decay_iterations - 1} or less, or train longer"
             )
+        iterations, ranges = self.training.iterations, self.training.skipped_ranges
+        if iterations is not None and ranges and ranges[0][0] == 1 and ranges[0][1] >= iterations:
+            raise ValueError(
+                f"--skip-train-iteration-range leaves out all {iterations} iterations; name fewer, or train "
+                "longer"
+            )
+        if self.lora.adapters is None and any(entry.name == "lora" for entry in self.trained):
+            raise ValueError("--train-modules lora: there are no adapters; add --lora-rank, such as 16")
         if model is not None:
             self._check_model(model)
         self._check_interleaving(world_size)

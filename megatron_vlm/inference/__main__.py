@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 from megatron_vlm import rank
@@ -33,14 +34,15 @@ def _answer(config: GenerationConfig) -> None:
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     held: list[Questions] = []  # on rank 0, which alone reads files and knows text
 
-    def prepare() -> tuple[int, list[int]]:
+    def prepare() -> tuple[int, list[int], int]:
         held.append(Questions(config, checkpoint, model))
-        return len(held[0]), held[0].end_tokens
+        return len(held[0]), held[0].end_tokens, held[0].max_new_tokens
 
     def encode(numbers: range) -> list[Prompt]:
         return held[0].encode(numbers)
 
-    count, end_tokens = parallel.on_first_rank(prepare)
+    count, end_tokens, max_new_tokens = parallel.on_first_rank(prepare)
+    sampling = replace(config.sampling, max_new_tokens=max_new_tokens)
     source = config.source
     generator = load_generator(checkpoint, model, layout, source.precision, end_tokens, source.base)
     answers = Answers(config.prompts, held[0]) if held else None
@@ -48,7 +50,7 @@ def _answer(config: GenerationConfig) -> None:
     for start in range(0, count, config.prompts.batch_size):
         numbers = range(start, min(start + config.prompts.batch_size, count))
         prompts = parallel.on_first_rank(partial(encode, numbers))
-        made = generator.generate(prompts, config.sampling, answers.show if answers else None)
+        made = generator.generate(prompts, sampling, answers.show if answers else None)
         tokens += sum(map(len, made))
         if answers is not None:
             answers.write(numbers, made)

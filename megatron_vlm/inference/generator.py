@@ -60,6 +60,7 @@ class Generator:
             The tokens of each answer, on every rank. The last of them is an end token, unless
             ``max_new_tokens`` came first.
         """
+        assert sampling.max_new_tokens is not None
         device = self.layout.device
         ids, lengths = self._pad(prompts)
         pixels = torch.cat([prompt.pixel_values for prompt in prompts])

@@ -20,6 +20,7 @@ from megatron_vlm.data.templates import SampleError
 from megatron_vlm.inference.generator import Prompt
 
 _KEYS = {"prompt", "image"}
+_MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,6 @@ class Questions:
 
     def __init__(self, config: GenerationConfig, checkpoint: Path, model: ModelConfig) -> None:
         self.raw = config.prompts.raw_prompt
-        self.max_new_tokens = config.sampling.max_new_tokens
         self.positions = model.language.max_position_embeddings
         if model.language.sliding_window is not None:
             self.positions = min(self.positions, model.language.sliding_window)
@@ -104,6 +104,7 @@ class Questions:
         self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer)
         self.questions = read_questions(config.prompts)
         self.input_ids = [self._encode(question) for question in self.questions]
+        self.max_new_tokens = self._max_new_tokens(config.sampling.max_new_tokens)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -128,14 +129,20 @@ class Questions:
             raise ValueError(f"{question.where}: {error}") from None
         if not ids:
             raise ValueError(f"{question.where}: it has no tokens")
-        left = self.positions - len(ids)
-        if left < self.max_new_tokens:
+        return ids
+
+    def _max_new_tokens(self, wanted: int | None) -> int:
+        """What fits after the longest question, if it isn't said."""
+        longest = max(range(len(self)), key=lambda number: len(self.input_ids[number]))
+        length = len(self.input_ids[longest])
+        left = self.positions - length
+        if left < (wanted or 1):
             advice = f"use --max-new-tokens {left}" if left > 0 else "ask something shorter"
             raise ValueError(
-                f"{question.where}: {len(ids)} tokens and --max-new-tokens {self.max_new_tokens} are more "
-                f"than the model's {self.positions} positions; {advice}"
+                f"{self.questions[longest].where}: {length} tokens and {wanted or 1} new ones are more than "
+                f"the model's {self.positions} positions; {advice}"
             )
-        return ids
+        return wanted or min(_MAX_NEW_TOKENS, left)
 
     def _pixel_values(self, question: Question) -> torch.Tensor:
         images = self.processing.images

@@ -107,14 +107,15 @@ def check_held_out(path: str) -> None:
     """Check that a prepared dataset has samples for evaluations, as far as its split tells without YAML.
 
     Raises:
-        ValueError: its ``val`` split is empty.
+        ValueError: its ``val`` split is empty, or there is none.
     """
     try:
         with open(os.path.join(path, ".nv-meta", "split.yaml"), encoding="utf-8") as file:
             split = file.read()
     except OSError:
         return  # a JSON file, or none: told when training opens the data
-    if re.search(r"^\s+val:\s*\[\s*\]\s*$", split, re.MULTILINE):
+    parts = re.findall(r"^\s+val:(.*)$", split, re.MULTILINE)
+    if not parts or parts[0].replace(" ", "") == "[]":
         raise ValueError(
             f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
             f"leave it out, or write more shards and prepare again: {prepare_command(path)}"

@@ -233,6 +233,7 @@ class Trainer:
     def why_finished(self) -> str:
         """One line, for a run that stopped early or had ended before this start of it."""
         done, total, state = self.state.iteration, self.total_iterations, self.state
+        resumable = self.config.checkpoint.save_optim
         if done >= total:
             return (
                 f"{done} iterations are done and the run has {total}: nothing left to do; give a larger "
@@ -241,7 +242,8 @@ class Trainer:
         return (
             f"stopped early at iteration {done}, after {state.evaluations_without_improvement} evaluations "
             f"without an improvement; the lowest validation loss was {state.best_loss:.4f}, at iteration "
-            f"{state.best_iteration}. To go on, give a larger --early-stopping-patience"
+            f"{state.best_iteration}"
+            + (". To go on, give a larger --early-stopping-patience" if resumable else "")
         )
 
     def _count_iteration(self) -> None:

@@ -17,7 +17,7 @@ def test_defaults() -> None:
         [*ASKED, "--image", "a.jpg", "b.jpg", "--tp", "2", "--device", "cpu"]
     )
     assert config.prompts.image == ("a.jpg", "b.jpg")
-    assert config.sampling.temperature == 0 and config.sampling.max_new_tokens == 256
+    assert config.sampling.temperature == 0 and config.sampling.max_new_tokens is None
     assert (config.parallel.tp, config.parallel.pp, config.parallel.device) == (2, 1, "cpu")
     assert (config.launch.gpus, config.launch.node) == (2, 1)
 

@@ -348,6 +348,9 @@ def test_layout_and_batch_rules() -> None:
     config.validate(8)
     assert (config.dp(8), config.num_microbatches(8)) == (4, 2)
     assert "leaves none" in error_of([*BASE, "--lr-warmup-iters", "10"], 1)
+    skipped = [*BASE, "--skip-train-iteration-range"]
+    assert "leaves out all 10 iterations" in error_of([*skipped, "6-12", "1-5"], 1)
+    RunConfig.from_flags([*skipped, "1-9"]).validate(1)
 
 
 def test_interleaved_stages_need_groups_of_micro_batches() -> None:
@@ -356,6 +359,10 @@ def test_interleaved_stages_need_groups_of_micro_batches() -> None:
     assert "micro batches in multiples of --pp 4" in message and "has 6" in message
     assert message.endswith("use --global-batch-size 16 or 32")
     RunConfig.from_flags([*argv, "--global-batch-size", "32"]).validate(8)
+
+
+def test_adapters_have_to_be_there_to_be_trained() -> None:
+    assert "add --lora-rank" in error_of([*BASE, "--train-modules", "lora|projector"], 1)
 
 
 def test_adapters_are_not_gathered_in_the_background() -> None:

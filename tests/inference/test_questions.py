@@ -138,6 +138,9 @@ def test_a_request_longer_than_the_model(checkpoint: Path) -> None:
     positions = ModelConfig.from_hf_dir(str(checkpoint / "hf")).language.max_position_embeddings
     fits = str(positions - length)
     assert ask(checkpoint, "--prompt", "Hi", "--max-new-tokens", fits)
+    config = GenerationConfig.from_flags(["--megatron-dir", str(checkpoint), "--prompt", "Hi"])
+    model = ModelConfig.from_hf_dir(str(checkpoint / "hf"))
+    assert Questions(config, checkpoint, model).max_new_tokens == min(256, int(fits))
     with pytest.raises(ValueError, match=f"more than the model's {positions} positions; use .* {fits}$"):
         ask(checkpoint, "--prompt", "Hi", "--max-new-tokens", str(positions))
     with pytest.raises(ValueError, match="ask something shorter"):
