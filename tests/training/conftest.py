@@ -24,12 +24,13 @@ class Trainable:
     text_only: Path
 
     def flags(self, save_dir: Path, name: str, *more: str) -> list[str]:
-        """A short run with small batches."""
+        """A short run with small batches, in float32 unless ``more`` says otherwise."""
+        precision = [] if "--bf16" in more else ["--fp32"]
         return [
             *("--megatron-load-dir", str(self.checkpoint), "--tokenizer-load-dir", str(self.hf)),
             *("--data-path", str(self.data), "--save-dir", str(save_dir), "--name", name),
             *("--micro-batch-size", "2", "--global-batch-size", "4", "--data-workers", "2"),
-            *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", "--fp32"),
+            *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", *precision),
             *("--lr", "2e-3", "--lr-warmup-iters", "0", "--max-corrupt-rate", "0.5", *more),
         ]
 
