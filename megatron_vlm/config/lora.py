@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Optional, Tuple
 
 from megatron_vlm.config.flags import flag, flag_name
+from megatron_vlm.config.headings import LORA
 
-LORA = "LoRA arguments"
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _VISION = "vision."
 VISION_TARGETS = tuple(_VISION + name for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))

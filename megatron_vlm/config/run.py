@@ -15,21 +15,21 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
+from megatron_vlm.config.headings import GROUPS
+from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.lora import LoraSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import deal_layers, stage_costs
 from megatron_vlm.config.sections import (
-    GROUPS,
     CheckpointSection,
     DataSection,
-    LaunchSection,
     LoggingSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
     TrainingSection,
-    nearest_multiples,
 )
 from megatron_vlm.config.train_modules import LANGUAGE, VISION, TrainEntry, parse_train_modules
 

@@ -5,40 +5,23 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
+from megatron_vlm.config.checks import between, nearest_multiples, needs, not_negative, positive
 from megatron_vlm.config.flags import REQUIRED, flag, flag_name
-from megatron_vlm.config.lora import LORA
-from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules, preset
-
-# Headings of --help, in order.
-GPU = "GPU-related arguments"
-LOGGING = "Logging arguments"
-SAVE_LOAD = "Save/Load arguments"
-PARALLEL = "Model parallel arguments"
-DISTRIBUTED = "Distributed settings"
-TOKENIZER = "Tokenizer-related arguments"
-DATA = "Data arguments"
-TRAINING = "Training settings"
-OPTIMIZER = "Optimizer arguments"
-SLURM = "SLURM arguments (read from SLURM's variables inside a job)"
-OTHER = "Other arguments"
-DEBUG = "Debug arguments"
-GROUPS = (
-    GPU,
-    LOGGING,
-    SAVE_LOAD,
-    PARALLEL,
-    DISTRIBUTED,
-    TOKENIZER,
+from megatron_vlm.config.headings import (
     DATA,
-    TRAINING,
-    LORA,
-    OPTIMIZER,
-    SLURM,
-    OTHER,
     DEBUG,
+    DISTRIBUTED,
+    LOGGING,
+    OPTIMIZER,
+    OTHER,
+    PARALLEL,
+    SAVE_LOAD,
+    TOKENIZER,
+    TRAINING,
 )
+from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules, preset
 
 
 @dataclass(frozen=True)
@@ -93,8 +76,8 @@ class ModelSection:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "make_vocab_size_divisible_by")
-        _not_negative(self, "image_token_id", "pad_token_id")
+        positive(self, "make_vocab_size_divisible_by")
+        not_negative(self, "image_token_id", "pad_token_id")
         _ = self.trained
 
     @property
@@ -180,8 +163,8 @@ class ParallelSection:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "tp", "pp", "vpp", "recompute_num_layers", "distributed_timeout_minutes")
-        _positive(self, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        positive(self, "tp", "pp", "vpp", "recompute_num_layers", "distributed_timeout_minutes")
+        positive(self, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
         ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
         for name, unset in (("vpp", 1), (ends[0], None), (ends[1], None)):
             if self.pp == 1 and getattr(self, name) != unset:
@@ -237,9 +220,9 @@ class DataSection:
     max_corrupt_rate: float = flag(DATA, 0.1, "stop when more than this part of the samples cannot be read")
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_length", "data_workers")
-        _not_negative(self, "shuffle_buffer_size")
-        _between(self, "max_corrupt_rate", 0.0, 1.0)
+        positive(self, "seq_length", "data_workers")
+        not_negative(self, "shuffle_buffer_size")
+        between(self, "max_corrupt_rate", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -316,12 +299,12 @@ class TrainingSection:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
-        _positive(self, "eval_interval", "early_stopping_patience")
-        _not_negative(self, "seed", "eval_iters", "early_stopping_min_delta")
-        _needs(self, "eval_iters", "eval_interval")
-        _needs(self, "early_stopping_patience", "eval_interval")
-        _needs(self, "early_stopping_min_delta", "early_stopping_patience")
+        positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
+        positive(self, "eval_interval", "early_stopping_patience")
+        not_negative(self, "seed", "eval_iters", "early_stopping_min_delta")
+        needs(self, "eval_iters", "eval_interval")
+        needs(self, "early_stopping_patience", "eval_interval")
+        needs(self, "early_stopping_min_delta", "early_stopping_patience")
         _ = self.skipped_ranges
         if self.train_iters is not None and self.train_samples is not None:
             raise ValueError("--train-iters and --train-samples both say how long to train; give one")
@@ -397,8 +380,8 @@ class OptimizerSection:
     clip_grad: float = flag(OPTIMIZER, 1.0, "largest global gradient norm; 0 does not clip")
 
     def __post_init__(self) -> None:
-        _positive(self, "lr_decay_iters", "adam_eps")
-        _not_negative(self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        positive(self, "lr_decay_iters", "adam_eps")
+        not_negative(self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least 0 and below 1")
@@ -437,7 +420,7 @@ class CheckpointSection:
     restart: bool = flag(SAVE_LOAD, False, "start over in a run folder that holds an earlier run")
 
     def __post_init__(self) -> None:
-        _positive(self, "save_interval", "keep_checkpoints")
+        positive(self, "save_interval", "keep_checkpoints")
         if self.keep_checkpoints is not None and not self.save:
             raise ValueError("--keep-checkpoints has nothing to keep with --no-save; drop one of them")
         for name in ("save_optim", "save_trained_only"):
@@ -504,8 +487,8 @@ class LoggingSection:
     wandb_name: Optional[str] = flag(LOGGING, None, "name of the run there", shown_default="--name")
 
     def __post_init__(self) -> None:
-        _positive(self, "log_interval", "peak_tflops")
-        _not_negative(self, "watchdog_minutes")
+        positive(self, "log_interval", "peak_tflops")
+        not_negative(self, "watchdog_minutes")
         if self.spike_threshold <= 1:
             raise ValueError(f"--spike-threshold {self.spike_threshold:g}: must be above 1")
         for name in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name"):
@@ -513,94 +496,6 @@ class LoggingSection:
                 raise ValueError(
                     f"{flag_name(name)} does nothing without --wandb; add it, or leave the flag out"
                 )
-
-
-@dataclass(frozen=True)
-class LaunchSection:
-    """How the processes are started; the training itself reads nothing here."""
-
-    gpus: int = flag(
-        GPU,
-        -1,
-        "GPUs to use on each node; -1 is all of them. Without GPUs: processes, -1 being tp x pp in all",
-        short="-g",
-    )
-    gpu_ids: Tuple[str, ...] = flag(GPU, (), "which GPUs, e.g. 0,2", shown_default="the first ones")
-    sif_path: Optional[str] = flag(SAVE_LOAD, None, "run inside this Apptainer (Singularity) image")
-    bind: Tuple[str, ...] = flag(
-        SAVE_LOAD, (), "further paths to bind into the container, each source[:target[:ro]]"
-    )
-    num_workers: Optional[int] = flag(
-        DISTRIBUTED, None, "data loader workers per node: --data-workers divided by --node"
-    )
-    node: Optional[int] = flag(DISTRIBUTED, None, "number of nodes", shown_default="SLURM's, else 1")
-    rank: Optional[int] = flag(
-        DISTRIBUTED, None, "number of this node, from 0", short="-r", shown_default="SLURM's, else 0"
-    )
-    master_addr: Optional[str] = flag(
-        DISTRIBUTED, None, "host name or IP of node 0", short="-m", shown_default="SLURM's first node"
-    )
-    master_port: int = flag(
-        DISTRIBUTED, 9902, "port on node 0; if busy, one node alone looks in 9800-9999", short="-p"
-    )
-    interface: Optional[str] = flag(
-        DISTRIBUTED,
-        None,
-        "network interface such as eth0 or ib0",
-        shown_default="with several nodes the first of ib*, hsn*, en*, eth*",
-    )
-    rdzv_port: Optional[int] = flag(
-        DISTRIBUTED, None, "port for torchrun's rendezvous, in place of --master-port and never changed"
-    )
-    slurm_job_id: Optional[str] = flag(SLURM, None, "job of this run", shown_default="SLURM_JOB_ID")
-    slurm_output_name: Optional[str] = flag(
-        SLURM, None, "file name of this start's log, without .log", shown_default="job id or time, and node"
-    )
-    dry_run: bool = flag(OTHER, False, "print what would be run, and do nothing")
-
-    def __post_init__(self) -> None:
-        _positive(self, "node", "num_workers")
-        _not_negative(self, "rank")
-        if self.gpus < 1 and self.gpus != -1:
-            raise ValueError(f"--gpus {self.gpus}: must be 1 or more, or -1 for all")
-        if len(set(self.gpu_ids)) != len(self.gpu_ids):
-            raise ValueError(f"--gpu-ids {','.join(self.gpu_ids)} names a GPU twice")
-        if self.gpu_ids and self.gpus not in (-1, len(self.gpu_ids)):
-            raise ValueError(
-                f"--gpu-ids names {len(self.gpu_ids)} GPUs but --gpus is {self.gpus}; "
-                f"use --gpus {len(self.gpu_ids)} or leave it out"
-            )
-        for name in ("master_port", "rdzv_port"):
-            port = getattr(self, name)
-            if port is not None and not 1 <= port <= 65535:
-                raise ValueError(f"{flag_name(name)} {port}: must be between 1 and 65535")
-        if self.slurm_output_name is not None and "/" in self.slurm_output_name:
-            raise ValueError(f"--slurm-output-name {self.slurm_output_name!r}: a file name, without folders")
-
-
-def nearest_multiples(name: str, value: int, step: int) -> str:
-    """``use --global-batch-size 24 or 32``: the multiples of ``step`` on both sides of ``value``."""
-    below = value // step * step
-    return f"use {name} {below} or {below + step}" if below else f"use {name} {step}"
-
-
-def _positive(section: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{flag_name(name)} {value}: must be above 0")
-
-
-def _not_negative(section: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < 0:
-            raise ValueError(f"{flag_name(name)} {value}: must be 0 or more")
-
-
-def _needs(section: Any, name: str, other: str) -> None:
-    if getattr(section, name) and getattr(section, other) is None:
-        raise ValueError(f"{flag_name(name)} does nothing without {flag_name(other)}; give both or neither")
 
 
 def _iteration_range(text: str) -> Tuple[int, int]:
@@ -612,8 +507,3 @@ def _iteration_range(text: str) -> Tuple[int, int]:
             "and the last, such as 100-110"
         )
     return first, last
-
-
-def _between(section: Any, name: str, low: float, high: float) -> None:
-    if not low <= getattr(section, name) <= high:
-        raise ValueError(f"{flag_name(name)} {getattr(section, name)}: must be between {low:g} and {high:g}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import checkpoint_layers
+from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
-from megatron_vlm.config.sections import LaunchSection, ParallelSection
+from megatron_vlm.config.sections import ParallelSection
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
 

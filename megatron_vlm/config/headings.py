@@ -1,0 +1,31 @@
+"""Headings of ``--help``, which docs/flags.md has too."""
+
+GPU = "GPU-related arguments"
+LOGGING = "Logging arguments"
+SAVE_LOAD = "Save/Load arguments"
+PARALLEL = "Model parallel arguments"
+DISTRIBUTED = "Distributed settings"
+TOKENIZER = "Tokenizer-related arguments"
+DATA = "Data arguments"
+TRAINING = "Training settings"
+OPTIMIZER = "Optimizer arguments"
+LORA = "LoRA arguments"
+SLURM = "SLURM arguments (read from SLURM's variables inside a job)"
+OTHER = "Other arguments"
+DEBUG = "Debug arguments"
+# In the order of --help.
+GROUPS = (
+    GPU,
+    LOGGING,
+    SAVE_LOAD,
+    PARALLEL,
+    DISTRIBUTED,
+    TOKENIZER,
+    DATA,
+    TRAINING,
+    LORA,
+    OPTIMIZER,
+    SLURM,
+    OTHER,
+    DEBUG,
+)
