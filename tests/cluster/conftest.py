@@ -1,0 +1,39 @@
+"""Hosts with networks of their own, SLURM, Apptainer: the real ones, or a skip that says what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import hosts
+from tests.cluster.demo import ITERATIONS, RUN, Demo, losses, make_demo
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Site]:
+    """A login host and two nodes."""
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    with hosts.start_site(tmp_path_factory.mktemp("site")) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo's dataset and model."""
+    return make_demo(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def expected(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run on one host that nothing disturbs, at the layout of all runs here."""
+    folder = tmp_path_factory.mktemp("expected")
+    done = subprocess.run([sys.executable, RUN, *demo.flags(folder, "calm")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calm = losses(folder / "calm")
+    assert len(calm) == ITERATIONS and calm[-1] < 0.9 * calm[0]
+    return calm
