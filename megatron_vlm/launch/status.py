@@ -1,0 +1,100 @@
+"""``<run>/status.json``: what became of the last start of a run, for whoever has only its folder.
+
+The launcher of node 0 and ``--submit`` write it. How far the run is stands in ``metrics.jsonl`` and
+``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from typing import Any, Dict, Optional, Sequence
+
+STATUS = "status.json"
+QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+
+
+def note_queued(run_dir: str, job_id: str, command: Sequence[str], more_jobs: Sequence[str] = ()) -> None:
+    """A job waits that will start the run, or go on with it.
+
+    Args:
+        run_dir: the run folder; made if it isn't there.
+        job_id: SLURM's, of the job that starts first.
+        command: what was submitted.
+        more_jobs: ids of the jobs that carry on after it.
+
+    Raises:
+        ValueError: the file can't be written.
+    """
+    before = read_status(run_dir) or {}
+    fields = {"job_id": job_id, "more_jobs": list(more_jobs), "command": list(command)}
+    _write(run_dir, QUEUED, {**fields, "starts": _starts(before)})
+
+
+def note_running(run_dir: str, command: Sequence[str], job_id: Optional[str], log: str) -> None:
+    """This process, the launcher of node 0, starts the ranks.
+
+    Args:
+        log: of this node.
+
+    Raises:
+        ValueError: the file can't be written.
+    """
+    before = read_status(run_dir) or {}
+    fields = {
+        "job_id": job_id,
+        "more_jobs": before.get("more_jobs", []) if job_id is not None else [],
+        "command": list(command),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "log": os.path.abspath(log),
+        "starts": _starts(before) + 1,
+    }
+    _write(run_dir, RUNNING, fields)
+
+
+def note_ended(run_dir: str, exit_code: int, message: str) -> None:
+    """The ranks have ended; what :func:`note_running` wrote stays in the file.
+
+    Args:
+        message: the last that was said of why.
+
+    Raises:
+        ValueError: the file can't be written.
+    """
+    before = read_status(run_dir) or {}
+    ended = {"started": before.get("time"), "exit_code": exit_code, "message": message}
+    _write(run_dir, ENDED, {**before, **ended})
+
+
+def read_status(run_dir: str) -> Optional[Dict[str, Any]]:
+    """The file's content; None where there is none, or where it is damaged."""
+    try:
+        with open(os.path.join(run_dir, STATUS), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("state") in (QUEUED, RUNNING, ENDED) else None
+
+
+def _starts(status: Dict[str, Any]) -> int:
+    starts = status.get("starts", 0)
+    return starts if isinstance(starts, int) else 0
+
+
+def _write(run_dir: str, state: str, fields: Dict[str, Any]) -> None:
+    now = datetime.datetime.now().astimezone().isoformat("T", "seconds")
+    text = json.dumps({**fields, "state": state, "time": now}, indent=1) + "\n"
+    temporary = os.path.join(run_dir, f".{STATUS}.{os.getpid()}.incomplete")
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, os.path.join(run_dir, STATUS))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise ValueError(f"{os.path.join(run_dir, STATUS)}: {error.strerror}") from None

@@ -1,0 +1,56 @@
+"""What a run folder says of its run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.launch import status
+
+
+def test_the_last_state_is_kept_with_what_was_before(tmp_path: Path) -> None:
+    run = str(tmp_path / "runs" / "it's a run")
+    assert status.read_status(run) is None
+    status.note_queued(run, "17", ["run.py", "--name", "it's a run"], more_jobs=["18", "19"])
+    found = status.read_status(run)
+    assert (found["state"], found["job_id"], found["starts"]) == ("queued", "17", 0)
+
+    status.note_running(run, ["torchrun", "x"], "17", str(tmp_path / "a.log"))
+    found = status.read_status(run)
+    assert (found["state"], found["pid"], found["host"]) == ("running", os.getpid(), socket.gethostname())
+    assert (found["starts"], found["more_jobs"]) == (1, ["18", "19"])
+    started = found["time"]
+
+    status.note_ended(run, 75, "stopped at iteration 3")
+    found = status.read_status(run)
+    assert (found["state"], found["exit_code"], found["message"]) == ("ended", 75, "stopped at iteration 3")
+    assert (found["started"], found["job_id"]) == (started, "17")
+    status.note_queued(run, "20", ["run.py"])
+    found = status.read_status(run)
+    assert (found["starts"], "exit_code" in found) == (1, False)
+    assert os.listdir(run) == [status.STATUS]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "flying"}', '{"state": []}', "\xff"])
+def test_a_damaged_file_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / status.STATUS).write_text(text, encoding="latin-1")
+    assert status.read_status(str(tmp_path)) is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"status\.json: Not a directory"):
+        status.note_ended(str(tmp_path / "file" / "run"), 0, "")
+    (tmp_path / "run" / status.STATUS).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"status\.json: Is a directory"):
+        status.note_ended(str(tmp_path / "run"), 0, "")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [status.STATUS]
+
+
+def test_what_is_written_is_json(tmp_path: Path) -> None:
+    status.note_queued(str(tmp_path), "1", ["a b", "$x", "\n"])
+    assert json.loads((tmp_path / status.STATUS).read_text())["command"] == ["a b", "$x", "\n"]
