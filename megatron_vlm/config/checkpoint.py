@@ -9,11 +9,12 @@ a launcher can check a checkpoint without torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Union
 
@@ -27,6 +28,7 @@ BEST_LOSS = "best.json"  # in it: the iteration and the loss
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
 BASE = "base"  # of a manifest: {"path", "fingerprint"} of what a checkpoint of trained weights only lies over
+_USERS = ".users"  # in a base: a file for each run whose checkpoints lie over it, with the run folder's path
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -61,8 +63,9 @@ def latest_resumable(root: PathLike) -> Optional[Path]:
 def keep_last(root: PathLike, count: int, also: Collection[PathLike] = ()) -> List[Path]:
     """Delete all checkpoints of ``root`` but the newest ``count``.
 
-    Kept besides: the one that the tracker names, the newest that a run can resume from, ``release``, and
-    those in ``also``. Each is renamed before it is removed, so that a kill leaves no half checkpoint.
+    Kept besides: the one that the tracker names, the newest that a run can resume from, ``release``,
+    those over which a run's checkpoints lie (:func:`note_user`), and those in ``also``. Each is renamed
+    before it is removed, so that a kill leaves no half checkpoint.
 
     Returns:
         The folders that are gone.
@@ -77,13 +80,27 @@ def keep_last(root: PathLike, count: int, also: Collection[PathLike] = ()) -> Li
     resumable = latest_resumable(root)
     if resumable is not None:
         kept.add(resumable.resolve())
-    deleted = [folder for folder in iterations if folder.resolve() not in kept]
+    deleted = [folder for folder in iterations if folder.resolve() not in kept and not _in_use(folder)]
     for folder in deleted:
         trash = folder.with_name(f".{folder.name}.deleted")
         os.rename(folder, trash)
         _fsync(root)
         shutil.rmtree(trash, ignore_errors=True)
     return deleted
+
+
+def note_user(base: PathLike, run: PathLike) -> None:
+    """Keep :func:`keep_last` from deleting ``base`` as long as the folder ``run`` is there, whose checkpoints
+    lie over it. Where ``base`` can't be written to, nothing does."""
+    run = os.path.abspath(run)
+    users = Path(base) / _USERS
+    with suppress(OSError):
+        users.mkdir(exist_ok=True)
+        (users / hashlib.sha256(run.encode()).hexdigest()[:16]).write_text(run, encoding="utf-8")
+
+
+def _in_use(folder: Path) -> bool:
+    return any(Path(user.read_text(encoding="utf-8")).is_dir() for user in (folder / _USERS).glob("*"))
 
 
 def write_best(root: PathLike, iteration: int, loss: float) -> None:

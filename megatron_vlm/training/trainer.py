@@ -15,6 +15,7 @@ from megatron_vlm.config.checkpoint import (
     HF_FOLDER,
     RUN_CONFIG,
     keep_last,
+    note_user,
     read_manifest,
     write_best,
 )
@@ -202,9 +203,13 @@ class Trainer:
             raise ValueError(
                 "--save-trained-only loses the projector of --lora-load-dir; train it, or leave one out"
             )
-        return parallel.on_first_rank(
-            lambda: checkpoint.find_base(start.checkpoint, trained, config.model.base)
-        )
+
+        def find() -> dict[str, str]:
+            base = checkpoint.find_base(start.checkpoint, trained, config.model.base)
+            note_user(base["path"], self.run)
+            return base
+
+        return parallel.on_first_rank(find)
 
     def train(self) -> None:
         """Run to the last iteration.

@@ -12,6 +12,7 @@ from megatron_vlm.config.checkpoint import (
     checkpoint_name,
     keep_last,
     list_checkpoints,
+    note_user,
     read_manifest,
     resolve_checkpoint,
     write_manifest,
@@ -108,6 +109,20 @@ def test_the_last_ones_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     keep_last(tmp_path, 1)
     assert kept() == [*(n for n in names if "15" not in n), "release"]
+
+
+def test_a_base_is_kept_as_long_as_a_run_lies_over_it(tmp_path: Path) -> None:
+    make(tmp_path, 5, 10, 15)
+    write_tracker(tmp_path, 15)
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        run.mkdir()
+        note_user(tmp_path / "iter_0000005", run)
+    for run in runs:
+        assert [folder.name for folder in keep_last(tmp_path, 2)] == []
+        run.rmdir()
+    assert [folder.name for folder in keep_last(tmp_path, 2)] == ["iter_0000005"]
+    note_user(tmp_path / "missing", tmp_path)  # as one that can't be written to
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

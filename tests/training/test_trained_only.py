@@ -118,6 +118,24 @@ def test_the_base_has_moved(pool: Pool, trainables: dict[str, Trainable], tmp_pa
     assert checkpoint_layers(tmp_path / "next")[0] == moved / "release"
 
 
+def test_retention_keeps_the_base(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Whether it is a checkpoint of the run itself or of another one."""
+    one = trainables["untied"]
+    keeping = [*STAGE_1, "--save-interval", "1", "--keep-checkpoints", "1", "--train-iters"]
+    flags = one.flags(tmp_path, "run", *keeping)
+    pool.run(1, train, [*flags, "1"])
+    over = replace(one, checkpoint=tmp_path / "run").flags(tmp_path, "other", *STAGE_1, "--train-iters", "1")
+    pool.run(1, train, [*flags, "2"])  # what was loaded stays
+    pool.run(1, train, [*over, "--save-trained-only"])
+    # From here on its checkpoints lie over the second, of all weights; the third is loaded, then not.
+    for length in ("3", "4"):
+        pool.run(1, train, [*flags, length, "--save-trained-only"])
+    names = [folder.name for folder in sorted((tmp_path / "run" / "checkpoints").glob("iter_*"))]
+    assert names == ["iter_0000002", "iter_0000003", "iter_0000004"]
+    pool.run(1, train, [*flags, "5", "--save-trained-only"])
+    assert len(checkpoint_layers(tmp_path / "run")) == len(checkpoint_layers(tmp_path / "other")) == 2
+
+
 def test_adapters(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     """LoRA's checkpoints are adapters and projector, and go on and merge as those of all weights do."""
     one = trainables["untied"]
