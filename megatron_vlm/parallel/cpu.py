@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 # The tensor constructors that megatron-core calls with device="cuda" or torch.cuda.current_device().
 _CONSTRUCTORS = (
@@ -75,6 +76,9 @@ def install() -> None:
         return
     cpu = torch.device("cpu")
 
+    # `with torch.device(...)` looks the constructors up once, by name: it has to find torch's own, or it has
+    # no effect, and transformers, which builds models under torch.device("meta"), takes memory for values.
+    _device_constructors()
     for name in _CONSTRUCTORS:
         _replace(torch, name, _on_cpu(getattr(torch, name)))
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_vlm import parallel
 from megatron_vlm.parallel import cpu
@@ -48,6 +49,17 @@ def test_what_megatron_core_calls(installed: None) -> None:
 def test_devices_other_than_cuda_are_left_alone(installed: None) -> None:
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert torch.zeros(2).device.type == "cpu"
+
+
+def test_a_device_context_has_its_effect(installed: None) -> None:
+    """As transformers builds models; torch notes once which functions such a context is about."""
+    cpu.uninstall()
+    _device_constructors.cache_clear()
+    cpu.install()
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.arange(3).device.type == "cpu"
 
 
 def test_uninstall_restores_everything() -> None:
