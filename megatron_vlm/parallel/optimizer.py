@@ -34,6 +34,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule, para
 from megatron_vlm.parallel.adam import use_in_megatron_core
 
 _PREFIX = "optimizer.state"
+MASTER_WEIGHTS = f"{_PREFIX}.param."
 
 
 def wrap_model(
@@ -124,6 +125,11 @@ class Optimizer:
             group["weight_decay"] = weight_decay * group["wd_mult"]
 
     @property
+    def has_master_weights(self) -> bool:
+        """Whether the weights aren't fp32, and the optimizer keeps a copy that is."""
+        return self.config.bf16
+
+    @property
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups; the same list on every rank, though some are empty on some."""
         inner = self.optimizer.optimizer
@@ -210,7 +216,7 @@ class Optimizer:
                 }
                 for index, parameter in enumerate(self._parameters())
             }
-        if not self.config.bf16:
+        if not self.has_master_weights:
             for tensors in sharded.values():
                 del tensors["param"]  # the weights themselves
         return sharded

@@ -39,7 +39,7 @@ from megatron_vlm.hf.native import LayeredReader, read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
-from megatron_vlm.parallel.optimizer import Optimizer
+from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
 RUN_STATE = "run_state.json"
 DATA_STATE = "data_state.json"
@@ -63,6 +63,7 @@ class RunState:
     best_iteration: int = 0
     improved_loss: float | None = None  # of the last evaluation that counted as an improvement
     evaluations_without_improvement: int = 0  # since then
+    evaluated_step: int | None = None  # optimizer_steps at the last evaluation
 
 
 def save_checkpoint(
@@ -165,10 +166,17 @@ def load_optimizer(
     """Load optimizer state; the weights must be loaded before. A collective call.
 
     Raises:
-        ValueError: the checkpoint was written while other parts of the model were trained.
+        ValueError: the checkpoint was written while other parts of the model were trained, or in another
+            precision.
     """
     request = optimizer.sharded_state(sharded_weights(chunks), loading=True)
     saved = read_metadata(folder).state_dict_metadata
+    in_bf16 = any(name.startswith(MASTER_WEIGHTS) for name in saved)
+    if in_bf16 != optimizer.has_master_weights:
+        raise ValueError(
+            f"{folder}: its optimizer state is of {'--bf16' if in_bf16 else '--fp32'}; go on with that, or "
+            "start a new run from its weights"
+        )
     for tensors in request.values():
         for entry in tensors.values():
             if entry.key not in saved:

@@ -118,7 +118,8 @@ class Evaluator:
                 beat()
                 sums += torch.tensor([loss, trained, samples], dtype=torch.float64, device=sums.device)
         if self.reader.source is not None:
-            assert next(self.reader.source, None) is None  # and the loader's pass has ended
+            left = next(self.reader.source, None)  # without asking, the loader's pass would not end
+            assert left is None
         dist.all_reduce(sums[2:])
         # What follows may stop the run: no rank may decide by another last bit than the others.
         dist.broadcast(sums, 0)
@@ -162,6 +163,7 @@ def note_evaluation(state: RunState, loss: float, min_delta: float) -> bool:
     Args:
         min_delta: how far the loss has to fall to be an improvement for :func:`stops_early`.
     """
+    state.evaluated_step = state.optimizer_steps
     if state.improved_loss is None or (
         loss < state.improved_loss and state.improved_loss - loss >= min_delta
     ):
@@ -177,7 +179,12 @@ def note_evaluation(state: RunState, loss: float, min_delta: float) -> bool:
 def without_evaluations(state: RunState) -> RunState:
     """For a new run that goes on from another's state: it has no best checkpoint of its own yet."""
     return replace(
-        state, best_loss=None, best_iteration=0, improved_loss=None, evaluations_without_improvement=0
+        state,
+        best_loss=None,
+        best_iteration=0,
+        improved_loss=None,
+        evaluations_without_improvement=0,
+        evaluated_step=None,
     )
 
 

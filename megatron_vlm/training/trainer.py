@@ -276,10 +276,14 @@ class Trainer:
         self.reader.skip()
         self._count_iteration()
         self.state.skipped += 1
+        self.watchdog.beat()
         self.say(f"iteration {self.state.iteration}/{self.total_iterations} skipped, as the flags say")
 
     def _evaluate(self, evaluator: Evaluator) -> None:
         """Evaluate, and save the weights if they are the best so far; a collective call."""
+        if self.state.evaluated_step == self.state.optimizer_steps:
+            self.say(f"no evaluation at iteration {self.state.iteration}: no update since the last one")
+            return
         self.optimizer.gather_weights()
         found = evaluator.evaluate(self.models, self.watchdog.beat)
         best = note_evaluation(self.state, found.loss, self.config.training.early_stopping_min_delta)
@@ -385,6 +389,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
     return replace(
         config,
+        checkpoint=replace(config.checkpoint, restart=False),  # not again, when this one goes on
         data=replace(config.data, data_workers=config.data_workers(world_size)),
         training=replace(config.training, precision=precision),
     )

@@ -210,6 +210,21 @@ def test_early_stopping(pool: Pool, trainables: dict[str, Trainable], tmp_path: 
     assert [line["iteration"] for line in metrics(run)] == [1, 2, 3, 4]
 
 
+def test_iterations_without_an_update_are_no_reason_to_stop(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """The weights are as they were at the last evaluation, so there is nothing to evaluate."""
+    flags = ["--train-iters", "8", "--eval-interval", "1", "--eval-iters", "1", "--lr", "0"]
+    flags += ["--early-stopping-patience", "2", "--skip-train-iteration-range", "1-1", "3-7", *SAVE]
+    argv = trainables["untied"].flags(tmp_path, "run", *flags)
+    pool.run(1, train, argv)
+    assert [line["iteration"] for line in validations(tmp_path / "run")] == [1, 2, 8]
+    for iteration in (8, 6):
+        forget(tmp_path / "run", iteration)
+    pool.run(1, train, argv)
+    assert [line["iteration"] for line in validations(tmp_path / "run")] == [1, 2, 8]
+
+
 def test_without_held_out_samples(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     shutil.copytree(trainables["untied"].data, tmp_path / "data")
     split = tmp_path / "data" / ".nv-meta" / "split.yaml"

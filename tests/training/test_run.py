@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import verify
 from tests.distributed import Pool
@@ -135,6 +136,19 @@ def test_resume_restart_and_finish(pool: Pool, trainables: dict[str, Trainable],
     pool.run(1, train, [*flags, "--train-iters", "1", "--restart"])
     assert len(metrics(run)) == 1
     assert (run / "earlier" / "1" / "metrics.jsonl").read_bytes() == before
+    assert not RunConfig.load(str(run / "config.json")).checkpoint.restart  # which --config may take
+
+
+@pytest.mark.parametrize(("then", "now"), [("--bf16", "--fp32"), ("--fp32", "--bf16")])
+def test_a_run_goes_on_in_its_precision(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, then: str, now: str
+) -> None:
+    """In the other one it would lose its master weights, or have none."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--save-optim", "--dist-optim", "--train-iters")
+    flags.remove("--fp32")
+    pool.run(1, train, [*flags, "1", then])
+    message = f"its optimizer state is of {then}; go on with that, or start a new run from its weights"
+    assert message in failure(pool, 2, [*flags, "2", now])
 
 
 def test_one_epoch_is_the_default(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:

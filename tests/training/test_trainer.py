@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -71,6 +72,21 @@ def test_skipped_iterations(pool: Pool, trainables: dict[str, Trainable], tmp_pa
         # One rank takes the same steps; other layouts as in test_layouts.py.
         allowed = 0.0 if layout.world == 1 else 1e-5
         assert [line["loss"] for line in lines] == pytest.approx(expected, rel=allowed, abs=0)
+
+
+def beats(argv: list[str]) -> int:
+    with mock.patch.object(Watchdog, "beat") as beat:
+        train(argv)
+    return beat.call_count
+
+
+def test_the_watchdog_hears_of_skipped_iterations(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Reading what thousands of them would have trained on takes a while."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "5", "--no-save")
+    (calm,), (skipping,) = (pool.run(1, beats, [*flags, *more]) for more in ([], [*SKIP, "1-2"]))
+    assert skipping == calm
 
 
 def test_the_schedule_goes_on_over_skipped_iterations(
