@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cluster import hosts
+from tests.cluster import apptainer, hosts
 from tests.cluster.demo import ITERATIONS, RUN, Demo, losses, make_demo
 
 
@@ -37,3 +38,24 @@ def expected(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> list[float
     calm = losses(folder / "calm")
     assert len(calm) == ITERATIONS and calm[-1] < 0.9 * calm[0]
     return calm
+
+
+@pytest.fixture(scope="session")
+def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apptainer.Base]:
+    """A minimal Debian to build images on."""
+    reason = apptainer.why_not()
+    if reason:
+        pytest.skip(reason)
+    base = apptainer.make_base(tmp_path_factory.mktemp("base") / "debian")
+    yield base
+    apptainer.remove(base.folder)
+
+
+@pytest.fixture(scope="session")
+def cpu_image(debian: apptainer.Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The image that environments/recipe_cpu.def makes of it; its tests have passed."""
+    image = tmp_path_factory.mktemp("image") / "cpu"
+    built = apptainer.build(image, apptainer.CPU_RECIPE, debian)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-4000:]
+    yield image
+    apptainer.remove(image)
