@@ -20,7 +20,7 @@ class IterationMetrics:
 
     iteration: int
     loss: float | None  # mean per trained token of the global batch; None if it is not finite
-    lr: float
+    lr: float  # on the curve of --lr
     grad_norm: float | None  # L2, before clipping; None if it is not finite
     tokens: int  # positions in this iteration, padding left out, image tokens included
     trained_tokens: int  # of these, the ones that carry loss
@@ -45,12 +45,17 @@ class IterationMetrics:
     dropped: int  # samples left out so far, too long or malformed
     corrupt: int  # samples left out so far, unreadable
 
-    def line(self, total_iterations: int) -> str:
-        """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console."""
+    def line(self, total_iterations: int, rates: Mapping[str, float]) -> str:
+        """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console.
+
+        Args:
+            rates: learning rates by part, where parts have rates of their own.
+        """
         utilisation = "" if self.mfu is None else f" ({self.mfu:.1%} MFU)"
+        lr = ", ".join(f"{part} {rate:.2e}" for part, rate in rates.items()) or f"{self.lr:.2e}"
         return (
             f"iteration {self.iteration}/{total_iterations} ({self.iteration / total_iterations:.1%}) | "
-            f"loss {_number(self.loss, '.4f')} | lr {self.lr:.2e} | "
+            f"loss {_number(self.loss, '.4f')} | lr {lr} | "
             f"grad norm {_number(self.grad_norm, '.3f')} | "
             f"{self.tokens_per_second:,.0f} tokens/s | {self.images_per_second:,.1f} images/s | "
             f"{self.tflops_per_gpu:.3g} TFLOP/s per GPU{utilisation} | {self.peak_memory_gib:.1f} GiB | "

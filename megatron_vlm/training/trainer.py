@@ -358,8 +358,18 @@ class Trainer:
             samples=self.config.training.global_batch_size,
             seen=self.loader.counts if self.loader is not None else None,
         )
-        self.sinks.log(metrics.iteration, asdict(metrics))
-        self.say(metrics.line(self.total_iterations))
+        rates = self._rates_of_parts()
+        by_part = {f"lr/{part}": rate for part, rate in rates.items()}
+        self.sinks.log(metrics.iteration, {**asdict(metrics), **by_part})
+        self.say(metrics.line(self.total_iterations, rates))
+
+    def _rates_of_parts(self) -> dict[str, float]:
+        """Learning rates of the last update, if a part has one of its own."""
+        entries = self.regime.entries
+        if all(entry.lr is None for entry in entries):
+            return {}
+        rates = [schedule.at(self.state.iteration) for schedule in self.schedules]
+        return {entry.name: rate for entry, rate in zip(entries, rates, strict=True)}
 
     def _show_first_sample(self, loader: TrainLoader, processing: Processing) -> None:
         first = loader.peek()  # on every rank that loads: it forks the workers

@@ -48,7 +48,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("untied", "float32"), ("tied", "bfloat16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("untied", "float32"), ("tied", "bfloat16"), ("untied", "float16")]
+)
 def test_through_training_and_back_bit_for_bit(
     trainables: dict[str, Trainable], tmp_path: Path, model: str, dtype: str
 ) -> None:

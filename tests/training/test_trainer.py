@@ -74,6 +74,19 @@ def test_skipped_iterations(pool: Pool, trainables: dict[str, Trainable], tmp_pa
         assert [line["loss"] for line in lines] == pytest.approx(expected, rel=allowed, abs=0)
 
 
+def test_learning_rates_of_parts(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """They are in the metrics where one has a rate of its own."""
+    flags = ["--train-modules", "projector:1e-3|language", "--train-iters", "2", "--no-save"]
+    flags += ["--min-lr", "0", "--lr-decay-style", "linear", "--lr-decay-iters", "2"]
+    pool.run(1, train, trainables["untied"].flags(tmp_path, "run", *flags))
+    lines = metrics(tmp_path / "run")
+    assert [line["lr"] for line in lines] == [2e-3, 1e-3]
+    assert [line["lr/language"] for line in lines] == [2e-3, 1e-3]
+    assert [line["lr/projector"] for line in lines] == [1e-3, 5e-4]
+    pool.run(1, train, trainables["untied"].flags(tmp_path, "one rate", *flags[2:]))
+    assert not any(name.startswith("lr/") for name in metrics(tmp_path / "one rate")[0])
+
+
 def beats(argv: list[str]) -> int:
     with mock.patch.object(Watchdog, "beat") as beat:
         train(argv)

@@ -1,0 +1,22 @@
+"""The console line."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from megatron_vlm.observe.metrics import IterationMetrics
+
+METRICS = IterationMetrics(**{field.name: 1 for field in fields(IterationMetrics)})
+
+
+def test_learning_rates() -> None:
+    """One for all, or each part's."""
+    assert "| lr 1.00e+00 |" in METRICS.line(10, {})
+    line = METRICS.line(10, {"projector": 1e-3, "language": 2e-5})
+    assert "| lr projector 1.00e-03, language 2.00e-05 |" in line
+
+
+def test_what_is_not_known() -> None:
+    line = replace(METRICS, loss=None, grad_norm=None, mfu=None).line(10, {})
+    assert "iteration 1/10 (10.0%) | loss not finite |" in line and "grad norm not finite" in line
+    assert "MFU" not in line and "(100.0% MFU)" in METRICS.line(10, {})
