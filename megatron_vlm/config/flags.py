@@ -162,7 +162,7 @@ class FlagParser(argparse.ArgumentParser):
                     const=choice,
                     help=text if i == 0 else f"instead of {flag_name(about['choices'][0])}",
                 )
-        elif kind is bool:
+        elif _without_optional(kind) is bool:
             heading.add_argument(*names, dest=field.name, action="store_const", const=True, help=text)
             off = negative_flag_name(field.name)
             off_help = "turn it off" if field.default is True else argparse.SUPPRESS
@@ -211,8 +211,9 @@ class FlagParser(argparse.ArgumentParser):
                     raise ValueError(f"{where}: {key} is {value!r}; expected true, or leave it out")
                 return [flag_name(name)]
             raise ValueError(f"{where}: unknown key {key}{self._nearest_key(name)}")
-        if isinstance(value, bool) != (self._types[name] is bool):
-            expected = "true or false" if self._types[name] is bool else "a value, not true or false"
+        switch = _without_optional(self._types[name]) is bool
+        if isinstance(value, bool) != switch:
+            expected = "true or false" if switch else "a value, not true or false"
             raise ValueError(f"{where}: {key} is {value!r}; expected {expected}")
         if isinstance(value, dict) or isinstance(value, list) != (self._types[name] == Tuple[str, ...]):
             raise ValueError(f"{where}: {key} is {value!r}; expected {_kind_name(self._types[name])}")

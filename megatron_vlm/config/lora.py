@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Optional, Tuple
@@ -92,10 +93,12 @@ class LoraSection:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"--lora-dropout {self.lora_dropout}: must be at least 0 and below 1")
         for target in self.lora_targets:
-            if target not in (*LANGUAGE_TARGETS, *VISION_TARGETS, *_GROUPS):
+            known = (*LANGUAGE_TARGETS, *VISION_TARGETS, *_GROUPS)
+            if target not in known:
+                near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)  # fc1 is close to vision.fc1
                 raise ValueError(
-                    f"--lora-targets {target}: choose from {', '.join(LANGUAGE_TARGETS)}, "
-                    f"{', '.join(VISION_TARGETS)}, {' and '.join(_GROUPS)}"
+                    f"--lora-targets {target}: {f'did you mean {near[0]}? ' if near else ''}choose from "
+                    f"{', '.join(LANGUAGE_TARGETS)}, {', '.join(VISION_TARGETS)}, {' and '.join(_GROUPS)}"
                 )
 
     @property

@@ -374,10 +374,11 @@ class RunConfig:
                 f"{window} tokens, and here attention is over the whole sequence; "
                 f"use --seq-length {window} or less"
             )
-        if self.model.no_add_class_token and model.vision.has_class_token:
-            raise ValueError(
-                f"--no-add-class-token: the {model.vision.family} tower has a class token; leave the flag out"
-            )
+        without = self.model.no_add_class_token
+        if without is not None and without == model.vision.has_class_token:
+            flag, has = ("--no-add-class-token", "a") if without else ("--add-class-token", "no")
+            tower = f"the {model.vision.family} tower has {has} class token"
+            raise ValueError(f"{flag}: {tower}; leave the flag out")
         for name in ("image_token_id", "pad_token_id"):
             token = getattr(self.model, name)
             if token is not None and token >= model.language.vocab_size:

@@ -68,8 +68,11 @@ class ModelSection:
     pad_token_id: Optional[int] = flag(
         TOKENIZER, None, "id of the padding token", shown_default="from the tokenizer"
     )
-    no_add_class_token: bool = flag(
-        OTHER, False, "the tower has no class token (SigLIP); read from the model, only checked here"
+    no_add_class_token: Optional[bool] = flag(
+        OTHER,
+        None,
+        "the tower has no class token (SigLIP); --add-class-token: it has one (CLIP); only checked here",
+        shown_default="from the model",
     )
     make_vocab_size_divisible_by: int = flag(
         PARALLEL, 128, "the vocabulary is padded to a multiple of this times --tp"

@@ -83,7 +83,7 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     if kind is bool:
         return field.default is not True
     scalar = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
-    return {int: 7, float: 0.125, str: "a b"}[scalar]
+    return {bool: True, int: 7, float: 0.125, str: "a b"}[scalar]
 
 
 def test_all_flags_of_the_readme_exist(capsys) -> None:
@@ -429,6 +429,13 @@ def test_rules_that_need_the_model() -> None:
     assert trained.layers_per_stage(model) == (1, 3)  # the tower is far larger than this language model
     assert "16 tokens" in error_of([*BASE, "--seq-length", "16"], 1, model)
     assert "clip tower has a class token" in error_of([*BASE, "--no-add-class-token"], 1, model)
+    tower = dataclasses.replace(model.vision, family="siglip")
+    siglip = dataclasses.replace(model, vision=tower, feature_strategy="full")
+    assert "siglip tower has no class token" in error_of([*BASE, "--add-class-token"], 1, siglip)
+    for flag, fitting in (("--add-class-token", model), ("--no-add-class-token", siglip)):
+        config = RunConfig.from_flags([*BASE, flag])
+        config.validate(1, fitting)
+        assert RunConfig.from_dict(config.to_dict()) == RunConfig.from_flags(config.to_flags()) == config
     assert "vocabulary of 100" in error_of([*BASE, "--image-token-id", "100"], 1, model)
     RunConfig.from_flags([*BASE, "--tp", "4", "--pp", "2", "--seq-length", "17"]).validate(8, model)
 

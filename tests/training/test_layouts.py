@@ -160,6 +160,22 @@ def test_overlap(
     assert losses == pytest.approx(expected, rel=TOLERANCE["--fp32"])
 
 
+def test_evaluation_while_weights_are_gathered(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Weights of which a rank has an old part when its iteration ends, in model chunks of several stages."""
+    flags = ["--stage", "2", "--bf16", "--dist-optim", "--eval-interval", "4", "--no-save"]
+    flags += ["--global-batch-size", "8"]
+    found = {}
+    for name, more in (("calm", []), ("overlapped", ["--overlap-param-gather"])):
+        layout, deep = Layout(pp=2, vpp=2, dp=2), trainables["deep"]
+        losses = run(pool, layout, deep, tmp_path, name, *flags, *more, worker=train_in_small_buckets)
+        lines = (tmp_path / name / "validation.jsonl").read_text().splitlines()
+        found[name] = losses, [json.loads(line)["loss"] for line in lines]
+    assert len(set(found["calm"][1])) == 5
+    assert found["overlapped"] == found["calm"]
+
+
 def test_bf16(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     """Mixed precision, with float32 master weights, at every kind of parallelism."""
     flags = ["--stage", "2", "--bf16"]

@@ -20,7 +20,8 @@ from megatron_vlm.training.run_folder import Start, with_adapters
 from tests.distributed import Pool
 from tests.models.test_parity import make_batch
 from tests.training.conftest import Trainable
-from tests.training.test_layouts import ITERATIONS, run
+from tests.training.test_evaluate import validations
+from tests.training.test_layouts import ITERATIONS, reloaded, run
 from tests.workers import Layout, logits_of, train
 
 HALF = ITERATIONS // 2
@@ -53,12 +54,7 @@ def test_layout(
     expected, one = whole
     losses = run(pool, layout, trainables["untied"], tmp_path, "whole", *LORA, "--no-save")
     assert losses == pytest.approx(expected, rel=1e-5)
-    checkpoint = one / "checkpoints" / f"iter_{HALF:07d}"
-    (tmp_path / "on").mkdir()
-    kept = (one / "metrics.jsonl").read_text().splitlines(keepends=True)[:HALF]
-    (tmp_path / "on" / "metrics.jsonl").write_text("".join(kept))
-    more = ["--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint)]
-    losses = run(pool, layout, trainables["untied"], tmp_path, "on", *LORA, *more)
+    losses = reloaded(pool, layout, trainables["untied"], one, tmp_path, *LORA)
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
@@ -163,23 +159,56 @@ def test_dropout(
     without = run(pool, Layout(), trainables["untied"], tmp_path, "without", *columns, "--no-save")
     assert max(abs(a - b) for a, b in zip(one, without, strict=True)) > 1e-3
 
-    checkpoint = tmp_path / str(Layout()) / "checkpoints" / f"iter_{HALF:07d}"
-    (tmp_path / "on").mkdir()
-    kept = (tmp_path / str(Layout()) / "metrics.jsonl").read_text().splitlines(keepends=True)[:HALF]
-    (tmp_path / "on" / "metrics.jsonl").write_text("".join(kept))
-    more = ["--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint)]
-    on = run(pool, Layout(), trainables["untied"], tmp_path, "on", *flags[:-3], *more)
-    assert on == one
+    source = tmp_path / str(Layout())
+    assert reloaded(pool, Layout(), trainables["untied"], source, tmp_path, *flags[:-3]) == one
 
 
 def test_recomputation(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     """It drops the same elements again, and reaches adapters in front of which nothing is trained."""
     flags = ["--lora-rank", "4", "--lora-dropout", "0.5", "--train-modules", "lora", "--no-save"]
-    once, twice = (
-        run(pool, Layout(tp=2, sequence_parallel=True), trainables["untied"], tmp_path, name, *flags, *more)
-        for name, more in (("once", []), ("twice", ["--recompute", "full"]))
+    flags += ["--lora-targets", "all-linear", "vision.all-linear"]
+    layout = Layout(tp=2, sequence_parallel=True)
+    none, selective, full = (
+        run(pool, replace(layout, recompute=what), trainables["untied"], tmp_path, what, *flags)
+        for what in ("none", "selective", "full")
     )
-    assert twice == once  # the same operations on the same numbers
+    assert none == selective == full  # the same operations on the same numbers
+
+
+def test_interleaved(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Adapters in several model chunks of a rank, and in the tower; and back on one rank."""
+    flags = [*LORA, *SAVING, "--global-batch-size", "8"]
+    expected = run(pool, Layout(), trainables["deep"], tmp_path, "one", *flags)
+    layout = Layout(pp=2, vpp=2, dp=2, distributed_optimizer=True, recompute="selective")
+    losses = run(pool, layout, trainables["deep"], tmp_path, "many", *flags)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    back = reloaded(
+        pool, Layout(), trainables["deep"], tmp_path / "many", tmp_path / "back", *LORA, *flags[-2:]
+    )
+    assert back == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation(
+    pool: Pool, trainables: dict[str, Trainable], whole: tuple[list[float], Path], tmp_path: Path
+) -> None:
+    """It drops nothing, and training goes on with the random numbers that it would have without it."""
+    dropout = ["--bf16", "--lora-dropout", "0.5", "--dist-optim", "--recompute", "selective", "--no-save"]
+    flags = [*LORA, *dropout, "--megatron-load-dir", str(whole[1])]
+    runs = {"without": [], "with": ["--eval-interval", "3"]}
+    calm, evaluated = (
+        run(pool, Layout(dp=2), trainables["untied"], tmp_path, name, *flags, *more)
+        for name, more in runs.items()
+    )
+    assert evaluated == calm
+    once = [*flags, *runs["with"], "--train-iters", "1", "--lr", "0", "--lora-dropout"]
+    for name, share in (("some", "0.5"), ("none", "0")):
+        pool.run(2, train, trainables["untied"].flags(tmp_path, name, *once, share))
+    losses = [validations(tmp_path / name)[0]["loss"] for name in ("some", "none")]
+    assert losses[0] == losses[1]
+    trained = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"] for name in ("some", "none")
+    ]
+    assert trained[0] != trained[1]
 
 
 def test_adapters_of_another_kind(
