@@ -22,6 +22,7 @@ from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.lora import LoraSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import deal_layers, stage_costs
+from megatron_vlm.config.rules import broken_rules
 from megatron_vlm.config.sections import (
     CheckpointSection,
     DataSection,
@@ -112,6 +113,12 @@ class RunConfig:
             for name in given:
                 for alternative in _ALTERNATIVES.get(name, ()):
                     from_file.pop(alternative, None)
+            merged = {**from_file, **given}
+            if _recipe(merged) != _recipe(from_file):
+                # A saved config holds all values: those that its own recipe set are no choice of anyone's.
+                for name, value in _recipe(from_file).items():
+                    if from_file.get(name) == value:
+                        del from_file[name]
             given = {**from_file, **given}
         return cls._from_values(given)
 
@@ -155,11 +162,9 @@ class RunConfig:
 
     @classmethod
     def _from_values(cls, given: Mapping[str, Any]) -> RunConfig:
-        defaults = _STAGE_DEFAULTS[given.get("stage") or 2]
         if given.get("lora_rank") is not None:
-            defaults = {**defaults, **_LORA_DEFAULTS}
             _check_lora(given)
-        values = {**defaults, **given}
+        values = {**_recipe(given), **given}
         values.setdefault("min_lr", min(_MIN_LR, values["lr"]))
         values.setdefault(
             "lr_warmup_fraction", None if values.get("lr_warmup_iters") is not None else _WARMUP_FRACTION
@@ -308,90 +313,18 @@ class RunConfig:
         Raises:
             ValueError: one line that names the flags that disagree and what would work.
         """
-        if self.data.data_path is None:
-            raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
-        if self.model.init:
-            if self.model.megatron_load_dir is not None:
-                raise ValueError(
-                    "--init and --megatron-load-dir both say which weights to start from; give one"
-                )
-            if self.model.tokenizer_load_dir is None:
-                raise ValueError("--init needs --tokenizer-load-dir: the Hugging Face folder of the model")
-            if self.checkpoint.load_optim:
-                raise ValueError("--load-optim has nothing to load with --init; drop one of them")
-        elif self.model.megatron_load_dir is None:
-            raise ValueError(
-                "--megatron-load-dir is missing; make one with scripts/convert/convert_hf_to_megatron.py"
-            )
-        _ = self.checkpoint.run_dir
-        length_is_known = self.training.iterations is not None or self.optimizer.lr_decay_iters is not None
-        if length_is_known and self.warmup_iterations >= self.decay_iterations:
-            raise ValueError(
-                f"the warmup of {self.warmup_iterations} iterations leaves none of {self.decay_iterations} "
-                f"for the decay; use --lr-warmup-iters {self.decay_iterations - 1} or less, or train longer"
-            )
-        iterations, ranges = self.training.iterations, self.training.skipped_ranges
-        if iterations is not None and ranges and ranges[0][0] == 1 and ranges[0][1] >= iterations:
-            raise ValueError(
-                f"--skip-train-iteration-range leaves out all {iterations} iterations; name fewer, or train "
-                "longer"
-            )
-        if self.lora.adapters is None and any(entry.name == "lora" for entry in self.trained):
-            raise ValueError("--train-modules lora: there are no adapters; add --lora-rank, such as 16")
-        if model is not None:
-            self._check_model(model)
-        self._check_interleaving(world_size)
-        if self.parallel.overlap_param_gather and (self.lora.adapters or (model and model.lora)):
-            # They aren't called as modules, which is what waits for weights; and they are small.
-            raise ValueError("--overlap-param-gather does not run with LoRA's adapters; leave it out")
-        self.data_workers(world_size)
+        for problem in self.problems(world_size, model):
+            raise ValueError(problem)
 
-    def _check_interleaving(self, world_size: int) -> None:
-        """Interleaved stages take micro batches in groups, one for each pipeline rank."""
-        pp, vpp, microbatches = self.parallel.pp, self.parallel.vpp, self.num_microbatches(world_size)
-        if vpp > 1 and microbatches % pp:
-            batch = self.training.global_batch_size
-            step = self.training.micro_batch_size * self.dp(world_size) * pp
-            raise ValueError(
-                f"--vpp {vpp} needs micro batches in multiples of --pp {pp}, and each data-parallel rank has "
-                f"{microbatches}; {nearest_multiples('--global-batch-size', batch, step)}"
-            )
+    def problems(self, world_size: int, model: Optional[ModelConfig] = None) -> List[str]:
+        """All broken rules between sections, a line for each; the first is :meth:`validate`'s."""
+        return broken_rules(self, world_size, model)
 
-    def _check_model(self, model: ModelConfig) -> None:
-        model.check_layout(self.parallel.tp, self.parallel.pp)
-        for entry in self.trained:
-            entry.patterns(model)
-        if self.data.seq_length <= model.image_tokens:
-            raise ValueError(
-                f"--seq-length {self.data.seq_length} has no room for text: an image takes "
-                f"{model.image_tokens} tokens; use more"
-            )
-        self.layers_per_stage(model)
-        window = model.language.sliding_window
-        if window is not None and self.data.seq_length > window:
-            raise ValueError(
-                f"--seq-length {self.data.seq_length} is longer than the language model's sliding window of "
-                f"{window} tokens, and here attention is over the whole sequence; "
-                f"use --seq-length {window} or less"
-            )
-        without = self.model.no_add_class_token
-        if without is not None and without == model.vision.has_class_token:
-            flag, has = ("--no-add-class-token", "a") if without else ("--add-class-token", "no")
-            tower = f"the {model.vision.family} tower has {has} class token"
-            raise ValueError(f"{flag}: {tower}; leave the flag out")
-        for name in ("image_token_id", "pad_token_id"):
-            token = getattr(self.model, name)
-            if token is not None and token >= model.language.vocab_size:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {token} is outside the vocabulary of "
-                    f"{model.language.vocab_size}; leave the flag out to take the tokenizer's"
-                )
-        token = self.model.image_token_id
-        if token not in (None, model.image_token_id):
-            raise ValueError(
-                f"--image-token-id {token}: the model was built with {model.image_token_id}; "
-                "leave the flag out"
-            )
+
+def _recipe(given: Mapping[str, Any]) -> Dict[str, Any]:
+    """What the stage sets by default, or LoRA in its place."""
+    recipe = _STAGE_DEFAULTS[given.get("stage") or 2]
+    return recipe if given.get("lora_rank") is None else {**recipe, **_LORA_DEFAULTS}
 
 
 def _switches_of(train_modules: str, given: Mapping[str, Any]) -> Dict[str, bool]:

@@ -455,3 +455,38 @@ def test_init_needs_a_config_and_nothing_else(flags: list[str], message: str) ->
     with pytest.raises(ValueError, match=message):
         RunConfig.from_flags([*INIT, *flags]).validate(1)
     RunConfig.from_flags([*INIT, "--tokenizer-load-dir", "d"]).validate(1)
+
+
+def test_another_stage_than_the_files_brings_its_own_recipe(tmp_path) -> None:
+    file = str(tmp_path / "config.json")
+    RunConfig.from_flags(["--stage", "1", "--seq-length", "512"]).save(file)
+    recipe = lambda config: (  # noqa: E731
+        config.model.freeze_lm,
+        config.optimizer.lr,
+        config.training.micro_batch_size,
+        config.training.global_batch_size,
+    )
+    second = RunConfig.from_flags(["--config", file, "--stage", "2"])
+    assert recipe(second) == recipe(RunConfig.from_flags(["--stage", "2"])) != recipe(RunConfig.load(file))
+    assert second.data.seq_length == 512
+    assert recipe(RunConfig.from_flags(["--config", file, "--stage", "1"])) == recipe(RunConfig.load(file))
+    # What the file's author chose stays, and so does what stands on the command line.
+    RunConfig.from_flags(["--stage", "1", "--lr", "5e-4"]).save(file)
+    chosen = RunConfig.from_flags(["--config", file, "--stage", "2", "--micro-batch-size", "16"])
+    assert recipe(chosen) == (False, 5e-4, 16, 128)
+    RunConfig.from_flags(["--stage", "2"]).save(file)
+    adapted = RunConfig.from_flags(["--config", file, "--lora-rank", "8"])
+    assert recipe(adapted)[:2] == (True, 2e-4)
+
+
+def test_all_broken_rules_are_told_and_validate_raises_the_first() -> None:
+    config = RunConfig.from_flags(
+        ["--train-iters", "5", "--lr-warmup-iters", "9", "--global-batch-size", "3"]
+    )
+    problems = config.problems(world_size=2)
+    words = ["--data-path", "--megatron-load-dir", "--save-dir", "the warmup of 9", "--global-batch-size 3"]
+    assert len(problems) == len(words)  # the batch is met by two rules and told once
+    assert all(word in problem for word, problem in zip(words, problems, strict=True))
+    with pytest.raises(ValueError) as error:
+        config.validate(world_size=2)
+    assert str(error.value) == problems[0]
