@@ -1,9 +1,12 @@
-"""How a folder of shards becomes a dataset: what messages tell users to run."""
+"""How a folder of shards becomes a dataset: what messages tell users to run, and what prepare has written."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
+from typing import Dict, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 
@@ -17,3 +20,115 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     command = ["energon", "prepare", "--non-interactive", "--force-overwrite", "--split-ratio", ratio]
     command += ["--sample-type", "VQASample", "--field-map", json.dumps(FIELD_MAP, separators=(",", ":"))]
     return shlex.join([*command, path])
+
+
+def shard_counts(path: str) -> Dict[str, int]:
+    """Samples of each shard, by its path below the dataset's folder.
+
+    Raises:
+        ValueError: what ``energon prepare`` has written is damaged or not there.
+    """
+    info = os.path.join(path, ".nv-meta", ".info.json")
+    try:
+        with open(info, encoding="utf-8") as file:
+            counts = json.load(file)["shard_counts"]
+        return {str(name): int(count) for name, count in counts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
+
+
+def split_parts(path: str) -> Optional[Dict[str, List[str]]]:
+    """Shards of ``train``, ``val`` and ``test``, as far as they can be read without YAML.
+
+    Returns:
+        None where they can't: there is no split, or it is written by hand in other ways than
+        ``energon prepare`` writes it.
+    """
+    folder = os.path.join(path, ".nv-meta")
+    try:
+        with open(os.path.join(folder, "split.yaml"), encoding="utf-8") as file:
+            parts, excluded = _parse_split(file.read())
+    except FileNotFoundError:
+        try:
+            with open(os.path.join(folder, "split.json"), encoding="utf-8") as file:
+                loaded = json.load(file)
+            parts, excluded = dict(loaded["split_parts"]), list(loaded.get("exclude", []))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    except (OSError, ValueError):
+        return None
+    try:
+        left_out = {name for pattern in excluded for name in _expand(pattern)}
+        expanded = {part: [name for item in items for name in _expand(item)] for part, items in parts.items()}
+    except ValueError:
+        return None
+    return {part: [name for name in names if name not in left_out] for part, names in expanded.items()}
+
+
+def split_samples(path: str, split: str = "train") -> Optional[int]:
+    """Samples of a split; None where that can't be told without YAML."""
+    parts = split_parts(path)
+    if parts is None:
+        return None
+    try:
+        counts = shard_counts(path)
+        return sum(counts[name] for name in parts.get(split, []))
+    except (ValueError, KeyError):
+        return None
+
+
+# A key with or without an empty list, or an item: all that prepare writes.
+_LINE = re.compile(r"""( *)(?:(\w+):(?: \[\])?|- (?:'([^']+)'|([^'"\[\]{},&*!|>%@`#]+)))""")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def _parse_split(text: str) -> Tuple[Dict[str, List[str]], List[str]]:
+    """``split_parts`` and ``exclude`` of a ``split.yaml``.
+
+    Raises:
+        ValueError: it uses more of YAML than ``energon prepare`` does.
+    """
+    lists: Dict[str, List[str]] = {}
+    top, items = "", None
+    for line in text.splitlines():
+        match = _LINE.fullmatch(line.rstrip())
+        if match is None:
+            raise ValueError(f"{line!r} is not as energon prepare writes it")
+        indent, key, quoted, plain = match.groups()
+        if key is None:
+            if items is None:
+                raise ValueError(f"{line!r} belongs to no list")
+            items.append(quoted or plain)
+        else:
+            top = key if not indent else top
+            items = lists.setdefault(f"{top}.{key}" if indent else key, [])
+    parts = {name.partition(".")[2]: shards for name, shards in lists.items() if "." in name}
+    if "split_parts" not in lists:
+        raise ValueError("no split_parts")
+    return parts, lists.get("exclude", [])
+
+
+def _expand(pattern: str) -> List[str]:
+    """``{000..002}.tar`` and ``{a,b}.tar`` as a shell expands them, which prepare writes for many shards.
+
+    Raises:
+        ValueError: its braces are of another kind.
+    """
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        if "{" in pattern or "}" in pattern:
+            raise ValueError(f"{pattern!r}: braces that don't match")
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1], re.ASCII)
+    if numbers:
+        first, last = numbers.groups()
+        padded = any(len(text) > 1 and text[0] == "0" for text in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        step = 1 if int(first) <= int(last) else -1
+        options = [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    elif "," in braces[1]:
+        options = braces[1].split(",")
+    else:
+        raise ValueError(f"{pattern!r}: braces of another kind")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for option in options for name in _expand(before + option + after)]

@@ -21,6 +21,13 @@ class LaunchSection:
         short="-g",
     )
     gpu_ids: Tuple[str, ...] = flag(GPU, (), "which GPUs, e.g. 0,2", shown_default="the first ones")
+    gpu_memory: Optional[float] = flag(
+        GPU,
+        None,
+        "memory of a GPU in GiB, for the estimate; where this machine has none, --dry-run and "
+        "--preflight-only plan for --gpus such GPUs on each node",
+        shown_default="what nvidia-smi says",
+    )
     sif_path: Optional[str] = flag(SAVE_LOAD, None, "run inside this Apptainer (Singularity) image")
     bind: Tuple[str, ...] = flag(
         SAVE_LOAD, (), "further paths to bind into the container, each source[:target[:ro]]"
@@ -52,9 +59,12 @@ class LaunchSection:
         SLURM, None, "file name of this start's log, without .log", shown_default="job id or time, and node"
     )
     dry_run: bool = flag(OTHER, False, "print what would be run, and do nothing")
+    preflight_only: bool = flag(
+        OTHER, False, "run all checks, print what is wrong and what would work, and do nothing"
+    )
 
     def __post_init__(self) -> None:
-        positive(self, "node", "num_workers")
+        positive(self, "node", "num_workers", "gpu_memory")
         not_negative(self, "rank")
         if self.gpus < 1 and self.gpus != -1:
             raise ValueError(f"--gpus {self.gpus}: must be 1 or more, or -1 for all")
@@ -71,3 +81,8 @@ class LaunchSection:
                 raise ValueError(f"{flag_name(name)} {port}: must be between 1 and 65535")
         if self.slurm_output_name is not None and "/" in self.slurm_output_name:
             raise ValueError(f"--slurm-output-name {self.slurm_output_name!r}: a file name, without folders")
+
+    @property
+    def only_looks(self) -> bool:
+        """Nothing is started: the plan may be one for another machine."""
+        return self.dry_run or self.preflight_only

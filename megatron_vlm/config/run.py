@@ -13,7 +13,8 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from fnmatch import fnmatchcase
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
@@ -290,6 +291,15 @@ class RunConfig:
         if self.lora.adapters is None or any(entry.name == "lora" for entry in entries):
             return entries
         return (*entries, TrainEntry("lora"))
+
+    def trains(self, model: ModelConfig) -> Callable[[str], bool]:
+        """Whether a parameter is trained, by the name that checkpoints have for it.
+
+        Raises:
+            ValueError: the model has no such part, see :meth:`TrainEntry.patterns`.
+        """
+        patterns = [pattern for entry in self.trained for pattern in entry.patterns(model)]
+        return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
 
     @property
     def decay_iterations(self) -> int:

@@ -35,6 +35,22 @@ def visible_gpus(environ: Mapping[str, str]) -> List[str]:
     return [str(index) for index in range(sum(line.startswith("GPU ") for line in lines))]
 
 
+def gpu_memory() -> Optional[float]:
+    """Memory of the smallest GPU of this machine in GiB; None where nvidia-smi tells none."""
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    sizes = [line for line in result.stdout.decode(errors="replace").split() if line.isdigit()]
+    return min(map(int, sizes)) / 1024 if sizes and not result.returncode else None  # MiB
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     try:

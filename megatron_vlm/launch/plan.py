@@ -15,6 +15,8 @@ from megatron_vlm.config.sections import ParallelSection
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
 
+NODE_0 = "NODE0"  # stands in a plan for a machine that is not known yet
+
 
 class Placed(Protocol):
     """A config that says how ranks are started and how they cut the model."""
@@ -34,6 +36,7 @@ class Ranks:
     processes: int  # on this node, one per GPU
     command: List[str]  # environment and torchrun
     notes: List[str]  # decisions that a user should see
+    gpu_ids: List[str]  # none on the CPU
     port_claim: Optional[machine.PortClaim]  # holds the port until torchrun listens on it
 
 
@@ -47,11 +50,41 @@ class LaunchPlan:
     world_size: int
     command: List[str]  # complete: environment, container and torchrun included
     notes: List[str]  # decisions that a user should see
+    gpu_ids: List[str]  # on this node; none on the CPU
     port_claim: Optional[machine.PortClaim]  # holds the port until torchrun listens on it
 
 
-def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
+def make_plans(
+    config: RunConfig, environ: Mapping[str, str], problems: Optional[List[str]] = None
+) -> List[LaunchPlan]:
+    """As :func:`make_plan`: for this node, or where several are only planned and none is named, for each."""
+    launch = config.launch
+    nodes = launch.node or 1
+    if not launch.only_looks or nodes == 1 or launch.rank is not None or "SLURM_STEP_NODELIST" in environ:
+        return [make_plan(config, environ, problems)]
+    address = launch.master_addr or NODE_0
+
+    def on_node(rank: int) -> RunConfig:
+        return dataclasses.replace(config, launch=dataclasses.replace(launch, rank=rank, master_addr=address))
+
+    first = make_plan(on_node(0), environ, problems)
+    if launch.master_addr is None:
+        first.notes.append(
+            f"{NODE_0} in the commands stands for the host name of node 0; --master-addr says it"
+        )
+    # One machine is asked, and the others are taken to be like it.
+    like_first = {**environ, "CUDA_VISIBLE_DEVICES": ",".join(first.gpu_ids)}
+    return [first, *(make_plan(on_node(rank), like_first, []) for rank in range(1, nodes))]
+
+
+def make_plan(
+    config: RunConfig, environ: Mapping[str, str], problems: Optional[List[str]] = None
+) -> LaunchPlan:
     """Decide device, number of processes, port and environment, and build the command.
+
+    Args:
+        problems: takes what this machine lacks and the plan can be made without: a free port, an
+            interface, a container command. None: that is an error too.
 
     Raises:
         ValueError: this machine does not have what the flags ask for.
@@ -59,7 +92,7 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
     config = with_cluster_defaults(config, environ)
     launch = config.launch
     on_gpus = DETERMINISTIC_ENVIRONMENT if config.training.deterministic else {}
-    ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus)
+    ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus, problems)
     command = ranks.command
     if launch.sif_path:
         command = container.container_command(
@@ -68,11 +101,18 @@ def make_plan(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
             binds=launch.bind,
             paths=_paths(config),
             gpu=ranks.device == "cuda",
-            runtime=_runtime(launch.dry_run),
+            runtime=_runtime(problems),
         )
     world_size = ranks.processes * (launch.node or 1)
     return LaunchPlan(
-        config, ranks.device, ranks.processes, world_size, command, ranks.notes, ranks.port_claim
+        config,
+        ranks.device,
+        ranks.processes,
+        world_size,
+        command,
+        ranks.notes,
+        ranks.gpu_ids,
+        ranks.port_claim,
     )
 
 
@@ -82,23 +122,25 @@ def plan_ranks(
     flags: Sequence[str],
     environ: Mapping[str, str],
     on_gpus: Optional[Mapping[str, str]] = None,
+    problems: Optional[List[str]] = None,
 ) -> Ranks:
     """Decide device, number of processes, port and environment of ``python -m module <flags>``.
 
     Args:
         on_gpus: further variables, set where the ranks run on GPUs.
+        problems: see :func:`make_plan`.
 
     Raises:
         ValueError: this machine does not have what the flags ask for.
     """
     launch = config.launch
     notes: List[str] = []
-    device, gpu_ids = _choose_device(config, environ)
+    device, gpu_ids = _choose_device(config, environ, problems)
     nodes, rank = launch.node or 1, launch.rank or 0
     if device == "cpu" and config.parallel.transformer_impl == "transformer_engine":
         raise ValueError("--transformer-impl transformer_engine needs GPUs; use local, or leave it out")
     processes = len(gpu_ids) if device == "cuda" else _cpu_processes(config, nodes)
-    claim, port = _choose_port(config, notes)
+    claim, port = _choose_port(config, notes, problems)
     address = launch.master_addr or "127.0.0.1"
 
     python = container.PYTHON if launch.sif_path else sys.executable
@@ -108,19 +150,31 @@ def plan_ranks(
     # The "--" keeps torchrun from taking the flags after it, --node for one, for its own.
     command = [*torchrun, "-m", "--", module, *flags]
     variables = _environment(config, environ, device, gpu_ids, processes)
+    variables.update(_network(config, environ, problems))
     if device == "cuda":
         variables.update(on_gpus or {})
     command = container.with_environment(variables, command)
-    return Ranks(device, processes, command, notes, claim)
+    return Ranks(device, processes, command, notes, gpu_ids, claim)
 
 
-def _choose_device(config: Placed, environ: Mapping[str, str]) -> Tuple[str, List[str]]:
+def _tell(problem: str, problems: Optional[List[str]]) -> None:
+    """What a plan can be made without: an error where nobody collects problems."""
+    if problems is None:
+        raise ValueError(problem)
+    problems.append(problem)
+
+
+def _choose_device(
+    config: Placed, environ: Mapping[str, str], problems: Optional[List[str]]
+) -> Tuple[str, List[str]]:
     """The device, and the ids of the GPUs to use."""
     launch, wanted = config.launch, config.parallel.device
     visible = [] if wanted == "cpu" else machine.visible_gpus(environ)
-    if wanted == "cuda" and not visible and launch.dry_run and launch.gpus > 0:
-        # The machine that prints the command need not be the one that runs it.
-        visible = [str(i) for i in range(launch.gpus)]
+    # The machine that is asked for a plan need not be the one that runs it.
+    planned = list(launch.gpu_ids) or [str(number) for number in range(launch.gpus)]
+    for_another = launch.only_looks and (wanted == "cuda" or launch.gpu_memory is not None)
+    if for_another and not visible and wanted != "cpu":
+        visible = planned
     if not visible:
         if launch.gpu_ids and wanted != "cpu":
             raise ValueError("--gpu-ids: this machine has no GPU; leave it out to run on the CPU")
@@ -136,10 +190,12 @@ def _choose_device(config: Placed, environ: Mapping[str, str]) -> Tuple[str, Lis
         raise ValueError(f"--gpu-ids {','.join(unknown)}: not among the visible GPUs {','.join(visible)}")
     gpu_ids = list(launch.gpu_ids) or visible
     if launch.gpus > len(gpu_ids):
-        raise ValueError(
+        _tell(
             f"--gpus {launch.gpus}: this machine has {len(gpu_ids)} visible GPU(s); "
-            f"use --gpus {len(gpu_ids)}, or --device cpu"
+            f"use --gpus {len(gpu_ids)}, or --device cpu",
+            problems if launch.only_looks else None,
         )
+        return "cuda", planned
     return "cuda", gpu_ids if launch.gpus == -1 else gpu_ids[: launch.gpus]
 
 
@@ -155,16 +211,23 @@ def _cpu_processes(config: Placed, nodes: int) -> int:
     return model_parallel // nodes
 
 
-def _choose_port(config: Placed, notes: List[str]) -> Tuple[Optional[machine.PortClaim], int]:
+def _choose_port(
+    config: Placed, notes: List[str], problems: Optional[List[str]]
+) -> Tuple[Optional[machine.PortClaim], int]:
     launch = config.launch
+    wanted, flag = (
+        launch.rdzv_port or launch.master_port,
+        "--rdzv-port" if launch.rdzv_port else "--master-port",
+    )
     if launch.rank:
-        return None, launch.rdzv_port or launch.master_port  # only node 0 listens
-    if launch.rdzv_port:
-        claim = machine.claim_port(launch.rdzv_port, search=False, flag="--rdzv-port")
-    else:
-        claim = machine.claim_port(launch.master_port, search=launch.node == 1, flag="--master-port")
-        if claim.port != launch.master_port:
-            notes.append(f"port {launch.master_port} is busy, using {claim.port}")
+        return None, wanted  # only node 0 listens
+    try:
+        claim = machine.claim_port(wanted, search=launch.node == 1 and not launch.rdzv_port, flag=flag)
+    except ValueError as error:
+        _tell(str(error), problems)
+        return None, wanted
+    if claim.port != wanted:
+        notes.append(f"port {wanted} is busy, using {claim.port}")
     return claim, claim.port
 
 
@@ -183,17 +246,16 @@ def _environment(
             variables["CUDA_VISIBLE_DEVICES"] = ""
         threads = max(1, machine.usable_cores() // processes)
     variables["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS", str(threads))
-    variables.update(_network(config, environ))
     return variables
 
 
-def _network(config: Placed, environ: Mapping[str, str]) -> Dict[str, str]:
+def _network(config: Placed, environ: Mapping[str, str], problems: Optional[List[str]]) -> Dict[str, str]:
     """Interface of gloo and NCCL; what the user has exported stays."""
     wanted, names = config.launch.interface, machine.network_interfaces()
     if wanted is not None:
         unknown = [name for name in wanted.split(",") if name not in names]
-        if unknown and not config.launch.dry_run:
-            raise ValueError(f"--interface {unknown[0]}: not on this machine; there are {', '.join(names)}")
+        if unknown:
+            _tell(f"--interface {unknown[0]}: not on this machine; there are {', '.join(names)}", problems)
         return {"GLOO_SOCKET_IFNAME": wanted, "NCCL_SOCKET_IFNAME": wanted}
     if config.launch.node == 1:
         # Otherwise gloo looks up this machine's host name, which need not resolve.
@@ -206,7 +268,9 @@ def _network(config: Placed, environ: Mapping[str, str]) -> Dict[str, str]:
 
 def _training_flags(config: RunConfig) -> List[str]:
     # The ranks are started already, and inside the container.
-    launch = dataclasses.replace(config.launch, dry_run=False, sif_path=None, bind=())
+    launch = dataclasses.replace(
+        config.launch, dry_run=False, preflight_only=False, gpu_memory=None, sif_path=None, bind=()
+    )
     return dataclasses.replace(config, launch=launch).to_flags()
 
 
@@ -236,10 +300,9 @@ def _bases(config: RunConfig) -> List[str]:
     return found
 
 
-def _runtime(dry_run: bool) -> str:
+def _runtime(problems: Optional[List[str]]) -> str:
     try:
         return container.find_runtime()
-    except ValueError:
-        if not dry_run:
-            raise
+    except ValueError as error:
+        _tell(str(error), problems)
         return container.RUNTIMES[0]

@@ -3,7 +3,8 @@
     python scripts/train/run.py -g 2 --tp 2 --name demo --save-dir runs --megatron-load-dir checkpoint \\
         --data-path dataset --stage 2 --train-iters 100
 
-Needs only the standard library of Python 3.9 or newer. ``--dry-run`` prints the command and touches no file.
+Needs only the standard library of Python 3.9 or newer. ``--dry-run`` prints the plan on stderr, each node's
+command on stdout, and touches no file.
 """
 
 from __future__ import annotations
@@ -18,46 +19,47 @@ from typing import List
 sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycache__
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import preflight, process
-from megatron_vlm.launch.plan import LaunchPlan, make_plan
+from megatron_vlm.launch import preflight, process, report
+from megatron_vlm.launch.plan import LaunchPlan, make_plans
 
 
 def main(argv: List[str]) -> int:
     """Start the run that ``argv`` describes; returns the exit code, 2 for a user error."""
     try:
         config = RunConfig.from_flags(argv, prog="run.py")
-        plan = make_plan(config, os.environ)
-        check(plan)
-        for note in plan.notes:
-            print(f"note: {note}", file=sys.stderr)
-        print(shlex.join(plan.command), flush=True)
+        problems: List[str] = []
+        plans = make_plans(config, os.environ, problems)
+        found = preflight.inspect(plans[0], problems)
+        if config.launch.preflight_only:
+            print("\n".join(found.say()))
+            return 2 if found.problems else 0
+        if not show(plans, found):
+            return 2
         if config.launch.dry_run:
             return 0
-        return process.run(plan.command, new_log(plan.config))
+        return process.run(plans[0].command, new_log(plans[0].config))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def check(plan: LaunchPlan) -> None:
-    """Check flags, files and model, in that order; a dry run only warns about files."""
-    plan.config.validate(plan.world_size)
-    try:
-        preflight.check_paths(plan.config)
-        model = preflight.read_model(plan.config)
-    except ValueError as error:
-        if not plan.config.launch.dry_run:
-            raise
-        print(f"warning: {error}", file=sys.stderr)
-        return
-    plan.config.validate(plan.world_size, model)
-    if model is not None and plan.config.parallel.pp > 1 and plan.config.launch.dry_run:
-        for line in describe_stages(plan.config.layers_per_stage(model), plan.config.parallel.pp):
-            print(f"note: {line}", file=sys.stderr)
-    if not plan.config.launch.dry_run:
-        preflight.check_interpreter(plan.config.launch.sif_path, plan.config.parallel.transformer_impl)
+def show(plans: List[LaunchPlan], found: preflight.Inspection) -> bool:
+    """Print what is wrong, the plan and its commands; returns whether the run can be started."""
+    dry_run = found.config.launch.dry_run
+    fatal = found.contradictions if dry_run else found.problems
+    for problem in fatal:
+        print(f"error: {problem}", file=sys.stderr)
+    for warning in [*(found.errors if dry_run else ()), *found.warnings]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if fatal:
+        return False
+    for note in plans[0].notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(report.screen(plans[0], found.facts), file=sys.stderr)
+    for plan in plans:
+        print(shlex.join(plan.command), flush=True)
+    return True
 
 
 def new_log(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.config.dataset import prepare_command, split_parts, split_samples
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import make_samples, prepare, write_shards
@@ -29,6 +29,10 @@ def test_open_reads_both_splits(dataset_dir: Path) -> None:
     assert (train.num_samples, val.num_samples) == (120, 20)
     assert not {shard.name for shard in train.shards} & {shard.name for shard in val.shards}
     assert train.fingerprint != val.fingerprint
+    # The launcher reads the same without energon.
+    parts = split_parts(str(dataset_dir))
+    assert parts is not None and parts["train"] == [shard.name for shard in train.shards]
+    assert [split_samples(str(dataset_dir), part) for part in ("train", "val")] == [120, 20]
 
 
 def test_missing_or_unprepared_folder_says_what_to_run(tmp_path: Path) -> None:

@@ -143,3 +143,28 @@ def make_samples(count: int) -> list[dict[str, bytes | str]]:
         sample["txt"] = ("" if i % 13 == 8 else f"The answer is {i}. " * (1 + i % 3)).encode()
         samples.append(sample)
     return samples
+
+
+def hf_folder(name: str, root: Path) -> Path:
+    """A Hugging Face LLaVA folder (without weights) as transformers writes it: one of ``FOLDERS``."""
+    make_tokenizer, make_images, chat_template, tower, extra = FOLDERS[name]
+    tokenizer = make_tokenizer()
+    strategy = "default" if extra else "full"
+    tower_class = transformers.CLIPVisionConfig if extra else transformers.SiglipVisionConfig
+    config = transformers.LlavaConfig(
+        vision_config=tower_class(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, **tower),
+        text_config=transformers.LlamaConfig(vocab_size=512, hidden_size=32, num_attention_heads=4),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy=strategy,
+    )
+    processor = transformers.LlavaProcessor(
+        make_images(),
+        tokenizer,
+        patch_size=tower["patch_size"],
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=extra,
+        chat_template=chat_template,
+    )
+    config.save_pretrained(root / name)
+    processor.save_pretrained(root / name)
+    return root / name

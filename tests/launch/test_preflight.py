@@ -8,7 +8,6 @@ import shlex
 import pytest
 
 from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import preflight
 
 
@@ -51,7 +50,7 @@ def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> N
 
 def test_a_dataset_without_held_out_samples(dataset) -> None:
     def check() -> None:
-        preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset), "--eval-interval", "5"]))
+        preflight.check_held_out(str(dataset))
 
     check()  # no split to look at: told when training opens the data
     split = dataset / ".nv-meta" / "split.yaml"
@@ -63,26 +62,12 @@ def test_a_dataset_without_held_out_samples(dataset) -> None:
             ValueError, match=r"--eval-interval .* the val split of --data-path .* is empty; .*9,1,0"
         ):
             check()
-    preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset)]))
 
 
 def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
     command = shlex.split(prepare_command("/a b"))
     assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"
     assert json.loads(command[command.index("--field-map") + 1])["context"] == "json[question]"
-
-
-def test_paths_and_model(dataset, tmp_path) -> None:
-    def check(*argv: str) -> None:
-        preflight.check_paths(RunConfig.from_flags(["--data-path", str(dataset), *argv]))
-
-    check("--tokenizer-load-dir", str(tmp_path))
-    with pytest.raises(ValueError, match=r"--tokenizer-load-dir .*no such folder"):
-        check("--tokenizer-load-dir", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"--sif-path .*no such image"):
-        check("--sif-path", str(tmp_path / "none.sif"))
-    with pytest.raises(ValueError, match="none: no such checkpoint"):
-        preflight.read_model(RunConfig.from_flags(["--megatron-load-dir", str(tmp_path / "none")]))
 
 
 def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import shlex
 import shutil
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import write_manifest
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import CHECKOUT
 
@@ -70,13 +67,18 @@ def test_dry_run_prints_a_command_that_parses_back_and_touches_no_file(python, t
     before = files(tmp_path), *map(files, FOLDERS)
     result = start(python, *argv, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "TP 2 x PP 1 x DP 1" in result.stderr  # the plan, as far as it can be told without a checkpoint
     assert (files(tmp_path), *map(files, FOLDERS)) == before
     assert result.stdout.count("\n") == 1
     command = shlex.split(result.stdout)
     at = command.index("megatron_vlm.training")
     ranks = RunConfig.from_flags(command[at + 1 :])
     assert (ranks.checkpoint.name, ranks.parallel.tp, ranks.training.stage) == (name, 2, 1)
-    assert "--data-path data: no such folder" in result.stderr  # said, though only a real start stops
+    # Said, all of it, though only a real start stops.
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    for words in ("has no torch", "--data-path data: no such folder", "ckpt: no such checkpoint folder"):
+        assert sum(words in warning for warning in warnings) == 1
+    assert "error" not in result.stderr
 
 
 def test_help(python, tmp_path) -> None:
@@ -98,29 +100,13 @@ def test_help(python, tmp_path) -> None:
     ],
     ids=["unknown flag", "mpi", "not yet", "no dataset", "world size", "batch size", "no file"],
 )
-def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path) -> None:
+def test_bad_input_is_a_line_each_and_exit_code_2(argv, tmp_path) -> None:
     result = start(sys.executable, *argv, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.stderr
+    assert all(line.startswith(("error: ", "warning: ")) for line in result.stderr.splitlines())
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """A folder with a checkpoint's manifest and a dataset, as far as the launcher looks."""
-    text = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
-    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
-    (tmp_path / "ckpt").mkdir()
-    manifest = {"format": "torch_dist", "iteration": 0, "has_optimizer": False, "layout": {}, "tensors": {}}
-    write_manifest(tmp_path / "ckpt", {**manifest, "model": model.to_dict()})
-    data = tmp_path / "data"
-    (data / ".nv-meta").mkdir(parents=True)
-    (data / "0.tar").touch()
-    (data / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": {"0.tar": 9}}))
-    return tmp_path
 
 
 def test_a_start_makes_the_logs_and_hands_on_output_and_exit_code(python, workplace) -> None:
@@ -146,15 +132,31 @@ def test_the_checkpoints_architecture_is_checked_without_torch(workplace) -> Non
     result = start(sys.executable, *BASE, "--tp", "4", "--dry-run", cwd=workplace)
     assert result.returncode == 2
     assert (
-        result.stderr
-        == "error: --tp 4 does not divide the 6 attention heads of the language model; try 1 or 2\n"
+        result.stderr.splitlines()[0]
+        == "error: --tp 4 does not divide the 6 attention heads of the language model; try 1 or 2"
     )
     assert start(sys.executable, *BASE, "--tp", "2", "--dry-run", cwd=workplace).returncode == 0
     result = start(sys.executable, *BASE, "--pp", "3", "--dry-run", cwd=workplace)
     assert result.returncode == 0
-    stages = [line for line in result.stderr.splitlines() if "pipeline stage" in line]
-    assert stages[0].startswith("note: pipeline stage 0: vision tower, projector, embedding, layer")
+    stages = [line for line in result.stderr.splitlines() if line.startswith("stage ")]
+    assert stages[0].startswith("stage 0  rank 0: vision tower, projector, embedding, layer")
     assert len(stages) == 3 and stages[2].endswith("-31, output layer")
+
+
+def test_preflight_only(python, workplace) -> None:
+    (workplace / "image.sif").touch()
+    argv = [*BASE, "--preflight-only", "--sif-path", "image.sif", "--tp", "3", "--seq-length", "577"]
+    before = files(workplace)
+    result = start(python, *argv, cwd=workplace, PATH="/usr/bin:/bin")
+    assert result.returncode == 2 and result.stderr == "" and files(workplace) == before
+    *told, last = result.stdout.splitlines()
+    expected = [
+        "error: --tp 3 does not divide the 16 attention heads of the vision tower; try 1 or 2",
+        "error: --sif-path needs apptainer or singularity",
+        "warning: an image takes 576 of --seq-length 577 and leaves 1 tokens",
+    ]
+    assert [line[: len(start)] for line, start in zip(told, expected, strict=True)] == expected
+    assert last.startswith("ok: ") and "dataset" in last and "flags" not in last
 
 
 def test_only_the_standard_library_is_imported() -> None:

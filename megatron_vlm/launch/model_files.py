@@ -1,0 +1,235 @@
+"""What the JSON files of a Hugging Face folder say about tokens and images, held against the model.
+
+Training checks the same by loading tokenizer and image processor, which needs transformers and a started
+job; here it takes milliseconds on a login node. What JSON does not tell is left to training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_FULL_TEXT_SHARE = 0.2  # of --seq-length; below it most answers are cut off
+# Of transformers' classes, for what a file leaves out.
+_PROCESSOR_DEFAULTS: Dict[str, Dict[str, Any]] = {
+    "CLIP": {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}},
+    "Llava": {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}},
+    "Siglip": {"do_center_crop": False, "size": {"height": 224, "width": 224}},
+}
+_BUILDER = "scripts/convert/build_llava_jp.py"
+
+
+def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> Iterator[str]:
+    """What is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
+        yield f"{folder}: holds no tokenizer; give the Hugging Face folder of the model"
+        return
+    settings = _read(folder, "tokenizer_config.json")
+    yield from _special_tokens(folder, _added_tokens(folder, settings), settings, model, config)
+    yield from _template(folder, settings, config)
+
+
+def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
+    """What is wrong with the image processor, which is that of the first folder that has one."""
+    with_images = [f for f in folders if any(os.path.isfile(os.path.join(f, p)) for p in _PROCESSOR_FILES)]
+    if not with_images:
+        yield (
+            f"{' and '.join(folders)}: no image processor ({' or '.join(_PROCESSOR_FILES)}); give the "
+            f"Hugging Face folder that {_BUILDER} made"
+        )
+        return
+    folder = with_images[0]
+    # transformers looks there first, and in the older file where there is nothing.
+    processor = _read(folder, "processor_config.json").get("image_processor")
+    if not isinstance(processor, dict):
+        processor = _read(folder, "preprocessor_config.json")
+    vision = model.vision
+    wanted = (vision.image_size, vision.image_size)
+    made = _processed_size(processor)
+    if made == (None, None):
+        yield (
+            f"{folder}: its image processor keeps the shape of an image, and the vision tower takes "
+            f"{wanted[0]} x {wanted[1]} pixels; set do_center_crop and crop_size"
+        )
+    elif made is not None and made != wanted:
+        yield (
+            f"{folder}: its image processor makes images of {made[0]} x {made[1]} pixels, and the vision "
+            f"tower takes {wanted[0]} x {wanted[1]}; give the folder of the model being trained"
+        )
+    mean = processor.get("image_mean")
+    if isinstance(mean, list) and len(mean) != vision.num_channels:
+        yield (
+            f"{folder}: its image processor has an image_mean for {len(mean)} channels, and the vision "
+            f"tower takes {vision.num_channels}"
+        )
+
+
+def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
+    """What trains, but not as one would think: how many tokens an image is."""
+    if model.feature_strategy == "default" and not model.vision.has_class_token:
+        yield (
+            f"vision_feature_select_strategy 'default' drops the first position of an image, and the "
+            f"{model.vision.family} tower has no class token there: a patch of every image is lost; "
+            "'full' in config.json keeps it, when the model is built"
+        )
+    for folder in folders:
+        processor = _read(folder, "processor_config.json")
+        theirs = _processor_tokens(processor, model)
+        if theirs is not None and theirs != model.image_tokens:
+            yield (
+                f"{folder}/processor_config.json: by its patch_size, num_additional_image_tokens and "
+                f"vision_feature_select_strategy transformers would give an image {theirs} tokens, and the "
+                f"model makes {model.image_tokens}; an exported model would not run there"
+            )
+
+
+def sequence_warnings(model: ModelConfig, seq_length: int) -> Iterator[str]:
+    """Sequences that leave little room for text, or are longer than the model has seen."""
+    text = seq_length - model.image_tokens
+    if 0 < text < _FULL_TEXT_SHARE * seq_length:
+        fits = -(-int(model.image_tokens / (1 - _FULL_TEXT_SHARE)) // 64) * 64
+        yield (
+            f"an image takes {model.image_tokens} of --seq-length {seq_length} and leaves {text} tokens for "
+            f"its text, prompt included; longer samples are cut off or dropped; --seq-length {fits} leaves "
+            f"{fits - model.image_tokens}"
+        )
+    positions = model.language.max_position_embeddings
+    if seq_length > positions:
+        yield (
+            f"--seq-length {seq_length} is longer than the {positions} positions that the language model was "
+            f"made for; --seq-length {positions} is the most that it knows"
+        )
+
+
+def _special_tokens(
+    folder: str, added: Dict[int, str], settings: Dict[str, Any], model: ModelConfig, config: RunConfig
+) -> Iterator[str]:
+    wanted, flag = model.image_token_id, ""
+    if config.model.image_token_id is not None:
+        wanted, flag = config.model.image_token_id, f"--image-token-id {config.model.image_token_id}: "
+    if wanted not in added:
+        own = [number for number, text in added.items() if text == "<image>"]
+        hint = f"its <image> is token {own[0]}" if own else "it has no <image>"
+        yield (
+            f"{flag}{folder}: the model's image token is {wanted}, and no added token of this tokenizer "
+            f"({hint}); give the Hugging Face folder that {_BUILDER} made"
+        )
+    if added and max(added) >= model.language.vocab_size:
+        yield (
+            f"{folder}: the tokenizer has a token {max(added)}, and the model embeds only "
+            f"{model.language.vocab_size}; give the folder of the model being trained"
+        )
+    if config.model.pad_token_id is not None:
+        pad, source = config.model.pad_token_id, f"--pad-token-id {config.model.pad_token_id}"
+    else:
+        text = _text(settings.get("pad_token"))
+        pad = next((number for number, known in added.items() if known == text), -1)
+        source = f"{folder}: the tokenizer's pad token"
+    if pad == wanted:
+        yield f"{source} is the image token; choose another with --pad-token-id"
+
+
+def _template(folder: str, settings: Dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """The rules of data/processing.py and data/templates.py, as far as files tell."""
+    has_chat = (
+        os.path.isfile(os.path.join(folder, "chat_template.jinja"))
+        or bool(settings.get("chat_template"))
+        or any(
+            _read(folder, name).get("chat_template") for name in ("chat_template.json", _PROCESSOR_FILES[1])
+        )
+    )
+    name = config.data.template or ("chat" if has_chat else "plain" if config.training.stage == 1 else "v1")
+    if name == "chat" and not has_chat:
+        yield (f"--template chat: {folder} has no chat template; use --template v1 or plain, or leave it out")
+    special = _read(folder, "special_tokens_map.json")
+    if name == "v1" and not (_text(settings.get("eos_token")) or _text(special.get("eos_token"))):
+        yield f"--template v1: the tokenizer of {folder} has no end token (eos_token); name one in its files"
+
+
+def _added_tokens(folder: str, settings: Dict[str, Any]) -> Dict[int, str]:
+    """Tokens that tokenisation never splits, by their ids."""
+    found = {int(number): text for text, number in _read(folder, "added_tokens.json").items()}
+    decoder = settings.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        found[int(number)] = _text(token) or ""
+    for token in _list_in_tokenizer(os.path.join(folder, "tokenizer.json")):
+        found[int(token["id"])] = token["content"]
+    return found
+
+
+def _list_in_tokenizer(path: str) -> List[Dict[str, Any]]:
+    """``added_tokens`` of a ``tokenizer.json``, without parsing the vocabulary of some 10 MB after it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return []
+    key = text.find('"added_tokens"')
+    start = text.find("[", key)
+    try:
+        tokens = json.JSONDecoder().raw_decode(text, start)[0] if key >= 0 <= start else []
+    except ValueError:
+        return []
+    return [token for token in tokens if isinstance(token, dict) and {"id", "content"} <= set(token)]
+
+
+def _processed_size(processor: Dict[str, Any]) -> Optional[Tuple[Optional[int], Optional[int]]]:
+    """Height and width of its images: None and None where they vary, None where JSON doesn't tell."""
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    defaults = next((d for name, d in _PROCESSOR_DEFAULTS.items() if kind.startswith(name)), {})
+    known = {**defaults, **processor}
+    if known.get("do_center_crop"):
+        return _height_and_width(known.get("crop_size"))
+    if not known.get("do_resize", True):
+        return None, None
+    size = known.get("size")
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return None, None
+    return _height_and_width(size)
+
+
+def _height_and_width(size: Any) -> Optional[Tuple[int, int]]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and {"height", "width"} <= set(size):
+        return size["height"], size["width"]
+    return None
+
+
+def _processor_tokens(processor: Dict[str, Any], model: ModelConfig) -> Optional[int]:
+    """Tokens that transformers' ``LlavaProcessor`` writes for an image of the tower's size."""
+    patch, strategy = processor.get("patch_size"), processor.get("vision_feature_select_strategy")
+    if not isinstance(patch, int) or strategy is None:
+        return None
+    patches = (model.vision.image_size // patch) ** 2
+    return patches + int(processor.get("num_additional_image_tokens") or 0) - int(strategy == "default")
+
+
+def _read(folder: str, name: str) -> Dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            loaded = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return loaded
+
+
+def _text(token: Any) -> Optional[str]:
+    """A token as files write it: its text, or an object with its ``content``."""
+    return token.get("content") if isinstance(token, dict) else token

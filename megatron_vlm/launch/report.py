@@ -1,0 +1,203 @@
+"""The first screen of a run: what it starts from, who does what, how much of everything. Plain text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+from megatron_vlm.config.flops import Work, causal_pairs, training_flops
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import describe_stages
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch.plan import LaunchPlan
+
+_WIDTH = 100  # of the lists of groups
+_MOST_STAGES = 16  # with a line each
+_INDENT = " " * 9
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files of a run say, as far as they are there.
+
+    Attributes:
+        start: one line: where the run begins.
+        model: the architecture, with the adapters that the flags ask for.
+        train_samples: of the training split.
+    """
+
+    start: str
+    model: Optional[ModelConfig] = None
+    train_samples: Optional[int] = None
+
+
+def screen(plan: LaunchPlan, facts: Facts) -> str:
+    """The plan as text: about a screen, whatever the number of ranks."""
+    config, world_size = plan.config, plan.world_size
+    lines = [_line("run", f"{config.checkpoint.run_dir}: {facts.start}")]
+    lines += _layout(plan, facts.model)
+    if facts.model is not None:
+        lines += _stages(plan, facts.model)
+    lines += _batch(config, world_size, facts)
+    if facts.model is not None:
+        lines += _work(config, facts.model)
+    return "\n".join(lines)
+
+
+def rank_groups(tp: int, pp: int, dp: int) -> Dict[str, List[range]]:
+    """The ranks that work together in tensor, data and pipeline parallelism.
+
+    Tensor-parallel ranks are neighbours, then data-parallel ones, then pipeline stages, as megatron-core
+    numbers them (``RankGenerator`` with the order ``tp-cp-ep-dp-pp``).
+
+    Returns:
+        For ``TP``, ``DP`` and ``PP`` all groups, in megatron-core's order.
+    """
+    stage, world = tp * dp, tp * dp * pp
+    return {
+        "TP": [range(first, first + tp) for first in range(0, world, tp)],
+        "DP": [
+            range(start + part, start + stage, tp) for start in range(0, world, stage) for part in range(tp)
+        ],
+        "PP": [range(first, world, stage) for first in range(stage)],
+    }
+
+
+def _layout(plan: LaunchPlan, model: Optional[ModelConfig]) -> List[str]:
+    config, world_size = plan.config, plan.world_size
+    tp, pp, vpp = config.parallel.tp, config.parallel.pp, config.parallel.vpp
+    dp, nodes = config.dp(world_size), config.launch.node or 1
+    what = _count(world_size, "GPU") if plan.device == "cuda" else _count(world_size, "process") + " on CPUs"
+    where = f", {plan.processes} on each of {nodes} nodes" if nodes > 1 else ""
+    stages = f"PP {pp}" + (f" (VPP {vpp})" if vpp > 1 else "")
+    how = ", ".join(filter(None, (_precision(config, model), _options(config))))
+    lines = [_line("layout", f"{what}{where}: TP {tp} x {stages} x DP {dp}" + (f"; {how}" if how else ""))]
+    if nodes > 1:
+        on_node = [range(start, start + plan.processes) for start in range(0, world_size, plan.processes)]
+        lines.append(_line("  node", f"ranks {_some(on_node)}"))
+    for name, groups in rank_groups(tp, pp, dp).items():
+        if len(groups[0]) == 1:
+            continue
+        over = {len({rank // plan.processes for rank in group}) for group in groups}
+        spans = (
+            "" if nodes == 1 else ", each within a node" if over == {1} else f", each over {max(over)} nodes"
+        )
+        lines.append(_line(f"  {name}", f"{_some(groups)}  ({_count(len(groups), 'group')}{spans})"))
+    return lines
+
+
+def _precision(config: RunConfig, model: Optional[ModelConfig]) -> str:
+    stored = {"bfloat16": "bf16", "": ""}.get(model.dtype if model else "", "fp32")
+    return config.training.precision or stored
+
+
+def _options(config: RunConfig) -> str:
+    """What else cuts or moves memory, by the names of the flags."""
+    parallel = config.parallel
+    given = [
+        "sequence-parallel" * parallel.sequence_parallel,
+        "dist-optim" * parallel.dist_optim,
+        f"recompute {parallel.recompute}" * (parallel.recompute != "none"),
+    ]
+    return ", ".join(filter(None, given))
+
+
+def _stages(plan: LaunchPlan, model: ModelConfig) -> List[str]:
+    """Which ranks run a pipeline stage, and what it holds."""
+    config = plan.config
+    pp, size = config.parallel.pp, plan.world_size // config.parallel.pp
+    lines = []
+    for number, text in enumerate(describe_stages(config.layers_per_stage(model), pp)):
+        ranks = range(number * size, (number + 1) * size)
+        nodes = range(ranks[0] // plan.processes, ranks[-1] // plan.processes + 1)
+        where = f" on {_named('node', nodes)}" if (config.launch.node or 1) > 1 else ""
+        holds = text.partition(": ")[2]
+        lines.append(_line(f"stage {number}", f"{_named('rank', ranks)}{where}: {holds}"))
+    return _shortened(lines)
+
+
+def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
+    batch, dp = config.training.global_batch_size, config.dp(world_size)
+    accumulated = config.num_microbatches(world_size)
+    lines = [
+        _line(
+            "batch",
+            f"micro batch {config.training.micro_batch_size} x DP {dp} x {accumulated} accumulated = "
+            f"{_count(batch, 'sample')} an iteration",
+        )
+    ]
+    samples, iterations = facts.train_samples, config.training.iterations
+    if iterations is None and samples is None:
+        return [*lines, _line("length", "one pass over the training split")]
+    if iterations is None:
+        iterations = (samples or 0) // batch
+    text = f"{_count(iterations, 'iteration')}, {_count(iterations * batch, 'sample')}"
+    if samples:
+        text += f", {iterations * batch / samples:.2f} epochs of {samples:,}"
+    return [*lines, _line("length", text)]
+
+
+def _work(config: RunConfig, model: ModelConfig) -> List[str]:
+    """Tokens and operations of an iteration, at most."""
+    batch, length, image = config.training.global_batch_size, config.data.seq_length, model.image_tokens
+    work = Work(batch * length, batch * (length - image), causal_pairs([length]) * batch, batch)
+    flops = training_flops(model, work, config.trains(model))
+    parts = [
+        ("vision tower", flops.vision),
+        ("projector", flops.projector),
+        ("language model", flops.language),
+    ]
+    shares = ", ".join(f"{name} {_percent(part, flops.total)}" for name, part in parts)
+    return [
+        _line(
+            "tokens",
+            f"{batch * length:,} an iteration at most: {batch * image:,} of images, "
+            f"{batch * (length - image):,} of text",
+        ),
+        f"{_INDENT}an image takes {image:,} of --seq-length {length:,} ({_percent(image, length)}) and "
+        f"leaves {length - image:,} for text",
+        _line("FLOPs", f"{flops.total:.2e} an iteration at most: {shares}"),
+        f"{_INDENT}at most: were every sample an image and text, as long as --seq-length",
+    ]
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{len(_INDENT) - 1}} {text}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.{1 if part * 100 < whole else 0}f} %" if whole else "0 %"
+
+
+def _span(numbers: range) -> str:
+    """``3``, ``0-7``, ``0,8``, or ``0,8,..,56``."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers.step == 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    if len(numbers) <= 4:
+        return ",".join(map(str, numbers))
+    return f"{numbers[0]},{numbers[1]},..,{numbers[-1]}"
+
+
+def _named(noun: str, numbers: range) -> str:
+    return f"{noun if len(numbers) == 1 else noun + 's'} {_span(numbers)}"
+
+
+def _some(groups: Sequence[range]) -> str:
+    """All groups where they fit into a line, else the first three and the last."""
+    every = "  ".join(map(_span, groups))
+    if len(every) <= _WIDTH or len(groups) <= 4:
+        return every
+    return "  ".join([*map(_span, groups[:3]), "..", _span(groups[-1])])
+
+
+def _shortened(lines: List[str]) -> List[str]:
+    if len(lines) <= _MOST_STAGES:
+        return lines
+    return [*lines[:3], _line(f"  .. {len(lines) - 5}", "more"), *lines[-2:]]

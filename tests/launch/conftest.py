@@ -1,0 +1,48 @@
+"""A folder with all that a run needs, as far as the launcher looks: small files, no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vlm.config.checkpoint import HF_FOLDER, write_manifest
+from megatron_vlm.config.model import ModelConfig
+
+TEXT = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
+CONFIG = {"model_type": "llava", "text_config": TEXT, "image_token_index": 7}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """``ckpt`` and ``data`` of a model with CLIP ViT-L/14 at 336 pixels, which makes 576 tokens of an image."""
+    write_checkpoint(tmp_path / "ckpt")
+    write_dataset(tmp_path / "data")
+    return tmp_path
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any] = CONFIG, **manifest: Any) -> None:
+    hf = folder / HF_FOLDER
+    hf.mkdir(parents=True)
+    write_json(hf / "config.json", config)
+    write_json(hf / "tokenizer.json", {"added_tokens": [{"id": 7, "content": "<image>"}], "model": {}})
+    write_json(hf / "tokenizer_config.json", {"eos_token": "</s>"})
+    size = {"shortest_edge": 336}
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": size, "crop_size": 336}
+    write_json(hf / "preprocessor_config.json", processor)
+    found = {"format": "torch_dist", "iteration": 0, "has_optimizer": False, "layout": {}, "tensors": {}}
+    write_manifest(folder, {**found, "model": ModelConfig.from_hf(config).to_dict(), **manifest})
+
+
+def write_dataset(folder: Path, samples: int = 9) -> None:
+    (folder / ".nv-meta").mkdir(parents=True)
+    (folder / "0.tar").touch()
+    write_json(folder / ".nv-meta" / ".info.json", {"shard_counts": {"0.tar": samples}})
+    split = "split_parts:\n  train:\n  - 0.tar\n  val: []\n  test: []\nexclude: []\n"
+    (folder / ".nv-meta" / "split.yaml").write_text(split)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))

@@ -1,0 +1,184 @@
+"""The files of a Hugging Face folder against the model: the same verdict as transformers' own loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.processing import build_processing
+from megatron_vlm.launch import model_files
+from tests.data.tiny_data import FOLDERS, hf_folder
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request, tmp_path_factory) -> Path:
+    return hf_folder(request.param, tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture
+def llava(tmp_path) -> Path:
+    return hf_folder("llava", tmp_path)
+
+
+def config(folder: Path, *argv: str) -> RunConfig:
+    return RunConfig.from_flags(["--tokenizer-load-dir", str(folder), "--seq-length", "128", *argv])
+
+
+def problems(folder: Path, model: ModelConfig | None = None, *argv: str) -> list[str]:
+    model = model or ModelConfig.from_hf_dir(str(folder))
+    return [
+        *model_files.tokenizer_problems(str(folder), model, config(folder, *argv)),
+        *model_files.image_problems([str(folder)], model),
+        *model_files.image_warnings([str(folder)], model),
+    ]
+
+
+def training_refuses(folder: Path, model: ModelConfig | None = None, *argv: str) -> bool:
+    """What transformers' own classes say, which training asks."""
+    model = model or ModelConfig.from_hf_dir(str(folder))
+    try:
+        build_processing(config(folder, *argv), model)
+    except ValueError:
+        return True
+    return False
+
+
+def change(path: Path, **values) -> None:
+    content = json.loads(path.read_text())
+    content.update(values)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_folders_that_training_takes_have_no_problems(folder) -> None:
+    assert not training_refuses(folder) and problems(folder) == []
+
+
+def test_another_models_tokenizer(llava) -> None:
+    model = ModelConfig.from_hf_dir(str(llava))
+    other = dataclasses.replace(model, image_token_id=model.image_token_id - 5)
+    (problem,) = problems(llava, other)
+    assert f"its <image> is token {model.image_token_id}" in problem and training_refuses(llava, other)
+    language = dataclasses.replace(model.language, vocab_size=model.image_token_id)
+    smaller = dataclasses.replace(model, language=language)
+    (problem,) = problems(llava, smaller)
+    assert "embeds only" in problem and training_refuses(llava, smaller)
+
+
+def test_the_image_token_of_a_flag(llava) -> None:
+    (problem,) = problems(llava, None, "--image-token-id", "3")
+    assert problem.startswith("--image-token-id 3: ") and training_refuses(
+        llava, None, "--image-token-id", "3"
+    )
+
+
+def test_the_padding_token_is_not_the_image_token(llava) -> None:
+    token = ModelConfig.from_hf_dir(str(llava)).image_token_id
+    argv = ("--pad-token-id", str(token))
+    (problem,) = problems(llava, None, *argv)
+    assert "is the image token" in problem and training_refuses(llava, None, *argv)
+    change(llava / "tokenizer_config.json", pad_token="<image>")
+    (problem,) = problems(llava)
+    assert "the tokenizer's pad token is the image token" in problem and training_refuses(llava)
+
+
+def test_no_tokenizer(llava) -> None:
+    model = ModelConfig.from_hf_dir(str(llava))
+    for path in llava.glob("tokenizer*"):
+        path.unlink()
+    problem, *_ = problems(llava, model)
+    assert "holds no tokenizer" in problem and training_refuses(llava, model)
+
+
+def test_templates(llava) -> None:
+    (llava / "chat_template.jinja").unlink()
+    assert problems(llava) == [] and not training_refuses(llava)
+    (problem,) = problems(llava, None, "--template", "chat")
+    assert "has no chat template" in problem and training_refuses(llava, None, "--template", "chat")
+    change(llava / "tokenizer_config.json", eos_token=None)
+    (problem,) = problems(llava)
+    assert "--template v1" in problem and training_refuses(llava)
+    assert problems(llava, None, "--stage", "1") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"crop_size": {"height": 24, "width": 24}}, "24 x 24"),
+        ({"crop_size": 16}, "16 x 16"),
+        ({"crop_size": None}, "224 x 224"),
+        ({"do_center_crop": False}, "keeps the shape"),
+        ({"do_center_crop": False, "size": {"height": 20, "width": 24}}, "20 x 24"),
+        ({"do_center_crop": False, "do_resize": False}, "keeps the shape"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "1 channels"),
+    ],
+)
+def test_an_image_processor_of_another_tower(llava, changes, words) -> None:
+    processor = json.loads((llava / "processor_config.json").read_text())
+    old = llava / "preprocessor_config.json"  # as releases before 5 write it
+    old.write_text(json.dumps(processor.pop("image_processor")))
+    (llava / "processor_config.json").write_text(json.dumps(processor))
+    assert problems(llava) == [] and not training_refuses(llava)
+    change(old, **changes)
+    (problem,) = problems(llava)
+    assert words in problem
+    with pytest.raises(Exception):  # noqa: B017 - whatever transformers makes of it
+        ImageTransform.from_dir(str(llava), 20, 3)
+
+
+def test_no_image_processor(llava) -> None:
+    (llava / "processor_config.json").unlink()
+    (problem,) = problems(llava)
+    assert "no image processor" in problem and training_refuses(llava)
+
+
+def test_damaged_json_is_named(llava) -> None:
+    (llava / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: cannot be read"):
+        problems(llava)
+
+
+def test_the_processor_counts_other_tokens_than_the_model(llava) -> None:
+    change(llava / "processor_config.json", num_additional_image_tokens=0)
+    (problem,) = problems(llava)
+    assert "would give an image 24 tokens, and the model makes 25" in problem
+
+
+def test_a_patch_that_is_taken_for_a_class_token(tmp_path) -> None:
+    qwen = hf_folder("qwen", tmp_path)
+    assert problems(qwen) == []
+    change(qwen / "config.json", vision_feature_select_strategy="default")
+    problem, *_ = problems(qwen)
+    assert "a patch of every image is lost" in problem
+
+
+def test_room_for_text() -> None:
+    text = {"model_type": "llama", "max_position_embeddings": 1000}
+    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
+    assert model.image_tokens == 576
+    told = lambda length: list(model_files.sequence_warnings(model, length))  # noqa: E731
+    assert told(720) == [] and told(1000) == []
+    (warning,) = told(719)
+    assert "an image takes 576 of --seq-length 719 and leaves 143 tokens" in warning
+    assert warning.endswith("--seq-length 768 leaves 192")
+    (warning,) = told(1001)
+    assert "longer than the 1000 positions" in warning
+
+
+def test_tokens_beside_tokenizer_json(llava) -> None:
+    """Older folders have some in files of their own."""
+    tokenizer = json.loads((llava / "tokenizer.json").read_text())
+    image = next(token for token in tokenizer["added_tokens"] if token["content"] == "<image>")
+    tokenizer["added_tokens"].remove(image)
+    (llava / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    shutil.copy(llava / "tokenizer_config.json", llava / "kept.json")
+    change(llava / "tokenizer_config.json", added_tokens_decoder=None)
+    assert "no <image>" in problems(llava)[0]
+    (llava / "added_tokens.json").write_text(json.dumps({"<image>": image["id"]}))
+    assert problems(llava) == []
