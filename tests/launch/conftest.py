@@ -17,7 +17,7 @@ CONFIG = {"model_type": "llava", "text_config": TEXT, "image_token_index": 7}
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """``ckpt`` and ``data`` of a model with CLIP ViT-L/14 at 336 pixels, which makes 576 tokens of an image."""
+    """``ckpt`` and ``data`` for CLIP ViT-L/14 at 336 pixels, which makes 576 tokens of an image."""
     write_checkpoint(tmp_path / "ckpt")
     write_dataset(tmp_path / "data")
     return tmp_path
