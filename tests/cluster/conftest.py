@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import apptainer, hosts
+from tests.cluster import apptainer, hosts, slurm
 from tests.cluster.demo import ITERATIONS, RUN, Demo, losses, make_demo
 
 
@@ -21,6 +21,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Site]:
         pytest.skip(reason)
     with hosts.start_site(tmp_path_factory.mktemp("site")) as site:
         yield site
+
+
+@pytest.fixture(scope="session")
+def running_slurm(site: hosts.Site) -> slurm.Slurm:
+    """SLURM on the site; it ends with its hosts."""
+    reason = slurm.why_not()
+    if reason:
+        pytest.skip(reason)
+    return slurm.start(site)
+
+
+@pytest.fixture
+def cluster(running_slurm: slurm.Slurm) -> Iterator[slurm.Slurm]:
+    """SLURM with both nodes idle; no job of a test outlives it."""
+    running_slurm.wait_for_nodes()
+    yield running_slurm
+    running_slurm.end_all_jobs()
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,12 @@ NODES = ("node1", "node2")
 INTERFACE = "ib0"
 ADDRESSES = {"login": "10.99.0.254", "node1": "10.99.0.1", "node2": "10.99.0.2"}
 TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
-SMALL_DISK = 24  # MiB: a few checkpoints of the demo's model
-# Ignoring SIGCHLD lets the kernel reap what other processes of the host leave behind.
-_INIT = "trap '' CHLD; set -e; {setup}; hostname {name}; ip link set lo up; echo up; exec sleep infinity"
+SMALL_DISK = 64  # MiB: a few checkpoints of the demo's model
+# The process that holds a host. Ignoring SIGCHLD lets the kernel reap what others leave behind.
+_INIT = (
+    "set -e; {setup}; hostname {name}; ip link set lo up; echo up; "
+    "exec env --ignore-signal=CHLD sleep infinity"
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
