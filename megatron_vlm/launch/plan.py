@@ -99,7 +99,8 @@ def make_plan(
             command,
             launch.sif_path,
             binds=launch.bind,
-            paths=_paths(config),
+            inputs=_inputs(config),
+            paths=[*filter(None, [config.checkpoint.save_dir]), *container.cache_folders(environ)],
             gpu=ranks.device == "cuda",
             runtime=_runtime(problems),
         )
@@ -274,16 +275,19 @@ def _training_flags(config: RunConfig) -> List[str]:
     return dataclasses.replace(config, launch=launch).to_flags()
 
 
-def _paths(config: RunConfig) -> List[str]:
+def _inputs(config: RunConfig) -> List[str]:
+    """What the run reads, a run folder to go on in among it: that may hold links, or be one."""
+    where = config.checkpoint
     paths = [
-        config.checkpoint.save_dir,
         config.data.data_path,
         config.model.megatron_load_dir,
         config.model.tokenizer_load_dir,
         config.model.base,
+        config.lora.lora_load_dir,
+        where.run_dir if where.save_dir and where.name else None,
         *_bases(config),
     ]
-    return [os.path.abspath(path) for path in paths if path]
+    return [path for path in paths if path]
 
 
 def _bases(config: RunConfig) -> List[str]:

@@ -57,7 +57,7 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.launch.container import reenter
 
         models = [path for path in (args.text_model, args.vision_model) if os.path.exists(path)]
-        return reenter([__file__, *argv], args.sif_path, [*args.bind, args.save_dir, *models])
+        return reenter([__file__, *argv], args.sif_path, args.bind, [args.save_dir, *models])
 
     from transformers.utils import logging
 

@@ -53,7 +53,7 @@ def main(argv: List[str]) -> int:
         bases = checkpoint_layers(args.megatron_dir, args.base)[:-1]
         paths = [args.megatron_dir, args.hf_dir, *map(str, bases)]
         paths += [args.tokenizer_dir] if args.tokenizer_dir else []
-        return reenter([__file__, *argv], args.sif_path, [*args.bind, *paths])
+        return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
     from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
     from megatron_vlm.config.model import ModelConfig

@@ -30,7 +30,7 @@ def main(argv: List[str]) -> int:
     config.check_model(ModelConfig.from_dict(manifest["model"]))
     config.check_files()
     if config.machine.sif_path:
-        return reenter([__file__, *argv], config.machine.sif_path, [*config.machine.bind, *config.paths])
+        return reenter([__file__, *argv], config.machine.sif_path, config.machine.bind, config.paths)
     preflight.check_interpreter()
     if config.machine.tp * config.machine.pp > 1:
         ranks = plan_ranks(config, "megatron_vlm.inference", argv, os.environ)

@@ -20,7 +20,7 @@ sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycach
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import preflight, process, report
+from megatron_vlm.launch import container, preflight, process, report
 from megatron_vlm.launch.plan import LaunchPlan, make_plans
 
 
@@ -38,6 +38,8 @@ def main(argv: List[str]) -> int:
             return 2
         if config.launch.dry_run:
             return 0
+        if config.launch.sif_path:
+            os.environ.update(container.forwarded({**os.environ, process.STDIN_IS_LAUNCHER: "1"}))
         return process.run(plans[0].command, new_log(plans[0].config))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -106,7 +106,7 @@ def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     """They hand over their own flags, and what has to be bound, before anything needs torch."""
     seen = []
     monkeypatch.setattr(
-        "megatron_vlm.launch.container.reenter", lambda argv, sif, binds: seen.append((argv, sif, binds)) or 7
+        "megatron_vlm.launch.container.reenter", lambda *arguments: seen.append(arguments) or 7
     )
     text, base, trained = tmp_path / "text", tmp_path / "base", tmp_path / "trained"
     for folder in (text, base, trained):
@@ -128,10 +128,10 @@ def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     }
     for script, (flags, paths) in cases.items():
         assert run(monkeypatch, script, *flags, *container) == 7
-        argv, sif, binds = seen.pop()
+        argv, sif, binds, found = seen.pop()
         assert argv == [str(SCRIPTS / f"{script}.py"), *flags, *container]
         assert sif == "image.sif"
-        assert binds == ["/data:/data", "/scratch:/s:ro", *paths]
+        assert (binds, found) == (["/data:/data", "/scratch:/s:ro"], paths)
 
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("200mb", 2 * 10**8)])

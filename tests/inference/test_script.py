@@ -111,7 +111,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "reenter", lambda argv, sif, binds: binds)
+    monkeypatch.setattr(module, "reenter", lambda argv, sif, binds, paths: [*binds, *paths])
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
     return cli.run(module.main)
 
