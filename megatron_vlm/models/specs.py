@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_vlm.models.attention import ScaledDotProductAttention, SelfAttentionWithOutputBias, TorchNorm
 
-# The local spec's norms are modules of their own; Transformer Engine fuses them into the linear after.
+# The local spec's norms are modules of their own; Transformer Engine fuses them into the linear after, and
+# names them so.
 _LOCAL_TO_SAVED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -54,11 +55,6 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
             say the same: by it megatron-core sums the norms' gradients over the tensor parallel ranks,
             each of which sees other heads.
     """
-    head_norm = standalone_norm(impl) if qk_norm else IdentityOp
-    attention_params = {
-        "attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask,
-        "output_bias": output_bias,
-    }
     if impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import (
             TEDotProductAttention,
@@ -66,54 +62,35 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
             TERowParallelLinear,
         )
 
-        return ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                self_attention=ModuleSpec(
-                    module=SelfAttentionWithOutputBias,
-                    params=attention_params,
-                    submodules=SelfAttentionSubmodules(
-                        linear_qkv=TELayerNormColumnParallelLinear,
-                        core_attention=TEDotProductAttention,
-                        linear_proj=TERowParallelLinear,
-                        q_layernorm=head_norm,
-                        k_layernorm=head_norm,
-                    ),
-                ),
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=IdentityOp,
-                mlp=ModuleSpec(
-                    module=MLP,
-                    submodules=MLPSubmodules(
-                        linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
-                    ),
-                ),
-                mlp_bda=get_bias_dropout_add,
-            ),
-        )
+        column, row, attention = TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention
+        norm, saved_names = IdentityOp, {}  # the column parallel linears normalise their input themselves
+    else:
+        column, row, attention = ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention
+        norm, saved_names = TorchNorm, _LOCAL_TO_SAVED
+    head_norm = standalone_norm(impl) if qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttentionWithOutputBias,
-                params=attention_params,
+                params={
+                    "attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask,
+                    "output_bias": output_bias,
+                },
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ScaledDotProductAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=column,
+                    core_attention=attention,
+                    linear_proj=row,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=TorchNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_LOCAL_TO_SAVED,
+            sharded_state_dict_keys_map=saved_names,
         ),
     )
 
