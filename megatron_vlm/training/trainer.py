@@ -47,7 +47,7 @@ from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_s
 
 
 class Trainer:
-    """One rank of a training run.
+    """One rank of a training run. Where that is finished already, neither data nor model are loaded.
 
     Args:
         config: the whole run.
@@ -88,8 +88,11 @@ class Trainer:
         self.sinks = sinks
         self.watchdog = watchdog
         self.guard = LossGuard(config.logging, layout, self.state, sinks)
-        if not self.finished:
-            parallel.on_first_rank(self._open_sinks)
+        self.loader: TrainLoader | None = None
+        self.evaluator: Evaluator | None = None
+        if self.finished:
+            return
+        parallel.on_first_rank(self._open_sinks)
         rates = [entry.lr for entry in config.trained]
         self.schedules = [self.schedule if lr is None else self.schedule.scaled_to(lr) for lr in rates]
         self._build_data(start)
@@ -125,16 +128,13 @@ class Trainer:
 
     def _build_data(self, start: Start) -> None:
         self.processing = processing = build_processing(self.config, self.model_config, str(self.hf_source))
-        self.loader: TrainLoader | None = None
         if self.layout.loads_data:
             self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
             if start.with_position:
                 self.loader.load_state_dict(checkpoint.load_data_state(start.checkpoint))
-            if not self.finished:
-                self._show_first_sample(self.loader, processing)
+            self._show_first_sample(self.loader, processing)
         multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
-        self.evaluator: Evaluator | None = None
-        if self.config.training.eval_interval is not None and not self.finished:
+        if self.config.training.eval_interval is not None:
             self.evaluator = Evaluator(
                 self.config, self.layout, self.model_config, processing, self._dtype, multiple
             )
