@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.data.tiny_data import make_processor
+
 _CLIP = dict(
     hidden_size=32,
     intermediate_size=52,
@@ -126,3 +128,33 @@ def save_tiny_llava(folder: Path, family: str, seed: int = 0) -> transformers.Ll
     model = tiny_llava(family, seed)
     model.save_pretrained(folder)
     return model
+
+
+def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2) -> None:
+    """A Hugging Face LLaVA to train and ask: weights, tokenizer, template and image processor."""
+    processor = make_processor("llava")
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=20,
+            patch_size=4,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=450,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tie_word_embeddings,
+            initializer_range=0.1,  # large enough for the projector alone to make a difference
+        ),
+        tie_word_embeddings=tie_word_embeddings,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(seed)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)

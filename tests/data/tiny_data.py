@@ -101,6 +101,19 @@ FOLDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str | None, dict[
 }
 
 
+def make_processor(name: str) -> transformers.LlavaProcessor:
+    """The processor of one of :data:`FOLDERS`."""
+    make_tokenizer, make_images, chat_template, tower, extra = FOLDERS[name]
+    return transformers.LlavaProcessor(
+        make_images(),
+        make_tokenizer(),
+        patch_size=tower["patch_size"],
+        vision_feature_select_strategy="default" if extra else "full",
+        num_additional_image_tokens=extra,
+        chat_template=chat_template,
+    )
+
+
 def jpeg(seed: int, width: int = 31, height: int = 24) -> bytes:
     """A random but smooth picture."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
@@ -147,23 +160,14 @@ def make_samples(count: int) -> list[dict[str, bytes | str]]:
 
 def hf_folder(name: str, root: Path) -> Path:
     """A Hugging Face LLaVA folder (without weights) as transformers writes it: one of ``FOLDERS``."""
-    make_tokenizer, make_images, chat_template, tower, extra = FOLDERS[name]
-    tokenizer = make_tokenizer()
-    strategy = "default" if extra else "full"
+    _, _, _, tower, extra = FOLDERS[name]
+    processor = make_processor(name)
     tower_class = transformers.CLIPVisionConfig if extra else transformers.SiglipVisionConfig
     config = transformers.LlavaConfig(
         vision_config=tower_class(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, **tower),
         text_config=transformers.LlamaConfig(vocab_size=512, hidden_size=32, num_attention_heads=4),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy=strategy,
-    )
-    processor = transformers.LlavaProcessor(
-        make_images(),
-        tokenizer,
-        patch_size=tower["patch_size"],
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=extra,
-        chat_template=chat_template,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
     )
     config.save_pretrained(root / name)
     processor.save_pretrained(root / name)

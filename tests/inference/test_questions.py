@@ -18,7 +18,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.inference.questions import Questions, end_tokens
 from tests.data.tiny_data import jpeg
-from tests.training.conftest import save_llava
+from tests.tiny import save_llava
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from megatron_vlm.hf import cli
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.launch.container import CHECKOUT
 from tests.data.tiny_data import jpeg
-from tests.training.conftest import save_llava
+from tests.tiny import save_llava
 
 SCRIPT = CHECKOUT / "scripts" / "inference" / "generate.py"
 TOKENS = 10

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.hf.convert import import_hf
-from tests.data.tiny_data import FOLDERS, make_samples, prepare, write_shards
+from tests.data.tiny_data import make_samples, prepare, write_shards
+from tests.tiny import save_llava
 
 
 @dataclass(frozen=True)
@@ -33,39 +32,6 @@ class Trainable:
             *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", *precision),
             *("--lr", "2e-3", "--lr-warmup-iters", "0", "--max-corrupt-rate", "0.5", *more),
         ]
-
-
-def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2) -> None:
-    """A Hugging Face LLaVA with weights, tokenizer, template and image processor."""
-    make_tokenizer, make_images, chat_template, tower, extra = FOLDERS["llava"]
-    tokenizer = make_tokenizer()
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, **tower
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=450,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tie_word_embeddings,
-            initializer_range=0.1,  # large enough for the projector alone to make a difference
-        ),
-        tie_word_embeddings=tie_word_embeddings,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    torch.manual_seed(seed)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    transformers.LlavaProcessor(
-        make_images(),
-        tokenizer,
-        patch_size=tower["patch_size"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=extra,
-        chat_template=chat_template,
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

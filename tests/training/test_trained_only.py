@@ -16,7 +16,8 @@ from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import verify
 from tests.distributed import Pool
-from tests.training.conftest import Trainable, save_llava
+from tests.tiny import save_llava
+from tests.training.conftest import Trainable
 from tests.training.test_kill import lines
 from tests.training.test_run import CHECKOUT, failure, script
 from tests.workers import train
