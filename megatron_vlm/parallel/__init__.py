@@ -8,7 +8,6 @@ from megatron_vlm.parallel.layout import (
     first_to_arrive,
     initialize,
     on_first_rank,
-    reset,
 )
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "first_to_arrive",
     "initialize",
     "on_first_rank",
-    "reset",
 ]
 
 # Before any module of this project imports megatron-core by itself: models/ imports this package first.

@@ -167,13 +167,6 @@ def initialize(
     return layout
 
 
-def reset() -> None:
-    """Forget the groups but keep the process group, so that another layout can be set up."""
-    from megatron.core import parallel_state as mpu
-
-    mpu.destroy_model_parallel()
-
-
 def finalize() -> None:
     """Leave the process group. A process that exits without it can abort in a gloo thread."""
     if dist.is_initialized():
@@ -192,15 +185,17 @@ def first_to_arrive(name: str) -> bool:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and give its result, or its ``ValueError``, to every rank."""
+    """Call a function on rank 0 and give its result, or its ``ValueError`` or ``OSError``, to every rank."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [function(), None]
-        except ValueError as error:
-            answer = [None, str(error)]
+        except ValueError as error:  # of a plain type, which every rank can unpickle
+            answer = [None, ValueError(str(error))]
+        except OSError as error:
+            answer = [None, OSError(error.errno, error.strerror or str(error), error.filename)]
     dist.broadcast_object_list(answer)
-    result, message = answer
-    if message is not None:
-        raise ValueError(message)
+    result, failure = answer
+    if failure is not None:
+        raise failure
     return result
