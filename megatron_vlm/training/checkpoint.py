@@ -57,6 +57,7 @@ class RunState:
     not_finite: int = 0  # iterations without an update since a loss or gradient was not finite
     not_finite_in_a_row: int = 0
     spikes: int = 0  # times that the loss jumped
+    jumped: bool = False  # and has not been below since
     recent_losses: list[float] = field(default_factory=list)  # what a jump is measured against
     gpu_seconds: float = 0.0  # ranks x time, from the first iteration of each start
     best_loss: float | None = None  # lowest of the evaluations

@@ -40,7 +40,6 @@ class LossGuard:
         self.layout = layout
         self.state = state
         self.sinks = sinks
-        self.jumped = False
 
     def not_finite(self, error: NonFiniteError, batch: GlobalBatch) -> StepResult:
         """Leave the update out, where ``--nan-policy`` is ``skip``; a collective call.
@@ -75,14 +74,14 @@ class LossGuard:
         if self.flags.alert_spike and len(recent) >= _FEWEST:
             usual = statistics.median(recent)
             jumps = loss > self.flags.spike_threshold * usual
-            if jumps and not self.jumped:
+            if jumps and not self.state.jumped:
                 self.state.spikes += 1
                 text = (
                     f"iteration {iteration}: the loss {loss:.4f} is above {self.flags.spike_threshold:g} x "
                     f"{usual:.4f}, the median of the last {len(recent)}"
                 )
                 self._tell(iteration, "loss spike", text)
-            self.jumped = jumps
+            self.state.jumped = jumps
         recent.append(loss)
         del recent[:-_WINDOW]
 
