@@ -17,7 +17,7 @@ from megatron_vlm.data.batch import Microbatch, fill_up
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
 from megatron_vlm.data.processing import Processing
-from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel import Layout, on_first_rank
 from megatron_vlm.training.batch import BatchReader, sample_names
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.step import NonFiniteError, sum_losses
@@ -62,10 +62,7 @@ class Evaluator:
         training = config.training
         assert training.eval_interval is not None
         self.interval = training.eval_interval
-        try:
-            dataset = PreparedDataset.open(str(config.data.data_path), "val")
-        except ValueError as error:
-            raise ValueError(f"--eval-interval needs held-out samples. {error}") from None
+        dataset = on_first_rank(lambda: _held_out(str(config.data.data_path)))
         self.layout = layout
         self.micro_batch_size = training.micro_batch_size
         self.processing = processing
@@ -141,6 +138,13 @@ class Evaluator:
             missing -= 1
         for _ in range(missing):
             yield fill_up(None, rows, pad, shape)
+
+
+def _held_out(path: str) -> PreparedDataset:
+    try:
+        return PreparedDataset.open(path, "val")
+    except ValueError as error:
+        raise ValueError(f"--eval-interval needs held-out samples. {error}") from None
 
 
 @contextmanager

@@ -382,12 +382,14 @@ class Trainer:
 
 
 def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:
-    """Fill in what the flags leave to checkpoint and data: length, precision and loader workers.
+    """Fill in what the flags leave to checkpoint and data: length, precision and loader workers; a
+    collective call.
 
     Raises:
         ValueError: the flags don't fit the model, the data or the number of ranks.
     """
-    samples = PreparedDataset.open(str(config.data.data_path), "train").num_samples
+    path = str(config.data.data_path)  # a look at each shard, which is much for all ranks at once
+    samples = parallel.on_first_rank(lambda: PreparedDataset.open(path, "train").num_samples)
     config = config.for_one_epoch(samples)
     workers = config.data.data_workers
     if start.with_position and workers is None and config.launch.num_workers is None:
