@@ -21,7 +21,9 @@ setup(
         "numpy>=1.26",
         "peft>=0.18",
         "tensorboard>=2.16",
+        "tqdm>=4.66",
         "wandb>=0.31",
+        "xxhash>=3",
     ],
     extras_require={
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],

@@ -4,9 +4,16 @@
     mapping.py   the tables: which Megatron tensor is which Hugging Face tensors, per family
     folder.py    reading and writing Hugging Face folders, tensor by tensor
     native.py    reading and writing megatron-core's torch_dist format without megatron-core
+    streaming.py what is done with each tensor on its way: checks, hashes, writing in the background
     convert.py   both directions, from the parts above
+    verify.py    whether two checkpoints, of whatever format, hold the same
+    lora.py      adapters: merged, or as PEFT's
     build.py     joins a text model and a vision tower into a new LLaVA (needs transformers)
     cli.py       what the scripts share
 
 No process groups, no CUDA, and, except in build.py, no transformers.
 """
+
+
+class Difference(ValueError):
+    """Two checkpoints that should hold the same don't."""

@@ -1,4 +1,4 @@
-"""What the conversion scripts share: common flags, one-line errors and a progress line.
+"""What the conversion scripts share: common flags, one-line errors and a progress bar.
 
 Standard library only, so that a script can hand itself to a container on a machine without torch.
 """
@@ -6,18 +6,24 @@ Standard library only, so that a script can hand itself to a container on a mach
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
-import time
-from typing import Callable, List, Optional
+from typing import Any, Callable, List, NoReturn
 
-_QUIET_SECONDS = 2.0  # a log need not show the progress of what is done by then
+from megatron_vlm.hf import Difference
 
 
 def run(main: Callable[[List[str]], int]) -> int:
-    """Run a script's ``main`` on its arguments; a user's error is one line on stderr and exit status 2."""
+    """Run a script's ``main`` on its arguments.
+
+    A user's error is one line on stderr and exit status 2; that two checkpoints differ, 1.
+    """
     try:
         return main(sys.argv[1:])
+    except Difference as error:
+        print(f"different: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,42 +42,48 @@ def run(main: Callable[[List[str]], int]) -> int:
         return 130
 
 
-class ProgressLine:
-    """Prints bytes done, speed and time left; one line that updates itself on a terminal.
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose every problem is a one-line ``ValueError``, without the usage."""
 
-    In a log it prints a line for each tenth instead, and only the last one if all is done at once.
-    """
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}; " + (f"did you mean {near[0]}?" if near else "see --help")
+        raise ValueError(message)
+
+
+class ProgressBar:
+    """Bytes done, speed and time left, as a bar on stderr; in a log it moves every ten seconds."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._shown: Optional[int] = None
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` bytes are done."""
-        percent = 100 * done // max(total, 1)
-        step = percent if self._terminal else percent // 10
-        if step == self._shown:
-            return
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        if not self._terminal and seconds < _QUIET_SECONDS and done < total:
-            return
-        self._shown = step
-        speed = done / seconds
-        left = f"{(total - done) / speed:.0f} s left" if speed else "-"
-        line = f"{percent:3d} %  {_size(done)} of {_size(total)}  {_size(speed)}/s  {left}"
-        if self._terminal:
-            print(f"\r{line:<70}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if self._bar is None:
+            from tqdm import tqdm
 
+            terminal = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=total,
+                unit="B",
+                unit_scale=True,
+                mininterval=0.2 if terminal else 10,
+                ncols=None if terminal else 80,
+                ascii=None if terminal else True,
+            )
+        self._bar.update(done - self._bar.n)
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def add_container_flags(parser: argparse.ArgumentParser) -> None:

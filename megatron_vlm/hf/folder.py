@@ -1,7 +1,8 @@
-"""Hugging Face model folders: lazy readers, a streaming writer, and comparison by content."""
+"""Hugging Face model folders: lazy readers and a streaming writer."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.streaming import as_bytes
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+CONVERSION = "conversion.json"  # the manifest of a folder that a conversion wrote
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -185,6 +188,7 @@ class SafetensorsFile:
     def __init__(self, path: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         self._at: dict[str, tuple[int, TensorInfo]] = {}
+        self._written: dict[str, tuple[int, TensorInfo]] = {}
         position = 0
         for info in tensors:
             end = position + info.nbytes
@@ -205,11 +209,22 @@ class SafetensorsFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, converted to the dtype announced for it; each exactly once."""
-        position, info = self._at.pop(name)
+        position, info = self._written[name] = self._at.pop(name)
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: shape {list(tensor.shape)} instead of {list(info.shape)}")
         self._file.seek(self._data + position)
-        self._file.write(_bytes(tensor.to(info.dtype)))
+        self._file.write(as_bytes(tensor.to(info.dtype)))
+
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor that was written."""
+        position, info = self._written[name]
+        self._file.flush()
+        data = bytearray(info.nbytes)
+        with open(self.path, "rb") as file:
+            file.seek(self._data + position)
+            if file.readinto(data) != info.nbytes:
+                raise OSError(errno.EIO, "cut off while it was written", str(self.path))
+        return torch.frombuffer(data, dtype=info.dtype).view(info.shape) if data else torch.empty(info.shape)
 
     def close(self) -> None:
         """Close the file.
@@ -246,6 +261,10 @@ class WeightsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor to its file."""
         self._files[self._of[name]].write(name, tensor)
+
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor that was written."""
+        return self._files[self._of[name]].read(name)
 
     def __enter__(self) -> WeightsWriter:
         return self
@@ -286,11 +305,12 @@ def write_index(directory: Path, files: dict[str, list[TensorInfo]]) -> None:
 
 
 def small_files(directory: Path) -> Iterator[Path]:
-    """The files of a model folder that are not weights, relative to it; hidden folders are left out."""
+    """The files of a model folder that are not weights or of a conversion, relative to it; hidden folders
+    are left out."""
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
-            if not name.endswith(_WEIGHT_SUFFIXES) and name != BIN_INDEX:
+            if not name.endswith(_WEIGHT_SUFFIXES) and name not in (BIN_INDEX, CONVERSION):
                 yield (Path(folder) / name).relative_to(directory)
 
 
@@ -299,50 +319,3 @@ def copy_small_files(source: Path, target: Path) -> None:
     for file in small_files(source):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
-
-
-def verify(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> int:
-    """Compare two Hugging Face folders by content: every tensor's bits, every other file's bytes.
-
-    How tensors are spread over files doesn't count.
-
-    Returns:
-        The number of tensors compared.
-
-    Raises:
-        ValueError: they differ; the message names the first difference.
-    """
-    a, b = HFFolder(left), HFFolder(right)
-    for one, other in ((a, b), (b, a)):
-        for name in one.tensors:
-            if name not in other.tensors:
-                raise ValueError(f"{name} is in {one.path} but not in {other.path}")
-    for name, info in a.tensors.items():
-        if info != b.tensors[name]:
-            raise ValueError(f"{name}: {_describe(info)} in {left}, {_describe(b.tensors[name])} in {right}")
-        if not same_bits(a.read(name), b.read(name)):
-            raise ValueError(f"{name} has other values in {left} than in {right}")
-    files_a, files_b = (
-        {file for file in small_files(folder.path) if file.name != SAFETENSORS_INDEX} for folder in (a, b)
-    )
-    for file in sorted(files_a | files_b):
-        if file not in files_a or file not in files_b:
-            raise ValueError(f"{file} is in {left if file in files_a else right} only")
-        if (a.path / file).read_bytes() != (b.path / file).read_bytes():
-            raise ValueError(f"{file} differs between {left} and {right}")
-    return len(a.tensors)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit (so a NaN equals itself)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def _describe(info: TensorInfo) -> str:
-    return f"{info.dtype} {list(info.shape)}".replace("torch.", "")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,7 +18,8 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.utils import _create_file_view, _ReaderView
 
 from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
+from megatron_vlm.hf.streaming import as_bytes
 
 _METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
@@ -141,13 +143,17 @@ def check_before_loading(folder: str | os.PathLike[str]) -> None:
 class NativeReader:
     """Reads tensors of a ``torch_dist`` checkpoint whole, one at a time, whatever grid they were cut into.
 
+    Args:
+        folder: the checkpoint's folder.
+        loaded: what its ``.metadata`` holds, where that is known already.
+
     Raises:
         ValueError: the checkpoint is damaged; the message names the file or the tensor.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], loaded: metadata.Metadata | None = None) -> None:
         self.path = Path(folder)
-        loaded = read_metadata(folder)
+        loaded = loaded or read_metadata(folder)
         self._tensors = {
             name: entry
             for name, entry in loaded.state_dict_metadata.items()
@@ -323,15 +329,23 @@ class NativeWriter:
             size=tensor.shape,
             chunks=[metadata.ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in chunks],
         )
-        for number, chunk in enumerate(chunks):
-            file = self._room()
-            start = file.tell()
-            # A copy, since torch.save writes the whole storage behind a view.
-            torch.save(chunk.of(tensor).clone(memory_format=torch.contiguous_format), file)
-            index = metadata.MetadataIndex(name, chunk.offset, number)
-            self._where[index] = filesystem._StorageInfo(
-                os.path.basename(file.name), start, file.tell() - start
-            )
+        with _without_checksums():
+            for number, chunk in enumerate(chunks):
+                file = self._room()
+                start = file.tell()
+                torch.save(_with_own_storage(chunk.of(tensor)), file)
+                length = file.tell() - start
+                self._where[metadata.MetadataIndex(name, chunk.offset, number)] = filesystem._StorageInfo(
+                    os.path.basename(file.name), start, length
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor that was written."""
+        assert self._file is not None
+        self._file.flush()
+        where = {index: info for index, info in self._where.items() if index.fqn == name}
+        written = metadata.Metadata({name: self._tensors[name]}, storage_data=where)
+        return NativeReader(self.path, written).read(name)
 
     def close(self) -> None:
         """Write everything but the tensors; without it the folder is no checkpoint."""
@@ -357,3 +371,22 @@ class NativeWriter:
             self._file = open(self.path / f"__0_{self._count}.distcp", "wb")
             self._count += 1
         return self._file
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The same elements, alone in their storage, since ``torch.save`` writes all that is behind a view."""
+    if not tensor.numel():
+        return tensor.clone()
+    return torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Leave the zip archive's own checksums out: ``torch.load`` doesn't read them, and they take twice as
+    long as writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

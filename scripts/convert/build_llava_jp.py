@@ -8,7 +8,6 @@ script runs itself inside that container image.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import List
@@ -20,9 +19,7 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Build as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Join a text model and a vision tower into a LLaVA.", allow_abbrev=False
-    )
+    parser = cli.Parser("Join a text model and a vision tower into a LLaVA.")
     parser.add_argument("--save-dir", required=True, help="folder to make")
     parser.add_argument("--text-model", required=True, help="Llama, Mistral, Qwen2 or Qwen3 language model")
     parser.add_argument(

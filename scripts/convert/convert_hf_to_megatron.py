@@ -8,7 +8,6 @@ package is enough outside.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import List
@@ -20,13 +19,12 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Convert as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Convert a Hugging Face LLaVA to a Megatron checkpoint.", allow_abbrev=False
-    )
+    parser = cli.Parser("Convert a Hugging Face LLaVA to a Megatron checkpoint.")
     parser.add_argument("--hf-dir", required=True, help="folder with config.json and weights")
     parser.add_argument("--megatron-dir", required=True, help="checkpoint root to make")
     parser.add_argument("--tp", type=cli.positive, default=1, help="tensor-parallel size it is cut for")
     parser.add_argument("--pp", type=cli.positive, default=1, help="pipeline-parallel size, checked only")
+    parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
@@ -37,9 +35,10 @@ def main(argv: List[str]) -> int:
 
     from megatron_vlm.hf.convert import import_hf
 
-    checkpoint = import_hf(
-        args.hf_dir, args.megatron_dir, args.tp, args.pp, args.force, progress=cli.ProgressLine()
-    )
+    with cli.ProgressBar() as progress:
+        checkpoint = import_hf(
+            args.hf_dir, args.megatron_dir, args.tp, args.pp, args.force, progress, verify=args.verify
+        )
     print(f"{checkpoint}: loads at any tensor- and pipeline-parallel size, fastest at --tp {args.tp}")
     return 0
 

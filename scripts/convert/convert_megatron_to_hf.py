@@ -8,7 +8,6 @@ latest checkpoint is taken. With ``--sif-path`` the script runs itself inside th
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import List
@@ -20,9 +19,7 @@ from megatron_vlm.hf import cli
 
 def main(argv: List[str]) -> int:
     """Convert as ``argv`` says; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Convert a Megatron checkpoint to a Hugging Face LLaVA.", allow_abbrev=False
-    )
+    parser = cli.Parser("Convert a Megatron checkpoint to a Hugging Face LLaVA.")
     parser.add_argument("--megatron-dir", required=True, help="checkpoint, checkpoint root or run folder")
     parser.add_argument("--hf-dir", required=True, help="folder to make")
     parser.add_argument(
@@ -40,6 +37,7 @@ def main(argv: List[str]) -> int:
         action="store_true",
         help="write a run's LoRA adapters and projector as a PEFT adapter, instead of merging them",
     )
+    parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     # The format doesn't depend on the layout, so the two change nothing; the checkpoint knows its own.
     parser.add_argument("--tp", type=cli.positive, help="not needed; checked against the model")
@@ -69,15 +67,17 @@ def main(argv: List[str]) -> int:
         export_adapter(checkpoint, args.hf_dir, args.force, args.base)
         print(f"{args.hf_dir}: loads with peft's PeftModel, beside the model that the run began with")
         return 0
-    export_hf(
-        checkpoint,
-        args.hf_dir,
-        args.tokenizer_dir,
-        args.max_shard_size,
-        args.force,
-        progress=cli.ProgressLine(),
-        base=args.base,
-    )
+    with cli.ProgressBar() as progress:
+        export_hf(
+            checkpoint,
+            args.hf_dir,
+            args.tokenizer_dir,
+            args.max_shard_size,
+            args.force,
+            progress,
+            args.base,
+            args.verify,
+        )
     print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
     return 0
 

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.build import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import verify
+from megatron_vlm.hf.verify import verify
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SIZES = dict(

@@ -2,20 +2,29 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.conversion import make_llava
 from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
+from megatron_vlm.hf import Difference, folder, native, streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import HFFolder, verify
+from megatron_vlm.hf.folder import HFFolder
+from megatron_vlm.hf.verify import verify
 from tests.tiny import FAMILIES, save_tiny_llava, tiny_llava
 
+KILLS = int(os.environ.get("KILLS", "5"))
 OTHER_FILES = {
     "tokenizer.json": b'{"any": "bytes"}',
     "tokenizer.model": bytes(range(256)),
@@ -67,7 +76,11 @@ def make(
 def contents(folder: Path) -> dict[Path, str]:
     """A digest of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != "conversion.json"
+    }
 
 
 def rewrite(folder: Path, change) -> None:
@@ -157,10 +170,14 @@ def test_manifest(llava: Path, tmp_path: Path) -> None:
     assert manifest["layout"] == {"tp": 2, "pp": 2, "dp": 1}
     assert manifest["has_optimizer"] is False
     # 203 words in two parts, each a multiple of 128.
+    head = torch.zeros(256, 48)
+    head[:203] = load_file(llava / "model.safetensors")["language_model.lm_head.weight"]
     assert manifest["tensors"]["language_model.output_layer.weight"] == {
         "shape": [256, 48],
         "dtype": "float32",
+        "xxh3_128": xxhash.xxh3_128(head.numpy().tobytes()).hexdigest(),
     }
+    assert manifest["versions"].keys() >= {"megatron_vlm", "torch", "safetensors"}
     # Three blocks, of which the feature layer -2 runs two.
     layers = {name.split(".")[3] for name in manifest["tensors"] if name.startswith("vision_model.decoder")}
     assert layers == {"0", "1"}
@@ -168,6 +185,24 @@ def test_manifest(llava: Path, tmp_path: Path) -> None:
         names = set(carried.keys())
     assert "vision_tower.encoder.layers.2.mlp.fc1.weight" in names
     assert "vision_tower.post_layernorm.weight" in names
+
+
+def test_manifest_of_an_export(llava: Path, tmp_path: Path) -> None:
+    import_hf(llava, tmp_path / "megatron", 2, 2)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back")
+    manifest = json.loads((back / "conversion.json").read_text())
+    expected = load_file(llava / "model.safetensors")
+    assert manifest["tensors"] == {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": "float32",
+            "xxh3_128": xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest(),
+        }
+        for name, tensor in expected.items()
+    }
+    # It is of this conversion, so it doesn't travel on.
+    import_hf(back, tmp_path / "again", 1, 1)
+    assert not list((tmp_path / "again").rglob("conversion.json"))
 
 
 def test_weights_of_other_frameworks_stay_behind(llava: Path, tmp_path: Path) -> None:
@@ -307,19 +342,69 @@ def test_outputs_are_not_overwritten(llava: Path, tmp_path: Path) -> None:
         export_hf(root, unrelated, force=True)
 
 
-def test_verify_names_the_first_difference(llava: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(llava, other)
-    assert verify(llava, other)
-    (other / "tokenizer.json").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"tokenizer.json differs"):
-        verify(llava, other)
-    rewrite(other, lambda t: t[KEY].view(torch.int32).view(-1)[7].add_(1))
-    with pytest.raises(ValueError, match=f"{KEY} has other values"):
-        verify(llava, other)
-    rewrite(other, lambda t: t.update({KEY: t[KEY].half()}))
-    with pytest.raises(ValueError, match=f"{KEY}: float32 .* float16"):
-        verify(llava, other)
-    rewrite(other, lambda t: t.pop(KEY))
-    with pytest.raises(ValueError, match=f"{KEY} is in .*llava but not in"):
-        verify(llava, other)
+def test_a_full_disk_is_said_before_writing(llava: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    import_hf(llava, tmp_path / "megatron", 1, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    for call in (
+        lambda: import_hf(llava, tmp_path / "more", 1, 1),
+        lambda: export_hf(tmp_path / "megatron", tmp_path / "more"),
+    ):
+        with pytest.raises(ValueError, match=r"more: needs 0\.0 GB, but its file system has 0\.0 GB left"):
+            call()
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("fails", ["import", "export"])
+def test_verify_reads_back_what_was_written(llava: Path, tmp_path: Path, monkeypatch, fails: str) -> None:
+    """A bit that flips between memory and disk is found, and nothing is left that looks finished."""
+    import_hf(llava, tmp_path / "megatron", 2, 1, verify=True)
+    export_hf(tmp_path / "megatron", tmp_path / "back", verify=True)
+    assert verify(llava, tmp_path / "back") and verify(llava, tmp_path / "megatron")
+
+    as_bytes = streaming.as_bytes
+
+    def flipped(tensor: torch.Tensor) -> memoryview:
+        data = bytearray(as_bytes(tensor))
+        if len(data) == 48 * 48 * 4:  # o_proj's and others'
+            data[1000] ^= 1
+        return memoryview(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native if fails == "import" else folder, "as_bytes", flipped)
+        with pytest.raises(Difference, match=r"\.weight was written other than it was read"):
+            if fails == "import":
+                import_hf(llava, tmp_path / "more", 1, 1, verify=True)
+            else:
+                export_hf(tmp_path / "megatron", tmp_path / "more", verify=True)
+    assert not (tmp_path / "more").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Nothing or the whole, in both directions; and the next conversion is none the wiser."""
+    context = multiprocessing.get_context("forkserver")  # imports once, then starts in milliseconds
+    context.set_forkserver_preload(["megatron_vlm.hf.convert"])
+    source, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
+    make_llava(source, layers=2, hidden_size=256, vision_layers=2)
+    start = time.monotonic()
+    import_hf(source, checkpoint, 2, 1)
+    seconds = time.monotonic() - start
+
+    for trial in range(KILLS):
+        megatron, back = tmp_path / f"megatron{trial % 2}", tmp_path / f"back{trial % 2}"
+        for process in (
+            context.Process(target=import_hf, args=(source, megatron, 2, 1)),
+            context.Process(target=export_hf, args=(checkpoint, back)),
+        ):
+            process.start()
+            time.sleep(random.uniform(0, 1.5 * seconds))
+            process.kill()
+            process.join()
+        for output in (megatron, back):
+            if output.exists():
+                assert verify(source, output)
+                shutil.rmtree(output)
+    import_hf(source, megatron, 2, 1)
+    export_hf(megatron, back)
+    assert verify(source, back)
+    assert not list(tmp_path.glob(f".{megatron.name}.*")) and not list(tmp_path.glob(f".{back.name}.*"))

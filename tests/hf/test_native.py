@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import verify
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from megatron_vlm.hf.native import NativeReader, NativeWriter, check_before_loading, read_metadata
 from megatron_vlm.hf.ops import COLUMN, GATED, REPLICATED, ROW, Concatenate, MergeQKV, ShardRule
+from megatron_vlm.hf.verify import verify
 from tests.tiny import save_tiny_llava
 
 

@@ -88,6 +88,7 @@ def test_a_checkpoint_for_every_layout(tmp_path: Path, family: str) -> None:
     assert model.dtype == torch.bfloat16
     assert sorted(path.name for path in exported[0].iterdir()) == [
         "config.json",
+        "conversion.json",
         "model.safetensors",
         "tokenizer.json",
     ]

@@ -15,7 +15,7 @@ import transformers
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import verify
+from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import train

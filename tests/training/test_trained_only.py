@@ -14,7 +14,7 @@ import pytest
 
 from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import verify
+from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool
 from tests.tiny import save_llava
 from tests.training.conftest import Trainable

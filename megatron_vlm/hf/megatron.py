@@ -1,0 +1,224 @@
+"""A Megatron checkpoint read as if it were the Hugging Face folder that it converts to.
+
+What such a folder holds beside trained weights travels in the checkpoint's ``hf/`` folder:
+
+    every small file        byte for byte
+    carried.safetensors     the tensors that training never runs, under their own names
+    weights.json            names, dtypes, shapes and order of the tensors in each file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_vlm.config.checkpoint import HF_FOLDER, read_manifest, resolve_checkpoint
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.folder import (
+    DTYPES,
+    HFFolder,
+    SafetensorsFile,
+    TensorInfo,
+    copy_small_files,
+)
+from megatron_vlm.hf.lora import find_adapters, merged
+from megatron_vlm.hf.mapping import Carry, Row, Table, build_table
+from megatron_vlm.hf.native import LayeredReader, open_weights
+from megatron_vlm.hf.random_weights import RandomWeights
+from megatron_vlm.hf.streaming import check_finite, same_bits
+
+CARRIED = "carried.safetensors"
+WEIGHTS = "weights.json"
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_MODEL_PREFIXES = ("vision_model.", "vision_projection.", "language_model.")
+
+PathLike = str | os.PathLike[str]
+Source = HFFolder | RandomWeights
+
+
+class MegatronCheckpoint:
+    """A checkpoint's tensors under their Hugging Face names; LoRA adapters are merged into them.
+
+    Args:
+        path: a checkpoint folder, a root, or a run folder.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a tensor is missing, unknown or misshapen.
+    """
+
+    def __init__(self, path: PathLike, base: PathLike | None = None) -> None:
+        self.path = resolve_checkpoint(path)
+        self.hf = self.path / HF_FOLDER
+        self.model = ModelConfig.from_hf_dir(str(self.hf))
+        self.files, self.metadata, prefixes = _read_weights_json(self.hf)
+        self.tensors = {info.name: info for infos in self.files.values() for info in infos}
+        self.reader = open_weights(self.path, base)
+        self.table = build_table(self.model, _padded_size(self.reader, self.model), prefixes)
+        self._lora = ModelConfig.from_dict(read_manifest(self.path)["model"]).lora
+        self._adapters = find_adapters(self.table, self._lora)
+        self._check({name for adapter in self._adapters.values() for name in adapter.tensors(1)})
+        self._rows = {name: row for row in self.table.rows for name, _ in row.hf}
+        self._aliases = {alias.name: alias.of for alias in self.table.aliases}
+        self._last: tuple[Row | None, dict[str, Tensor]] = (None, {})
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in the order that they are read in fastest."""
+        aliases = {of: alias for alias, of in self._aliases.items()}
+        carried = (name for carry in self.table.carries for name, _ in carry.hf)
+        ordered = (n for name in (*self._rows, *carried) for n in (name, aliases.get(name)))
+        return [name for name in ordered if name in self.tensors]
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor in the dtype of the imported folder; weights trained in another are rounded once."""
+        return self.read_unrounded(name).to(self.tensors[name].dtype)
+
+    def read_unrounded(self, name: str) -> Tensor:
+        """Read a tensor in the dtype that it is stored in, or float32 after adapters were merged into it.
+
+        Raises:
+            ValueError: it is damaged, or not finite.
+        """
+        name = self._aliases.get(name, name)
+        if name not in self._rows:
+            return self._read_carried(name)
+        row = self._rows[name]
+        if self._last[0] is not row:
+            native = self.reader.read(row.native)
+            check_finite(row.native, native)
+            parts = dict(zip((name for name, _ in row.hf), row.op.to_hf(native), strict=True))
+            self._last = row, parts
+        tensor = self._last[1][name]
+        if self._lora is not None and name in self._adapters:
+            return merged(tensor, self._adapters[name], self._lora, self.reader)
+        return tensor
+
+    def _read_carried(self, name: str) -> Tensor:
+        path = self.hf / CARRIED
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {name} cannot be read ({error})") from None
+        if tuple(tensor.shape) != self.tensors[name].shape:
+            raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, other than {WEIGHTS} says")
+        check_finite(name, tensor)
+        return tensor
+
+    def _check(self, adapters: set[str]) -> None:
+        """Check that the checkpoint holds the tensors of table and adapters, and no others of the model."""
+        stored = set(self.reader.names)
+        expected = {row.native: row for row in self.table.rows}
+        missing = [name for name in (*expected, *sorted(adapters)) if name not in stored]
+        if missing:
+            raise ValueError(f"{self.path}: {missing[0]} is missing{and_more(missing)}")
+        known_here = expected.keys() | adapters
+        unknown = [n for n in sorted(stored) if n.startswith(_MODEL_PREFIXES) and n not in known_here]
+        if unknown:
+            raise ValueError(f"{self.path}: {unknown[0]} has no row in the tables{and_more(unknown)}")
+        for name, row in expected.items():
+            if self.reader.shape(name) != row.native_shape:
+                raise ValueError(
+                    f"{self.path}: {name} has shape {list(self.reader.shape(name))}; "
+                    f"{HF_FOLDER}/config.json implies {list(row.native_shape)}"
+                )
+        shapes = {name: shape for row in self.table.rows for name, shape in row.hf}
+        required = set(shapes)
+        shapes.update(pair for carry in self.table.carries for pair in carry.hf)
+        shapes.update((alias.name, alias.shape) for alias in self.table.aliases)
+        wrong = [name for name, info in self.tensors.items() if shapes.get(name) != info.shape]
+        for name in sorted(wrong) or sorted(required - self.tensors.keys()):
+            raise ValueError(
+                f"{self.path}: {HF_FOLDER}/{WEIGHTS} does not fit {HF_FOLDER}/config.json: {name}"
+            )
+
+
+def write_hf_files(hf: Path, source: Source, table: Table, prefixes: dict[str, str]) -> None:
+    """Make the ``hf/`` folder of a checkpoint, but for the tensors carried."""
+    hf.mkdir()
+    copy_small_files(source.path, hf)
+    for alias in table.aliases:
+        if alias.name in source.tensors and not same_bits(source.read(alias.name), source.read(alias.of)):
+            raise ValueError(
+                f"{source.path}: {alias.name} differs from {alias.of}, but config.json ties them; "
+                "set tie_word_embeddings to false"
+            )
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    files = {
+        file: {
+            "metadata": source.metadata.get(file, {"format": "pt"}),
+            "tensors": [[info.name, codes[info.dtype], list(info.shape)] for info in infos],
+        }
+        for file, infos in source.files.items()
+    }
+    text = json.dumps({"prefixes": prefixes, "files": files})
+    (hf / WEIGHTS).write_text(text + "\n", encoding="utf-8")
+
+
+def write_carried(hf: Path, source: Source, carries: list[Carry], wrote: Callable[[Tensor], None]) -> None:
+    """Write the tensors that training doesn't run.
+
+    Args:
+        wrote: called with each of them.
+    """
+    infos = [source.tensors[name] for carry in carries for name, _ in carry.hf]
+    if not infos:
+        return
+    file = SafetensorsFile(hf / CARRIED, infos, {"format": "pt"})
+    for carry in carries:
+        for name, _ in carry.hf:
+            tensor = source.read(name)
+            check_finite(name, tensor)
+            if carry.check is not None:
+                carry.check(name, tensor)
+            file.write(name, tensor)
+            wrote(tensor)
+    file.close()
+
+
+def and_more(names: list[str]) -> str:
+    """`` (and 2 more)``, behind the first of three."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _padded_size(reader: LayeredReader, model: ModelConfig) -> int:
+    vocab_size = model.language.vocab_size
+    rows = reader.shape(_EMBEDDING)[0] if _EMBEDDING in reader.names else vocab_size
+    if rows < vocab_size:
+        raise ValueError(f"{reader.path}: {_EMBEDDING} has {rows} rows; the vocabulary has {vocab_size}")
+    return rows
+
+
+def _read_weights_json(
+    hf: Path,
+) -> tuple[dict[str, list[TensorInfo]], dict[str, dict[str, str]], dict[str, str]]:
+    """The files that were imported, their metadata, and the names' prefixes."""
+    try:
+        content = json.loads((hf / WEIGHTS).read_text(encoding="utf-8"))
+        files = {
+            os.path.basename(file): [
+                TensorInfo(name, DTYPES[code], tuple(shape)) for name, code, shape in entry["tensors"]
+            ]
+            for file, entry in content["files"].items()
+        }
+        metadata: dict[str, Any] = {file: entry["metadata"] for file, entry in content["files"].items()}
+        prefixes = content["prefixes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{hf / WEIGHTS}: cannot be read ({error!r})") from None
+    if not all(file.endswith(".safetensors") for file in files):
+        # Came from .bin files: the same tensors in the same number of files, as transformers names them.
+        renamed = {file: _safetensors_name(file) for file in files}
+        files = {renamed[file]: infos for file, infos in files.items()}
+        metadata = {renamed[file]: entry for file, entry in metadata.items()}
+    return files, metadata, prefixes
+
+
+def _safetensors_name(bin_name: str) -> str:
+    return bin_name.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
