@@ -18,8 +18,7 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -329,15 +328,14 @@ class NativeWriter:
             size=tensor.shape,
             chunks=[metadata.ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in chunks],
         )
-        with _without_checksums():
-            for number, chunk in enumerate(chunks):
-                file = self._room()
-                start = file.tell()
-                torch.save(_with_own_storage(chunk.of(tensor)), file)
-                length = file.tell() - start
-                self._where[metadata.MetadataIndex(name, chunk.offset, number)] = filesystem._StorageInfo(
-                    os.path.basename(file.name), start, length
-                )
+        for number, chunk in enumerate(chunks):
+            file = self._room()
+            start = file.tell()
+            torch.save(_with_own_storage(chunk.of(tensor)), file)
+            length = file.tell() - start
+            self._where[metadata.MetadataIndex(name, chunk.offset, number)] = filesystem._StorageInfo(
+                os.path.basename(file.name), start, length
+            )
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that was written."""
@@ -378,15 +376,3 @@ def _with_own_storage(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.clone()
     return torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
-
-
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """Leave the zip archive's own checksums out: ``torch.load`` doesn't read them, and they take twice as
-    long as writing."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
