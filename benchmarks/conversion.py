@@ -10,9 +10,12 @@ made.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +86,7 @@ def make_llava(folder: Path, layers: int = 32, hidden_size: int = 4096, vision_l
     return sum(info.nbytes for info in infos)
 
 
-def measure(command: list[str | Path], target: Path) -> tuple[float, int]:
+def measure(command: list[str], target: Path) -> tuple[float, int]:
     """Run a command that writes ``target``; seconds until it is on the disk, and peak RssAnon in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
@@ -119,3 +122,44 @@ def _for_each_file(folder: Path, function: Callable[[int], None]) -> None:
                 function(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def main() -> None:
+    """Make the model, measure each step, and print a row for each."""
+    parser = argparse.ArgumentParser(
+        description="Conversion beside cp of the same bytes.", allow_abbrev=False
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="scratch; what is made in it is removed")
+    parser.add_argument("--layers", type=int, default=32, help="of the language model (default: %(default)s)")
+    args = parser.parse_args()
+    source, megatron, copy = (args.folder / name for name in ("hf", "megatron", "copy"))
+    shutil.rmtree(source, ignore_errors=True)
+    size = make_llava(source, args.layers)
+    print(f"{size / 1e9:.2f} GB of weights, largest tensor {32064 * 4096 * 2 / 2**20:.0f} MiB", flush=True)
+
+    def step(name: str, command: list[str], inputs: Path, output: Path) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        drop_from_cache(inputs)
+        seconds, peak = measure(command, output)
+        print(
+            f"{name:24} {seconds:6.1f} s {size / seconds / 1e9:5.2f} GB/s {peak / 2**20:6.0f} MiB", flush=True
+        )
+
+    to_megatron = [sys.executable, f"{SCRIPTS}/convert_hf_to_megatron.py", f"--hf-dir={source}", "--tp=2"]
+    to_megatron += [f"--megatron-dir={megatron}"]
+    to_hf = [sys.executable, f"{SCRIPTS}/convert_megatron_to_hf.py", f"--hf-dir={copy}"]
+    to_hf += [f"--megatron-dir={megatron}"]
+    try:
+        step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
+        step("to Megatron", to_megatron, source, megatron)
+        step("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron)
+        step("to Hugging Face", to_hf, megatron, copy)
+        step("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, copy)
+        step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
+    finally:
+        for folder in (source, megatron, copy):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

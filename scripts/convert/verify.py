@@ -33,7 +33,7 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.launch.container import reenter
 
         paths = [args.checkpoint] + ([args.other] if args.other else [])
-        return reenter([__file__, *argv], args.sif_path, [*args.bind, *paths])
+        return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
     from megatron_vlm.hf.verify import check_manifest, verify
 
