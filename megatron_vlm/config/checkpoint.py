@@ -92,6 +92,8 @@ def keep_last(root: PathLike, count: int, also: Collection[PathLike] = ()) -> Li
 def note_user(base: PathLike, run: PathLike) -> None:
     """Keep :func:`keep_last` from deleting ``base`` as long as the folder ``run`` is there, whose checkpoints
     lie over it. Where ``base`` can't be written to, nothing does."""
+    if Path(base).name == RELEASE:
+        return  # it never deletes that
     run = os.path.abspath(run)
     users = Path(base) / _USERS
     with suppress(OSError):

@@ -284,7 +284,6 @@ class Trainer:
         if self.state.evaluated_step == self.state.optimizer_steps:
             self.say(f"no evaluation at iteration {self.state.iteration}: no update since the last one")
             return
-        self.optimizer.gather_weights()
         found = evaluator.evaluate(self.models, self.watchdog.beat)
         best = note_evaluation(self.state, found.loss, self.config.training.early_stopping_min_delta)
         self.sinks.log(self.state.iteration, {f"validation/{k}": v for k, v in asdict(found).items()})

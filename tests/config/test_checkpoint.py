@@ -122,6 +122,9 @@ def test_a_base_is_kept_as_long_as_a_run_lies_over_it(tmp_path: Path) -> None:
         assert [folder.name for folder in keep_last(tmp_path, 2)] == []
         run.rmdir()
     assert [folder.name for folder in keep_last(tmp_path, 2)] == ["iter_0000005"]
+    make(tmp_path, "release")
+    note_user(tmp_path / "release", tmp_path)
+    assert [path.name for path in (tmp_path / "release").iterdir()] == ["manifest.json"]  # no need
     note_user(tmp_path / "missing", tmp_path)  # as one that can't be written to
 
 
