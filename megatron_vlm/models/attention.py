@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.models.cache import KeyValueCache
+from megatron_vlm.parallel.fused import norms
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -118,7 +119,7 @@ class SelfAttentionWithOutputBias(SelfAttention):
 
 
 class TorchNorm:
-    """torch's LayerNorm or RMSNorm, as ``config.normalization`` says.
+    """LayerNorm or RMSNorm, as ``config.normalization`` says: torch's, or apex's fused one where it runs.
 
     Unlike megatron-core's ``WrappedTorchNorm`` it works with sequence parallelism: its parameters are
     marked, so that ``finalize_model_grads`` sums their gradients over the tensor parallel ranks.
@@ -133,14 +134,9 @@ class TorchNorm:
         Args:
             hidden_size: size of the last dimension, over which it normalises.
         """
-        norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        norm = norms[config.normalization](
-            # The CPU backend answers with the CPU.
-            hidden_size,
-            eps=eps,
-            device=torch.cuda.current_device(),
-            dtype=config.params_dtype,
-        )
+        device = torch.device(torch.cuda.current_device())  # the CPU backend answers with the CPU
+        norm = norms(device.type)[config.normalization](hidden_size, eps=eps)
+        norm.to(device=device, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

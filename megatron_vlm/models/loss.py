@@ -17,6 +17,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_vlm.parallel.fused import weight_gradient_kernels
+
 # Tokens whose logits exist at once. Each chunk reads and writes the whole weight gradient once, so it has
 # to hold enough of them to keep the multiplications busy; a GPU needs more than a CPU core.
 CHUNK = {"cpu": 256, "cuda": 1024}
@@ -112,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if rows_gradient is not None:
                 torch.mm(gradient, weight, out=rows_gradient[part])
             if weight_gradient is not None:
-                _add_product(weight_gradient, gradient.t(), some)
+                _add_product(weight_gradient, gradient, some)
         ctx.save_for_backward(rows_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -144,8 +146,11 @@ def _over_ranks(log_sum: Tensor, target_logits: Tensor, group: dist.ProcessGroup
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` where ``total`` is fp32 and the factors may not be."""
+    """``total += a.T @ b`` where ``total`` is fp32 and the factors may not be."""
+    kernels = weight_gradient_kernels(total.device.type)
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a.t(), b)
+    elif kernels is not None:
+        kernels.wgrad_gemm_accum_fp32(b, a, total)  # the product isn't rounded before it is added
     else:
-        total += a @ b
+        total += a.t() @ b

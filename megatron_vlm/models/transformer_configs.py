@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel.fused import weight_gradient_kernels
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ def transformer_configs(
         embedding_init_method=_leave,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        gradient_accumulation_fusion=False,  # needs apex
+        gradient_accumulation_fusion=weight_gradient_kernels(layout.device.type) is not None,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         calculate_per_token_loss=True,

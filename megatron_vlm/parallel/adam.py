@@ -1,4 +1,4 @@
-"""Adam as megatron-core expects it, for machines without Transformer Engine and apex."""
+"""Adam as megatron-core expects it, for where Transformer Engine's and apex's don't run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
+
+from megatron_vlm.parallel.fused import adam_source
 
 
 class Adam(torch.optim.Optimizer):
@@ -70,12 +72,12 @@ class Adam(torch.optim.Optimizer):
             )
 
 
-def use_in_megatron_core() -> None:
-    """Let megatron-core build this Adam where neither Transformer Engine nor apex is installed."""
+def use_in_megatron_core(device: str) -> None:
+    """Let megatron-core build this Adam, unless it has found a fused one and ``device`` is "cuda"."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if distrib_optimizer.HAVE_APEX_OR_TE:
+    if adam_source(device) != "torch":
         return
     optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -100,6 +100,15 @@ def install() -> None:
 
     _replace(dynamo_config, "disable", True)
 
+    # What it takes from Transformer Engine or apex where they are installed runs on GPUs only.
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    for module in (clip_grads, optimizer):
+        _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    _replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+
     from megatron.core.tensor_parallel import random
 
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())

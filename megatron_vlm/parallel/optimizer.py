@@ -31,6 +31,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate, P
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import Float16Module, MegatronModule, param_is_not_shared
 
+from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.adam import use_in_megatron_core
 
 _PREFIX = "optimizer.state"
@@ -100,7 +101,7 @@ class Optimizer:
         clip_grad: float,
         entries: int = 1,
     ) -> None:
-        use_in_megatron_core()
+        use_in_megatron_core("cpu" if cpu.installed() else "cuda")
         self.config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,  # set before each step
