@@ -51,6 +51,14 @@ def gpu_memory() -> Optional[float]:
     return min(map(int, sizes)) / 1024 if sizes and not result.returncode else None  # MiB
 
 
+def main_memory() -> Optional[int]:
+    """Bytes of this machine's memory; None where it doesn't tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     try:

@@ -21,13 +21,16 @@ from megatron_vlm.config.checkpoint import (
     latest_resumable,
     read_manifest,
 )
-from megatron_vlm.config.dataset import prepare_command, shard_counts, split_parts, split_samples
+from megatron_vlm.config.dataset import shard_counts, split_samples
+from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import model_files
+from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
+from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
+from megatron_vlm.launch.storage import size_text
 
 
 @dataclass
@@ -45,6 +48,9 @@ class Inspection:
         resumes: the last of them is the run's own.
         model: the architecture, with the adapters that the flags ask for.
         train_samples: of the training split.
+        memory: estimate for each pipeline rank.
+        gpu_memory: of one GPU, in GiB.
+        disk: one line: checkpoints to come, and the room for them.
     """
 
     plan: LaunchPlan
@@ -56,6 +62,9 @@ class Inspection:
     resumes: bool = False
     model: Optional[ModelConfig] = None
     train_samples: Optional[int] = None
+    memory: Sequence[StageMemory] = ()
+    gpu_memory: Optional[float] = None
+    disk: str = ""
 
     @property
     def config(self) -> RunConfig:
@@ -77,7 +86,7 @@ class Inspection:
             start = "from random weights (--init)"
         else:
             start = f"from {self.config.model.megatron_load_dir}"
-        return Facts(start, self.model, self.train_samples)
+        return Facts(start, self.model, self.train_samples, tuple(self.memory), self.gpu_memory, self.disk)
 
     @property
     def hf_folders(self) -> List[str]:
@@ -111,6 +120,12 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = ()) -> Inspection:
         ("tokenizer", _tokenizer),
         ("image processor", _image_processor),
         ("image tokens", _image_tokens),
+        ("memory", _memory),
+        ("save folder", _save_folder),
+        ("disk", _disk),
+        ("container paths", _container_paths),
+        ("nodes", _nodes),
+        ("shared memory", _shared_memory),
     )
     for name, check in checks:
         before = len(found.problems) + len(found.warnings)
@@ -136,13 +151,11 @@ def _dataset(found: Inspection) -> None:
     path = found.config.data.data_path
     if path is None:
         return  # a rule of the flags
-    check_dataset(path)
+    problems = list(dataset_problems(path))
+    found.errors += problems
+    if problems:
+        return
     found.train_samples = split_samples(path)
-    if found.train_samples == 0:
-        raise ValueError(
-            f"--data-path {path}: its train split is empty ({len(shard_counts(path))} shards; energon splits "
-            "by whole shards); write more shards, or prepare again: " + prepare_command(path, "1,0,0")
-        )
     batch, one_pass = found.config.training.global_batch_size, found.config.training.iterations is None
     if one_pass and found.train_samples is not None and found.train_samples < batch:
         found.errors.append(
@@ -150,7 +163,7 @@ def _dataset(found: Inspection) -> None:
             f"iteration of --global-batch-size {batch}; lower that, or give --train-iters"
         )
     if found.config.training.eval_interval is not None:
-        check_held_out(path)
+        found.errors += held_out_problems(path)
 
 
 def _checkpoint(found: Inspection) -> None:
@@ -169,6 +182,8 @@ def _checkpoint(found: Inspection) -> None:
             return  # a rule of the flags
         found.layers = checkpoint_layers(source, config.model.base)
         found.resumes = own is not None
+        for layer in found.layers:
+            found.errors += storage.shard_problems(layer)
         model = ModelConfig.from_dict(read_manifest(found.layers[-1])["model"])
     elif folder is not None and os.path.isdir(folder):
         model = ModelConfig.from_hf_dir(folder)
@@ -199,6 +214,160 @@ def _image_tokens(found: Inspection) -> None:
         found.warnings += model_files.sequence_warnings(found.model, found.config.data.seq_length)
 
 
+def _memory(found: Inspection) -> None:
+    plan, model = found.plan, found.model
+    if plan.device == "cuda":
+        found.gpu_memory = found.config.launch.gpu_memory or machine.gpu_memory()
+    if model is None or found.contradictions:
+        return
+    found.memory = estimate(found.config, model, plan.world_size, plan.device)
+    if plan.device == "cpu":
+        _main_memory(found)
+    elif found.gpu_memory is not None:
+        limit = int(found.gpu_memory * GIB)
+        largest = max(found.memory, key=lambda stage: stage.with_allowance)
+        changes = suggestions(found.config, model, plan.world_size, limit, plan.device)
+        if changes:
+            found.warnings.append(
+                f"a GPU of pipeline stage {largest.rank} is predicted to need "
+                f"{largest.with_allowance / GIB:.1f} GiB and has {found.gpu_memory:.1f}; "
+                + " or ".join(changes)
+            )
+
+
+def _main_memory(found: Inspection) -> None:
+    """Of the ranks of node 0, which hold the first stages."""
+    size = found.plan.world_size // found.config.parallel.pp
+    need = sum(found.memory[rank // size].total for rank in range(found.plan.processes))
+    have = machine.main_memory()
+    if have is not None and need > have and not found.config.launch.only_looks:
+        found.warnings.append(
+            f"the {found.plan.processes} processes of this node are predicted to need "
+            f"{size_text(need)} of memory, and it has {size_text(have)}; use fewer, or more nodes"
+        )
+
+
+def _save_folder(found: Inspection) -> None:
+    where = found.config.checkpoint
+    if not where.save_dir or not where.name:
+        return  # a rule of the flags
+    for path in (where.run_dir, *(os.path.join(where.run_dir, name) for name in (CHECKPOINTS, "logs"))):
+        folder = storage.nearest_folder(path)
+        if not os.path.isdir(folder):
+            raise ValueError(f"--save-dir {where.save_dir}: {folder} is a file; give a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"--save-dir {where.save_dir}: {folder} can't be written to; give a folder of your own"
+            )
+
+
+def _disk(found: Inspection) -> None:
+    """Room for the checkpoints to come, as far as the file system tells: it doesn't tell of quotas."""
+    config, model, where = found.config, found.model, found.config.checkpoint
+    if model is None or found.contradictions or not where.save_dir or not where.save:
+        return
+    iterations = config.training.iterations
+    if iterations is None and found.train_samples is not None:
+        iterations = found.train_samples // config.training.global_batch_size
+    done = int(read_manifest(found.layers[-1])["iteration"]) if found.resumes else 0
+    saves = storage.number_of_saves(iterations, where.save_interval, done)
+    size = storage.checkpoint_bytes(config, model, where.save_optim)
+    free = storage.free_bytes(where.save_dir)
+    if free is None or not saves:
+        return
+    # A new one is whole before an old one is deleted.
+    at_once = saves if where.keep_checkpoints is None else min(saves, where.keep_checkpoints + 1)
+    best = storage.checkpoint_bytes(config, model, False) if config.training.eval_interval else 0
+    total = at_once * size + best
+    what = (
+        f"{at_once} checkpoints of {size_text(size)}" if at_once > 1 else f"a checkpoint of {size_text(size)}"
+    )
+    what += f" and a best one of {size_text(best)}" if best else ""
+    found.disk = f"{what}, {size_text(total)} in all; {size_text(free)} free in {where.save_dir}"
+    if size > free:
+        smaller = storage.checkpoint_bytes(config, model, False)
+        instead = f", or leave --save-optim out ({size_text(smaller)} each)" if smaller <= free else ""
+        raise ValueError(
+            f"--save-dir {where.save_dir}: a checkpoint takes {size_text(size)}, and {size_text(free)} are "
+            f"free there; make room or give another folder{instead}"
+        )
+    if total > free:
+        fits = (free - best) // size - 1
+        keep = f"--keep-checkpoints {fits} fits" if fits > 0 else "a larger --save-interval makes fewer"
+        found.warnings.append(
+            f"--save-dir {where.save_dir}: {what} take {size_text(total)}, and {size_text(free)} are free "
+            f"there; {keep}"
+        )
+
+
+def _container_paths(found: Inspection) -> None:
+    """What is bound is the folders that flags name, and a link in them may lead elsewhere."""
+    config = found.config
+    if config.launch.sif_path is None:
+        return
+    folders = {"--megatron-load-dir": [str(layer) for layer in found.layers]}
+    folders["--megatron-load-dir"] += [str(layer / HF_FOLDER) for layer in found.layers]
+    folders["--tokenizer-load-dir"] = list(filter(None, [config.model.tokenizer_load_dir]))
+    data = config.data.data_path
+    if data is not None and os.path.isfile(os.path.join(data, ".nv-meta", ".info.json")):
+        inner = {".", ".nv-meta", *(os.path.dirname(name) or "." for name in shard_counts(data))}
+        folders["--data-path"] = [os.path.normpath(os.path.join(data, name)) for name in sorted(inner)]
+    for flag, paths in folders.items():
+        links = [link for path in paths for link in storage.links_in(path)]
+        lost = storage.unseen([*paths, *links], found.plan.command, os.path.expanduser("~"))
+        if lost:
+            path, target = lost[0]
+            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            folder = target if os.path.isdir(target) else os.path.dirname(target)
+            found.errors.append(
+                f"{flag}: {path}{more} leads to {target}, which is not in the container; add --bind {folder}"
+            )
+
+
+def _nodes(found: Inspection) -> None:
+    """What several machines have to agree on."""
+    launch, parallel, per_node = found.config.launch, found.config.parallel, found.plan.processes
+    nodes = launch.node or 1
+    if nodes == 1:
+        return
+    if launch.interface == "lo":
+        others = ", ".join(name for name in machine.network_interfaces() if name != "lo")
+        found.warnings.append(f"--interface lo reaches this machine only; there are {others}")
+    if launch.master_addr in ("localhost", "127.0.0.1", "::1"):
+        found.warnings.append(
+            f"--master-addr {launch.master_addr} is another machine on every node; give node 0's host name"
+        )
+    if per_node % parallel.tp:
+        divisors = [n for n in range(1, parallel.tp) if parallel.tp % n == 0 and per_node % n == 0]
+        found.warnings.append(
+            f"--tp {parallel.tp} with {per_node} ranks on a node: tensor-parallel groups reach over nodes, "
+            f"and wait for the network in every layer; use --tp {divisors[-1]} and more --pp"
+        )
+    where = found.config.checkpoint.save_dir
+    kind = storage.local_file_system(where) if where else None
+    if kind is not None:
+        found.warnings.append(
+            f"--save-dir {where} is on this machine's own file system ({kind}), and all {nodes} nodes write "
+            "parts of a checkpoint there; give a folder that they share"
+        )
+
+
+def _shared_memory(found: Inspection) -> None:
+    """Loader workers hand their micro batches over in /dev/shm, two each."""
+    if found.model is None or found.contradictions:
+        return
+    config, vision = found.config, found.model.vision
+    sample = vision.num_channels * vision.image_size**2 + 16 * config.data.seq_length
+    workers = -(-config.data_workers(found.plan.world_size) // (config.launch.node or 1))
+    need = workers * 2 * config.training.micro_batch_size * sample
+    free = storage.free_bytes("/dev/shm") if os.path.isdir("/dev/shm") else None
+    if free is not None and need > free:
+        found.warnings.append(
+            f"/dev/shm has {size_text(free)} free, and {workers} loader workers put up to {size_text(need)} "
+            "there; make it larger (docker: --shm-size), or use fewer --data-workers"
+        )
+
+
 def check_interpreter(sif_path: Optional[str] = None, transformer_impl: Optional[str] = None) -> None:
     """Check that this Python, which the ranks will run under, has what they need.
 
@@ -220,53 +389,5 @@ def check_interpreter(sif_path: Optional[str] = None, transformer_impl: Optional
         )
 
 
-def check_dataset(path: str) -> None:
-    """Check that ``path`` is a prepared energon dataset with samples.
-
-    Raises:
-        ValueError: it is missing, empty or not prepared.
-    """
-    if not os.path.isdir(path):
-        raise ValueError(f"--data-path {path}: no such folder; give one on which `energon prepare` was run")
-    if not os.path.isfile(os.path.join(path, ".nv-meta", ".info.json")):
-        if not _has_shards(path):
-            raise ValueError(
-                f"--data-path {path}: empty, it holds no .tar shards; write them, then run energon prepare"
-            )
-        raise ValueError(f"--data-path {path}: not prepared; run: {prepare_command(path)}")
-    counts = shard_counts(path)
-    if not sum(counts.values()):
-        raise ValueError(f"--data-path {path}: its shards hold no samples")
-    missing = [name for name in counts if not os.path.isfile(os.path.join(path, name))]
-    if missing:
-        raise ValueError(
-            f"--data-path {path}: {_and_more('shard', missing)} gone since it was prepared; "
-            f"bring it back, or run: {prepare_command(path)}"
-        )
-
-
-def check_held_out(path: str) -> None:
-    """Check that a prepared dataset has samples for evaluations, as far as its split tells without YAML.
-
-    Raises:
-        ValueError: its ``val`` split is empty, or there is none.
-    """
-    parts = split_parts(path)
-    if parts is not None and not parts.get("val"):
-        raise ValueError(
-            f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
-            f"leave it out, or write more shards and prepare again: {prepare_command(path)}"
-        )
-
-
-def _and_more(noun: str, names: Sequence[str]) -> str:
-    """``shard a is``, or ``shard a and 3 more are``."""
-    return f"{noun} {names[0]} is" if len(names) == 1 else f"{noun} {names[0]} and {len(names) - 1} more are"
-
-
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _has_shards(path: str) -> bool:
-    return any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names)

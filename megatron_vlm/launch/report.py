@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.flops import Work, causal_pairs, training_flops
+from megatron_vlm.config.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
@@ -24,11 +25,17 @@ class Facts:
         start: one line: where the run begins.
         model: the architecture, with the adapters that the flags ask for.
         train_samples: of the training split.
+        memory: estimate for each pipeline rank.
+        gpu_memory: of one GPU, in GiB.
+        disk: one line: checkpoints to come, and the room for them.
     """
 
     start: str
     model: Optional[ModelConfig] = None
     train_samples: Optional[int] = None
+    memory: Tuple[StageMemory, ...] = ()
+    gpu_memory: Optional[float] = None
+    disk: str = ""
 
 
 def screen(plan: LaunchPlan, facts: Facts) -> str:
@@ -41,6 +48,10 @@ def screen(plan: LaunchPlan, facts: Facts) -> str:
     lines += _batch(config, world_size, facts)
     if facts.model is not None:
         lines += _work(config, facts.model)
+    if facts.memory:
+        lines += _memory(facts, plan.device == "cuda")
+    if facts.disk:
+        lines.append(_line("disk", facts.disk))
     return "\n".join(lines)
 
 
@@ -133,7 +144,7 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
         iterations = (samples or 0) // batch
     text = f"{_count(iterations, 'iteration')}, {_count(iterations * batch, 'sample')}"
     if samples:
-        text += f", {iterations * batch / samples:.2f} epochs of {samples:,}"
+        text += f", {iterations * batch / samples:,.2f} epochs of {samples:,}"
     return [*lines, _line("length", text)]
 
 
@@ -159,6 +170,32 @@ def _work(config: RunConfig, model: ModelConfig) -> List[str]:
         _line("FLOPs", f"{flops.total:.2e} an iteration at most: {shares}"),
         f"{_INDENT}at most: were every sample an image and text, as long as --seq-length",
     ]
+
+
+def _memory(facts: Facts, on_gpus: bool) -> List[str]:
+    """The estimate of config/memory.py; of a long pipeline the ends and the largest."""
+    stages = facts.memory
+    if len(stages) > 4:
+        largest = max(stages, key=lambda stage: stage.total)
+        stages = tuple(stage for stage in stages if stage in (stages[0], largest, stages[-1]))
+    size = f" of {facts.gpu_memory:.1f} GiB" if facts.gpu_memory else ""
+    where = f"GPU{size}" if on_gpus else "process"
+    columns = ("stage", "weights", "gradients", "optimizer", "activations", "total", "with allowance")
+    rows: List[Sequence[str]] = [columns if on_gpus else columns[:-1]]
+    for stage in stages:
+        sizes = [stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total]
+        sizes += [stage.with_allowance] * on_gpus
+        rows.append([str(stage.rank), *(f"{size / GIB:.2f}" for size in sizes)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    lines = [_line("memory", f"GiB on each {where}, predicted for samples as long as --seq-length")]
+    lines += [_INDENT + row for row in table]
+    if on_gpus:
+        allowance = (
+            f"{OUTSIDE / GIB:.0f} GiB for CUDA and NCCL and {FRAGMENTATION * 100:.0f} % between tensors"
+        )
+        lines.append(f"{_INDENT}the allowance, {allowance}, is an assumption")
+    return lines
 
 
 def _line(name: str, text: str) -> str:

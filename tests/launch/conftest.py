@@ -1,4 +1,4 @@
-"""A folder with all that a run needs, as far as the launcher looks: small files, no weights, no torch."""
+"""A folder with all that a run needs, as far as the launcher looks: small files, one tensor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vlm.config.checkpoint import HF_FOLDER, write_manifest
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.native import NativeWriter
+from megatron_vlm.hf.ops import Chunk
 
 TEXT = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
 CONFIG = {"model_type": "llava", "text_config": TEXT, "image_token_index": 7}
@@ -26,6 +29,9 @@ def workplace(tmp_path: Path) -> Path:
 def write_checkpoint(folder: Path, config: dict[str, Any] = CONFIG, **manifest: Any) -> None:
     hf = folder / HF_FOLDER
     hf.mkdir(parents=True)
+    writer = NativeWriter(folder)
+    writer.write("weight", torch.zeros(100), [Chunk((0,), (100,))])
+    writer.close()
     write_json(hf / "config.json", config)
     write_json(hf / "tokenizer.json", {"added_tokens": [{"id": 7, "content": "<image>"}], "model": {}})
     write_json(hf / "tokenizer_config.json", {"eos_token": "</s>"})

@@ -1,73 +1,314 @@
-"""What is found wrong before torch is loaded."""
+"""Every check of the preflight, seen to find what it is for; a sound run passes all of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shlex
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.launch import preflight
+from megatron_vlm.config.checkpoint import write_tracker
+from megatron_vlm.config.memory import GIB
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch import container, machine, preflight, storage
+from megatron_vlm.launch.plan import make_plan
+from tests.launch.conftest import write_checkpoint, write_dataset, write_json
+
+
+@pytest.fixture(autouse=True)
+def here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(machine, "network_interfaces", lambda: ["lo", "eth0"])
+    monkeypatch.setattr(container, "find_runtime", lambda: "apptainer")
+    return workplace
+
+
+def inspect(*argv: str) -> preflight.Inspection:
+    base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+    config = RunConfig.from_flags([*base, "--train-iters", "10", *argv])
+    problems: list[str] = []
+    plan = make_plan(config, {"CUDA_VISIBLE_DEVICES": ""}, problems)
+    return preflight.inspect(plan, problems)
+
+
+def problem(*argv: str) -> str:
+    found = inspect(*argv)
+    (only,) = found.problems
+    assert "\n" not in only
+    return only
+
+
+def warning(*argv: str) -> str:
+    found = inspect(*argv)
+    assert found.problems == []
+    (only,) = found.warnings
+    assert "\n" not in only
+    return only
+
+
+def test_a_sound_run(workplace) -> None:
+    found = inspect()
+    assert found.say()[:-1] == []
+    assert found.say()[-1] == (
+        "ok: interpreter, image, dataset, checkpoint, flags and layout, tokenizer, image processor, image "
+        "tokens, memory, save folder, disk, container paths, nodes, shared memory"
+    )
+    assert found.train_samples == 9 and found.facts.start == "from the weights of ckpt"
+    assert not (workplace / "runs").exists()
+
+
+def test_all_problems_are_told(workplace) -> None:
+    (workplace / "data/0.tar").unlink()
+    (workplace / "ckpt/hf/preprocessor_config.json").unlink()
+    found = inspect("--tp", "5", "-g", "5", "--tokenizer-load-dir", "none", "--interface", "ib0")
+    words = [
+        "--tp 5 does not divide the 6 attention heads",
+        "--interface ib0: not on this machine; there are lo, eth0",
+        "shard 0.tar is gone",
+        "--tokenizer-load-dir none: no such folder",
+        "no image processor",
+    ]
+    told = found.problems
+    assert len(told) >= len(words)
+    for word in words:
+        assert sum(word in line for line in told) == 1, (word, told)
+
+
+def test_a_missing_checkpoint(workplace) -> None:
+    assert "none: no such checkpoint folder" in problem("--megatron-load-dir", "none")
+
+
+def test_a_checkpoint_that_is_cut_off(workplace) -> None:
+    (workplace / "ckpt/.metadata").write_bytes(b"damaged")
+    assert "ckpt/.metadata: cannot be read" in problem()
+
+
+def test_the_runs_own_checkpoint_comes_first(workplace) -> None:
+    root = workplace / "runs/run/checkpoints"
+    write_checkpoint(root / "iter_0000004", iteration=4, has_optimizer=True)
+    write_tracker(root, 4)
+    found = inspect("--save-optim")
+    assert found.problems == [] and found.facts.start == "goes on from iter_0000004"
+    assert inspect("--save-optim", "--restart").facts.start == "from the weights of ckpt"
+
+
+def test_no_tokenizer_anywhere(workplace) -> None:
+    for path in (workplace / "ckpt/hf").iterdir():
+        path.unlink()
+    (workplace / "ckpt/hf").rmdir()
+    assert "no tokenizer: give --tokenizer-load-dir" in problem()
+
+
+def test_an_epoch_shorter_than_a_batch(workplace) -> None:
+    base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+    plan = make_plan(RunConfig.from_flags(base), {"CUDA_VISIBLE_DEVICES": ""}, [])
+    (told,) = preflight.inspect(plan).problems
+    assert "its train split of 9 samples is less than one iteration of --global-batch-size 128" in told
+
+
+def test_random_weights_need_no_checkpoint(workplace) -> None:
+    config = RunConfig.from_flags(
+        ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--train-iters", "9", "--init"]
+        + ["--tokenizer-load-dir", "ckpt/hf"]
+    )
+    found = preflight.inspect(make_plan(config, {"CUDA_VISIBLE_DEVICES": ""}, []))
+    assert found.problems == [] and found.facts.start == "from random weights (--init)"
+    assert found.model is not None and found.model.language.num_attention_heads == 6
+
+
+# --- the image-token budget --------------------------------------------------------------------------
+
+
+def test_little_room_for_text() -> None:
+    assert "an image takes 576 of --seq-length 600 and leaves 24 tokens" in warning("--seq-length", "600")
+    assert "--seq-length 576 has no room for text" in problem("--seq-length", "576")
+
+
+def test_an_image_processor_of_another_tower(workplace) -> None:
+    size = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
+    write_json(workplace / "ckpt/hf/preprocessor_config.json", size)
+    assert "makes images of 224 x 224 pixels, and the vision tower takes 336 x 336" in problem()
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_gpu() -> None:
+    planned = ["--device", "cuda", "-g", "2", "--dry-run", "--gpu-memory"]
+    assert inspect(*planned, "80").warnings == []
+    told = warning(*planned, "4")
+    need = max(stage.with_allowance for stage in inspect(*planned, "4").memory) / GIB
+    assert f"is predicted to need {need:.1f} GiB and has 4.0; " in told and need > 4
+
+
+def test_memory_of_this_machine(monkeypatch) -> None:
+    (stage,) = inspect("-g", "2").memory
+    need = stage.total
+    monkeypatch.setattr(machine, "main_memory", lambda: 2 * need + 1)
+    assert inspect("-g", "2").warnings == []
+    monkeypatch.setattr(machine, "main_memory", lambda: 2 * need - 1)
+    assert "the 2 processes of this node are predicted to need" in warning("-g", "2")
+
+
+def test_the_memory_of_gpus_is_nvidia_smis(tmp_path, monkeypatch) -> None:
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && echo 81559 && echo 40960\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    assert machine.gpu_memory() == 40
+    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert machine.gpu_memory() is None
+    tool.unlink()
+    assert machine.gpu_memory() is None
+
+
+# --- disks -------------------------------------------------------------------------------------------
+
+
+def test_room_for_checkpoints(monkeypatch) -> None:
+    argv = ["--save-optim", "--save-interval", "2", "--fp32"]
+    config = inspect(*argv).config
+    model = inspect().model
+    assert model is not None
+    size, small = (storage.checkpoint_bytes(config, model, optimizer) for optimizer in (True, False))
+
+    def free(amount: int) -> None:
+        monkeypatch.setattr(storage, "free_bytes", lambda path: amount)
+
+    free(5 * size)
+    found = inspect(*argv)
+    assert found.warnings == [] and found.disk.startswith("5 checkpoints of ")
+    free(5 * size - 1)
+    assert "5 checkpoints of" in warning(*argv) and "--keep-checkpoints 3 fits" in warning(*argv)
+    assert inspect(*argv, "--keep-checkpoints", "3").warnings == []
+    free(4 * size - 1)
+    assert "--keep-checkpoints 2 fits" in warning(*argv, "--keep-checkpoints", "3")
+    free(2 * size - 1)
+    assert "a larger --save-interval makes fewer" in warning(*argv)
+    free(size - 1)
+    assert "a checkpoint takes" in problem(*argv) and "or leave --save-optim out (" in problem(*argv)
+    free(small - 1)
+    assert "leave --save-optim out" not in problem(*argv)
+    assert inspect(*argv, "--no-save", "--no-save-optim").problems == []
+    free(5 * size)  # what the best checkpoint takes is too much
+    split = "split_parts:\n  train:\n  - 0.tar\n  val:\n  - 0.tar\nexclude: []\n"
+    Path("data/.nv-meta/split.yaml").write_text(split)
+    assert "and a best one of" in warning(*argv, "--eval-interval", "2")
+
+
+def test_the_size_of_a_checkpoint_with_few_trained_weights() -> None:
+    model = inspect().model
+    assert model is not None
+    size = lambda *argv: storage.checkpoint_bytes(inspect(*argv).config, model, True)  # noqa: E731
+    assert size("--stage", "1") < size("--stage", "2") < 0.5 * size("--stage", "2", "--train-vision")
+    assert size("--stage", "1", "--save-trained-only") < 0.1 * size("--stage", "1")
+
+
+def test_a_save_folder_that_cannot_be_written(workplace) -> None:
+    (workplace / "file").touch()
+    assert "--save-dir file/x: " in problem("--save-dir", "file/x") and "is a file" in problem(
+        "--save-dir", "file/x"
+    )
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="asks as another user, which only root can become")
+def test_what_an_ordinary_user_may_not_touch() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_checkpoint(folder / "ckpt")
+        write_dataset(folder / "data")
+        (folder / "locked").mkdir(mode=0o755)
+        (folder / "data/0.tar").chmod(0o600)
+        os.chdir(folder)
+        told = as_nobody(lambda: inspect("--save-dir", "locked").problems)
+    assert f"--save-dir locked: {folder}/locked can't be written to; give a folder of your own" in told
+    assert any("--data-path data: shard 0.tar is not readable by you" in problem for problem in told)
+
+
+def as_nobody(function: Callable[[], list[str]]) -> list[str]:
+    """Call a function in a process without root's rights."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        os.write(writing, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+def test_links_out_of_the_container(workplace) -> None:
+    (workplace / "image.sif").mkdir()
+    shard = workplace / "data/0.tar"
+    shard.unlink()
+    shard.symlink_to("/usr/bin/env")
+    plan = inspect("--sif-path", "image.sif").plan
+
+    def told(*binds: str) -> list[str]:
+        words = [word for bind in binds for word in ("--bind", bind)]
+        command = ["apptainer", "exec", *words, "image.sif", "python3"]
+        return preflight.inspect(dataclasses.replace(plan, command=command)).problems
+
+    assert told(str(workplace), "/usr/bin") == []
+    (problem,) = told(str(workplace))
+    assert "data/0.tar leads to /usr/bin/env, which is not in the container; add --bind /usr/bin" in problem
+
+
+# --- several nodes -----------------------------------------------------------------------------------
+
+TWO = ["--node", "2", "-r", "1", "-m", "node0"]
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    """A folder with one shard, prepared as far as the launcher looks."""
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "000.tar").touch()
-    (tmp_path / ".nv-meta").mkdir()
-    info = tmp_path / ".nv-meta" / ".info.json"
-    info.write_text(json.dumps({"energon_version": "7", "shard_counts": {"shards/000.tar": 5}}))
-    return tmp_path
+def shared(monkeypatch) -> None:
+    monkeypatch.setattr(storage, "local_file_system", lambda path: None)
 
 
-def test_a_prepared_dataset(dataset) -> None:
-    preflight.check_dataset(str(dataset))
+def test_nodes_that_share_no_folder(monkeypatch) -> None:
+    monkeypatch.setattr(storage, "local_file_system", lambda path: "xfs")
+    assert "--save-dir runs is on this machine's own file system (xfs), and all 2 nodes" in warning(
+        *TWO, "-g", "1"
+    )
+    assert inspect("-g", "2").warnings == []
 
 
-def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> None:
-    def message() -> str:
-        with pytest.raises(ValueError) as error:
-            preflight.check_dataset(str(dataset))
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    with pytest.raises(ValueError, match=r"--data-path .*none: no such folder"):
-        preflight.check_dataset(str(tmp_path / "none"))
-    shard, info = dataset / "shards" / "000.tar", dataset / ".nv-meta" / ".info.json"
-    shard.unlink()
-    assert "shards/000.tar is gone" in message()
-    info.write_text(json.dumps({"shard_counts": {}}))
-    assert "no samples" in message()
-    info.write_text("{")
-    assert "damaged" in message()
-    info.unlink()
-    assert "no .tar shards" in message()
-    shard.touch()
-    assert f"not prepared; run: {prepare_command(str(dataset))}" in message()
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([*TWO, "-g", "1", "--interface", "lo"], "--interface lo reaches this machine only; there are eth0"),
+        (["--node", "2", "-r", "1", "-m", "localhost", "-g", "1"], "is another machine on every node"),
+        ([*TWO, "-g", "1", "--tp", "2"], "tensor-parallel groups reach over nodes"),
+    ],
+)
+def test_nodes_that_do_not_meet(argv, words) -> None:
+    assert inspect(*TWO, "-g", "2", "--tp", "2").warnings == []
+    assert words in warning(*argv)
 
 
-def test_a_dataset_without_held_out_samples(dataset) -> None:
-    def check() -> None:
-        preflight.check_held_out(str(dataset))
-
-    check()  # no split to look at: told when training opens the data
-    split = dataset / ".nv-meta" / "split.yaml"
-    split.write_text("split_parts:\n  train:\n  - a.tar\n  val:\n  - b.tar\n  test: []\nexclude: []\n")
-    check()
-    for none in ("  val: []\n", ""):
-        split.write_text(f"split_parts:\n  train:\n  - a.tar\n{none}  test: []\nexclude: []\n")
-        with pytest.raises(
-            ValueError, match=r"--eval-interval .* the val split of --data-path .* is empty; .*9,1,0"
-        ):
-            check()
+def test_shared_memory(monkeypatch) -> None:
+    # Four workers with two micro batches of one image and 1,024 tokens each.
+    need = 4 * 2 * (3 * 336 * 336 + 16 * 1024)
+    real = storage.free_bytes
+    room = {"/dev/shm": need}
+    monkeypatch.setattr(storage, "free_bytes", lambda path: room.get(path) or real(path))
+    assert inspect().warnings == []
+    room["/dev/shm"] = need - 1
+    assert "/dev/shm has 2.7 MiB free, and 4 loader workers" in warning()
 
 
-def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
-    command = shlex.split(prepare_command("/a b"))
-    assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"
-    assert json.loads(command[command.index("--field-map") + 1])["context"] == "json[question]"
+# --- what runs it ------------------------------------------------------------------------------------
 
 
 def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
@@ -76,3 +317,8 @@ def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
         preflight.check_interpreter(transformer_impl="transformer_engine")
     preflight.check_interpreter("image.sif", "transformer_engine")
     preflight.check_interpreter()
+
+
+def test_torch_has_to_be_installed(monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "_installed", lambda package: False)
+    assert "has no torch; run `make setup`" in problem()

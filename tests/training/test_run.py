@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,9 +14,13 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.native import NativeReader
 from megatron_vlm.hf.verify import verify
+from megatron_vlm.launch import storage
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import train
@@ -151,6 +156,30 @@ def test_a_run_goes_on_in_its_precision(
     pool.run(1, train, [*flags, "1", then])
     message = f"its optimizer state is of {then}; go on with that, or start a new run from its weights"
     assert message in failure(pool, 2, [*flags, "2", now])
+
+
+@pytest.mark.parametrize(
+    ("world", "argv"),
+    [
+        (1, ["--bf16", "--save-optim"]),
+        (2, ["--tp", "2", "--save-optim", "--train-vision"]),
+        (2, ["--stage", "1", "--dist-optim", "--bf16", "--save-optim", "--save-trained-only"]),
+        (2, ["--pp", "2", "--lora-rank", "4"]),
+    ],
+)
+def test_a_checkpoint_is_as_large_as_the_launcher_predicts(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, world: int, argv: list[str]
+) -> None:
+    """Against the tensors that torch's own metadata counts."""
+    one = trainables["tied" if world == 1 else "untied"]
+    flags = one.flags(tmp_path, "run", "--train-iters", "1", *argv)
+    pool.run(world, train, flags)
+    folder = tmp_path / "run/checkpoints/iter_0000001"
+    assert list(storage.shard_problems(folder)) == []
+    reader = NativeReader(folder)
+    size = sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names)
+    model = ModelConfig.from_dict(read_manifest(folder)["model"])
+    assert storage.checkpoint_bytes(RunConfig.from_flags(flags), model, "--save-optim" in argv) == size
 
 
 def test_one_epoch_is_the_default(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Whether a dataset is prepared, whole and not empty, asked without energon."""
+
+from __future__ import annotations
+
+import os
+from typing import Dict, Iterator, List
+
+from megatron_vlm.config.dataset import prepare_command, shard_counts, split_parts, split_samples
+
+
+def dataset_problems(path: str) -> Iterator[str]:
+    """Why ``path`` is no prepared energon dataset with samples."""
+    if not os.path.isdir(path):
+        yield f"--data-path {path}: no such folder; give one on which `energon prepare` was run"
+        return
+    if not os.path.isfile(os.path.join(path, ".nv-meta", ".info.json")):
+        if not _has_shards(path):
+            yield f"--data-path {path}: empty, it holds no .tar shards; write them, then run energon prepare"
+        else:
+            yield f"--data-path {path}: not prepared; run: {prepare_command(path)}"
+        return
+    counts = shard_counts(path)
+    if not sum(counts.values()):
+        yield f"--data-path {path}: its shards hold no samples"
+    elif split_samples(path) == 0:
+        yield (
+            f"--data-path {path}: its train split is empty ({len(counts)} shards; energon splits by whole "
+            f"shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
+        )
+    found: Dict[str, List[str]] = {}
+    for name in counts:
+        state = _shard_state(os.path.join(path, name))
+        if state:
+            found.setdefault(state, []).append(name)
+    for state, names in found.items():
+        some = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+        yield f"--data-path {path}: shard {some} {state}; bring it back, or run: {prepare_command(path)}"
+
+
+def held_out_problems(path: str) -> Iterator[str]:
+    """Why a prepared dataset has no samples for evaluations, as far as its split tells without YAML."""
+    parts = split_parts(path)
+    if parts is not None and not parts.get("val"):
+        yield (
+            f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
+            f"leave it out, or write more shards and prepare again: {prepare_command(path)}"
+        )
+
+
+def _shard_state(path: str) -> str:
+    """What is wrong with a shard, by the index that prepare wrote beside it."""
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        return "gone since it was prepared"
+    if not os.access(path, os.R_OK):
+        return "not readable by you"
+    try:
+        with open(path + ".idx", "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            end = int.from_bytes(file.read(8), "little")  # where the last sample ends
+    except OSError:
+        return ""  # prepared without one
+    return "cut off since it was prepared" if size < end else ""
+
+
+def _has_shards(path: str) -> bool:
+    return any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names)

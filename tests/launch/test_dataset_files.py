@@ -1,0 +1,106 @@
+"""Datasets that are missing, empty, not prepared or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import struct
+
+import pytest
+
+from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.launch import dataset_files
+from tests.data.tiny_data import make_samples, prepare, write_shards
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder with one shard, prepared as far as the launcher looks."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "000.tar").touch()
+    (tmp_path / ".nv-meta").mkdir()
+    info = tmp_path / ".nv-meta" / ".info.json"
+    info.write_text(json.dumps({"energon_version": "7", "shard_counts": {"shards/000.tar": 5}}))
+    return tmp_path
+
+
+def test_a_prepared_dataset(dataset) -> None:
+    assert list(dataset_files.dataset_problems(str(dataset))) == []
+
+
+def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> None:
+    def message() -> str:
+        (problem,) = dataset_files.dataset_problems(str(dataset))
+        assert "\n" not in problem
+        return problem
+
+    (problem,) = dataset_files.dataset_problems(str(tmp_path / "none"))
+    assert problem.startswith("--data-path") and "none: no such folder" in problem
+    shard, info = dataset / "shards" / "000.tar", dataset / ".nv-meta" / ".info.json"
+    shard.unlink()
+    assert "shards/000.tar is gone" in message()
+    info.write_text(json.dumps({"shard_counts": {}}))
+    assert "no samples" in message()
+    info.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        message()
+    info.unlink()
+    assert "no .tar shards" in message()
+    shard.touch()
+    assert f"not prepared; run: {prepare_command(str(dataset))}" in message()
+
+
+def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:
+    shards = dataset / "shards"
+    for number in range(1, 5):
+        (shards / f"00{number}.tar").write_bytes(b"x" * 100)
+        (shards / f"00{number}.tar.idx").write_bytes(struct.pack("<QQ", 0, 100))
+    counts = {f"shards/00{number}.tar": 5 for number in range(1, 5)}
+    (dataset / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": counts}))
+    assert list(dataset_files.dataset_problems(str(dataset))) == []
+    for number in (1, 3):
+        (shards / f"00{number}.tar").write_bytes(b"x" * 99)
+    (shards / "004.tar").unlink()
+    cut, gone = dataset_files.dataset_problems(str(dataset))
+    assert "shard shards/001.tar and 1 more are cut off since it was prepared" in cut
+    assert "shard shards/004.tar is gone since it was prepared" in gone
+
+
+def test_a_real_dataset_cut_off(tmp_path) -> None:
+    """As energon writes its index."""
+    write_shards(tmp_path, make_samples(6), shards=2)
+    prepare(prepare_command(str(tmp_path), ratio="1,0,0"))
+    assert list(dataset_files.dataset_problems(str(tmp_path))) == []
+    shard = tmp_path / "000001.tar"
+    # What ends a tar is padding; its last sample ends before that.
+    os.truncate(shard, os.path.getsize(shard) // 2)
+    (problem,) = dataset_files.dataset_problems(str(tmp_path))
+    assert "shard 000001.tar is cut off" in problem
+
+
+def test_an_empty_train_split(dataset) -> None:
+    split = "split_parts:\n  train: []\n  val:\n  - shards/000.tar\nexclude: []\n"
+    (dataset / ".nv-meta" / "split.yaml").write_text(split)
+    (problem,) = dataset_files.dataset_problems(str(dataset))
+    assert "its train split is empty (1 shards" in problem and "1,0,0" in problem
+
+
+def test_a_dataset_without_held_out_samples(dataset) -> None:
+    def problems() -> list[str]:
+        return list(dataset_files.held_out_problems(str(dataset)))
+
+    assert problems() == []  # no split to look at: told when training opens the data
+    split = dataset / ".nv-meta" / "split.yaml"
+    split.write_text("split_parts:\n  train:\n  - a.tar\n  val:\n  - b.tar\n  test: []\nexclude: []\n")
+    assert problems() == []
+    for none in ("  val: []\n", ""):
+        split.write_text(f"split_parts:\n  train:\n  - a.tar\n{none}  test: []\nexclude: []\n")
+        (problem,) = problems()
+        assert "the val split of --data-path" in problem and "9,1,0" in problem
+
+
+def test_the_prepare_command_can_be_pasted_and_does_not_ask() -> None:
+    command = shlex.split(prepare_command("/a b"))
+    assert command[:3] == ["energon", "prepare", "--non-interactive"] and command[-1] == "/a b"
+    assert json.loads(command[command.index("--field-map") + 1])["context"] == "json[question]"
