@@ -134,14 +134,7 @@ def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layer
     """A Hugging Face LLaVA to train and ask: weights, tokenizer, template and image processor."""
     processor = make_processor("llava")
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=20,
-            patch_size=4,
-        ),
+        vision_config=transformers.CLIPVisionConfig(**dict(_CLIP, intermediate_size=64)),
         text_config=transformers.LlamaConfig(
             vocab_size=450,
             hidden_size=32,
