@@ -4,8 +4,10 @@
     mapping.py   the tables: which Megatron tensor is which Hugging Face tensors, per family
     folder.py    reading and writing Hugging Face folders, tensor by tensor
     native.py    reading and writing megatron-core's torch_dist format without megatron-core
+    classic.py   reading and writing Megatron-LM's mp_rank_* files
     streaming.py what is done with each tensor on its way: checks, hashes, writing in the background
-    convert.py   both directions, from the parts above
+    megatron.py  a Megatron checkpoint read as if it were a Hugging Face folder
+    convert.py   both directions and resharding, from the parts above
     verify.py    whether two checkpoints, of whatever format, hold the same
     lora.py      adapters: merged, or as PEFT's
     build.py     joins a text model and a vision tower into a new LLaVA (needs transformers)

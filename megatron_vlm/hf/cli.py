@@ -99,6 +99,48 @@ def add_container_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a Megatron checkpoint is written."""
+    parser.add_argument(
+        "--format",
+        choices=("torch_dist", "classic"),
+        default="torch_dist",
+        help="classic: Megatron-LM's mp_rank_* files, for one layout only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tp", type=positive, default=1, help="tensor-parallel size it is cut for (default: 1)"
+    )
+    parser.add_argument(
+        "--pp", type=positive, default=1, help="pipeline-parallel size; torch_dist: checked only (default: 1)"
+    )
+    parser.add_argument("--vpp", type=positive, help="classic: model chunks per pipeline rank (default: 1)")
+    parser.add_argument(
+        "--layers-per-stage",
+        type=counts,
+        metavar="N,N,...",
+        help="classic: layers of each stage, in the order of the model (default: as even as can be)",
+    )
+    parser.add_argument(
+        "--names",
+        choices=("transformer_engine", "local"),
+        help="classic: of the norms, as in Megatron-LM's layer spec (default: transformer_engine)",
+    )
+
+
+def loads_where(args: argparse.Namespace) -> str:
+    """What to say of a checkpoint that was written as the flags of :func:`add_layout_flags` say."""
+    if args.format == "classic":
+        return (
+            f"loads in Megatron-LM at --tp {args.tp} --pp {args.pp}; scripts/convert/reshard.py cuts it anew"
+        )
+    return f"loads at any tensor- and pipeline-parallel size, fastest at --tp {args.tp}"
+
+
+def counts(text: str) -> List[int]:
+    """Argument type: integers from 1 on, with commas between them."""
+    return [positive(item) for item in text.split(",")]
+
+
 def positive(text: str) -> int:
     """Argument type: an integer from 1 on."""
     if not text.isdecimal() or int(text) < 1:

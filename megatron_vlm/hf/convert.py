@@ -7,14 +7,17 @@ checkpoint, ``conversion.json`` of a Hugging Face folder.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import (
@@ -28,6 +31,7 @@ from megatron_vlm.config.checkpoint import (
 )
 from megatron_vlm.config.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf import Difference
+from megatron_vlm.hf.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWriter
 from megatron_vlm.hf.folder import (
     CONVERSION,
     SAFETENSORS_INDEX,
@@ -83,6 +87,7 @@ def import_hf(
     progress: Progress | None = None,
     random_seed: int | None = None,
     verify: bool = False,
+    classic: ClassicLayout | None = None,
 ) -> Path:
     """Convert a Hugging Face LLaVA folder to the checkpoint ``<megatron_dir>/release``.
 
@@ -97,6 +102,7 @@ def import_hf(
         progress: called with the bytes done and in all.
         random_seed: initialise the weights with it, as transformers does, instead of reading them.
         verify: read every tensor back from the files written, convert it back, and compare.
+        classic: write Megatron-LM's classic format, for this layout only.
 
     Returns:
         The checkpoint's folder.
@@ -125,13 +131,14 @@ def import_hf(
         write_hf_files(output / HF_FOLDER, folder, table, prefixes)
         if random_seed is not None:  # an index is of other weights, if there is one
             (output / HF_FOLDER / SAFETENSORS_INDEX).unlink(missing_ok=True)
-        writer = NativeWriter(output)
+        dtypes = {row.native: _widest(folder.tensors[name].dtype for name, _ in row.hf) for row in table.rows}
+        writer = _Writer(output, model, table, dtypes, tp, classic, folder.read)
 
         def write(row: Row, parts: list[Tensor], tensor: Tensor) -> None:
-            writer.write(row.native, tensor, row.shard.chunks(tuple(tensor.shape), tp))
+            writer.write(row, tensor)
             written[row.native] = describe(tensor)
             if verify:
-                back = row.op.to_hf(writer.read(row.native))
+                back = row.op.to_hf(writer.read(row))
                 for (name, _), part, other in zip(row.hf, parts, back, strict=True):
                     _check_equal(name, part, other.to(part.dtype))
 
@@ -143,20 +150,8 @@ def import_hf(
                 tensor = row.op.to_native(parts)
                 background.call(tensor.nbytes, write, row, parts if verify else [], tensor)
                 meter.add(*parts)
-        writer.close()
         write_carried(output / HF_FOLDER, folder, carried, meter.add)
-        check_before_loading(output)
-        manifest = {
-            "format": "torch_dist",
-            "iteration": 0,
-            "consumed_samples": 0,
-            "has_optimizer": False,
-            "model": model.to_dict(),
-            "layout": {"tp": tp, "pp": pp, "dp": 1},
-            "tensors": written,
-            "versions": tool_versions(),
-        }
-        write_manifest(output, manifest)
+        writer.close(model.to_dict(), pp, written)
     return root / RELEASE
 
 
@@ -236,6 +231,134 @@ def export_hf(
         manifest = {"source": str(source.path), "tensors": written, "versions": tool_versions()}
         (output / CONVERSION).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+def reshard(
+    checkpoint: PathLike,
+    megatron_dir: PathLike,
+    tp: int,
+    pp: int,
+    force: bool = False,
+    progress: Progress | None = None,
+    base: PathLike | None = None,
+    verify: bool = False,
+    classic: ClassicLayout | None = None,
+) -> Path:
+    """Write a checkpoint's weights as ``<megatron_dir>/release`` in another format or for another layout.
+
+    The vocabulary is padded anew, with zeros. Optimizer state is left behind.
+
+    Args:
+        checkpoint: a checkpoint folder, a root, or a run folder.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
+
+    Others, returns and raises: as :func:`import_hf`; besides, a checkpoint with LoRA adapters is refused.
+    """
+    root = Path(megatron_dir)
+    _check_apart(resolve_checkpoint(checkpoint), root)
+    if not force:
+        check_absent(root)
+    source = MegatronCheckpoint(checkpoint, base)
+    model = source.model
+    if ModelConfig.from_dict(source.manifest["model"]).lora is not None:
+        raise ValueError(
+            f"{source.path} has adapters; merge them with scripts/convert/convert_megatron_to_hf.py"
+        )
+    model.check_layout(tp, pp)
+    table = build_table(model, padded_vocab_size(model.language.vocab_size, tp), source.prefixes)
+    dtypes = {row.native: source.reader.dtype(row.native) for row in table.rows}
+    size = sum(math.prod(row.native_shape) * dtypes[row.native].itemsize for row in table.rows)
+    check_free_space(root, size)
+    meter = Meter(size, progress)
+    written: dict[str, Any] = {}
+
+    with _appearing_checkpoint(root, force) as output:
+        shutil.copytree(source.hf, output / HF_FOLDER)
+        writer = _Writer(output, model, table, dtypes, tp, classic, source.read)
+
+        def write(row: Row, tensor: Tensor) -> None:
+            writer.write(row, tensor)
+            written[row.native] = describe(tensor)
+            if verify:
+                _check_equal(row.native, tensor, writer.read(row))
+
+        with Background() as background:
+            for before, row in zip(source.table.rows, table.rows, strict=True):
+                tensor = source.reader.read(row.native)
+                check_finite(row.native, tensor)
+                if before.op != row.op:  # the vocabulary's padding
+                    tensor = row.op.to_native(before.op.to_hf(tensor))
+                background.call(tensor.nbytes, write, row, tensor)
+                meter.add(tensor)
+        writer.close(model.to_dict(), pp, written)
+    return root / RELEASE
+
+
+class _Writer:
+    """The tensors and the manifest of a Megatron checkpoint, in either format."""
+
+    def __init__(
+        self,
+        output: Path,
+        model: ModelConfig,
+        table: Table,
+        dtypes: Mapping[str, torch.dtype],
+        tp: int,
+        classic: ClassicLayout | None,
+        read_hf: Callable[[str], Tensor],
+    ) -> None:
+        self.path, self._tp, self._classic = output, tp, classic
+        self._writer: NativeWriter | ClassicWriter
+        if classic is None:
+            self._writer = NativeWriter(output)
+            return
+        # Upstream's SigLIP has one norm more than LLaVA runs.
+        carried = [
+            pair
+            for c in table.carries
+            for pair in c.hf
+            if ".post_layernorm." in pair[0]
+            if model.vision.family == "siglip"
+        ]
+        extra = {Row(POST_NORM + pair[0].split(".")[-1], (pair,)): read_hf(pair[0]) for pair in carried}
+        dtypes = {**dtypes, **{row.native: tensor.dtype for row, tensor in extra.items()}}
+        self._writer = ClassicWriter(output, [*table.rows, *extra], dtypes, classic, model)
+        for row, tensor in extra.items():
+            self._writer.write(row.native, tensor)
+
+    def write(self, row: Row, tensor: Tensor) -> None:
+        if isinstance(self._writer, NativeWriter):
+            chunks = row.shard.chunks(tuple(tensor.shape), self._tp)
+            self._writer.write(row.native, tensor, chunks)
+        else:
+            self._writer.write(row.native, tensor)
+
+    def read(self, row: Row) -> Tensor:
+        return self._writer.read(row.native)
+
+    def close(self, model: dict[str, Any], pp: int, written: dict[str, Any]) -> None:
+        self._writer.close()
+        layout: dict[str, Any] = {"tp": self._tp, "pp": pp, "dp": 1}
+        if self._classic is None:
+            check_before_loading(self.path)
+        else:
+            layout.update(vpp=self._classic.vpp, layers_per_stage=list(self._classic.layers))
+        manifest = {
+            "format": "torch_dist" if self._classic is None else FORMAT,
+            "iteration": 0,
+            "consumed_samples": 0,
+            "has_optimizer": False,
+            "model": model,
+            "layout": layout,
+            "tensors": written,
+            "versions": tool_versions(),
+        }
+        write_manifest(self.path, manifest)
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """What torch.cat makes of tensors of these dtypes."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 @contextmanager

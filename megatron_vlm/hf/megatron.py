@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vlm.config.checkpoint import HF_FOLDER, read_manifest, resolve_checkpoint
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.classic import FORMAT, ClassicReader
 from megatron_vlm.hf.folder import (
     DTYPES,
     HFFolder,
@@ -59,9 +60,15 @@ class MegatronCheckpoint:
         self.model = ModelConfig.from_hf_dir(str(self.hf))
         self.files, self.metadata, prefixes = _read_weights_json(self.hf)
         self.tensors = {info.name: info for infos in self.files.values() for info in infos}
-        self.reader = open_weights(self.path, base)
+        self.prefixes, self.manifest = prefixes, read_manifest(self.path)
+        self.reader: LayeredReader | ClassicReader
+        if self.manifest["format"] == FORMAT:
+            table = build_table(self.model, self.model.language.vocab_size, prefixes)
+            self.reader = ClassicReader(self.path, {row.native: row.shard for row in table.rows})
+        else:
+            self.reader = open_weights(self.path, base)
         self.table = build_table(self.model, _padded_size(self.reader, self.model), prefixes)
-        self._lora = ModelConfig.from_dict(read_manifest(self.path)["model"]).lora
+        self._lora = ModelConfig.from_dict(self.manifest["model"]).lora
         self._adapters = find_adapters(self.table, self._lora)
         self._check({name for adapter in self._adapters.values() for name in adapter.tensors(1)})
         self._rows = {name: row for row in self.table.rows for name, _ in row.hf}
@@ -97,6 +104,7 @@ class MegatronCheckpoint:
             self._last = row, parts
         tensor = self._last[1][name]
         if self._lora is not None and name in self._adapters:
+            assert isinstance(self.reader, LayeredReader)  # adapters are trained here, in the native format
             return merged(tensor, self._adapters[name], self._lora, self.reader)
         return tensor
 
@@ -188,7 +196,7 @@ def and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _padded_size(reader: LayeredReader, model: ModelConfig) -> int:
+def _padded_size(reader: LayeredReader | ClassicReader, model: ModelConfig) -> int:
     vocab_size = model.language.vocab_size
     rows = reader.shape(_EMBEDDING)[0] if _EMBEDDING in reader.names else vocab_size
     if rows < vocab_size:

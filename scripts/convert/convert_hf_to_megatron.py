@@ -22,8 +22,7 @@ def main(argv: List[str]) -> int:
     parser = cli.Parser("Convert a Hugging Face LLaVA to a Megatron checkpoint.")
     parser.add_argument("--hf-dir", required=True, help="folder with config.json and weights")
     parser.add_argument("--megatron-dir", required=True, help="checkpoint root to make")
-    parser.add_argument("--tp", type=cli.positive, default=1, help="tensor-parallel size it is cut for")
-    parser.add_argument("--pp", type=cli.positive, default=1, help="pipeline-parallel size, checked only")
+    cli.add_layout_flags(parser)
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
@@ -33,13 +32,24 @@ def main(argv: List[str]) -> int:
 
         return reenter([__file__, *argv], args.sif_path, args.bind, [args.hf_dir, args.megatron_dir])
 
+    from megatron_vlm.config.model import ModelConfig
+    from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import import_hf
 
+    layers = ModelConfig.from_hf_dir(args.hf_dir).language.num_layers
+    classic = ClassicLayout.from_flags(args, layers)
     with cli.ProgressBar() as progress:
         checkpoint = import_hf(
-            args.hf_dir, args.megatron_dir, args.tp, args.pp, args.force, progress, verify=args.verify
+            args.hf_dir,
+            args.megatron_dir,
+            args.tp,
+            args.pp,
+            args.force,
+            progress,
+            verify=args.verify,
+            classic=classic,
         )
-    print(f"{checkpoint}: loads at any tensor- and pipeline-parallel size, fastest at --tp {args.tp}")
+    print(f"{checkpoint}: {cli.loads_where(args)}")
     return 0
 
 
