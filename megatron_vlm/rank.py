@@ -10,12 +10,21 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from megatron_vlm.config.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
 
-def begin() -> None:
-    """Call this before anything that takes time, torch's import for one."""
+def begin(takes_signals: bool = False) -> None:
+    """Call this before anything that takes time, torch's import for one.
+
+    Args:
+        takes_signals: SIGUSR1 and SIGTERM stay blocked, as launch/torchrun.py has them, until the caller
+            takes care of them; otherwise they end this process.
+    """
+    if not takes_signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
     _leave_nothing_behind()
     _quiet_megatron_core()
@@ -25,7 +34,7 @@ def user_error(error: ValueError, speaks: bool) -> int:
     """Print what is wrong, if this rank is the one to say it; returns the exit code."""
     if speaks:  # an error that all ranks meet is told once
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+    return USER_ERROR
 
 
 def is_first() -> bool:
@@ -33,21 +42,21 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(work: Callable[[], None], device: str | None) -> int:
+def run(work: Callable[[], int | None], device: str | None) -> int:
     """Do this rank's work, which joins the process group first, and leave the group.
 
     Args:
+        work: returns an exit code, or None for 0.
         device: as ``parallel.initialize`` takes it.
 
     Returns:
-        The exit code: 0, 2 for a user error, 1 for any other.
+        The exit code: of the work, 2 for a user error, 1 for any other.
     """
     from megatron_vlm import parallel
 
     code = 1
     try:
-        work()
-        code = 0
+        code = work() or DONE
     except ValueError as error:
         code = user_error(error, parallel.first_to_arrive("error"))
     except OSError as error:  # no space left, read-only, no permission

@@ -10,6 +10,10 @@ HUNG = 3  # a rank hung, and the watchdog ended the run
 CONTINUE = 75  # ended by a signal, saved, to be continued by the same command; EX_TEMPFAIL of sysexits.h
 STOPPED = 128 + signal.SIGTERM  # ended by a signal, with nothing to continue from
 
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # save and end
+# A SIGTERM that follows another so closely is the same: SLURM signals a process both itself and through srun.
+SAME_REQUEST_SECONDS = 5.0
+
 _MEANINGS = {
     DONE: "done",
     USER_ERROR: "stopped by an error that the message names",

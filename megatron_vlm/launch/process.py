@@ -10,29 +10,45 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, BinaryIO, Callable, List, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Collection, List, NamedTuple, Optional, Sequence
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from megatron_vlm.config.exit_codes import CONTINUE, STOP_SIGNALS
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind
+_MESSAGE_BYTES = 8192  # of the end of its output, in which a message is looked for
 # Tells the child that its stdin ends when this process does, which launch/torchrun.py watches: the parent
 # death signal alone does not pass a container runtime, which loses it when it changes credentials.
 STDIN_IS_LAUNCHER = "MEGATRON_VLM_STDIN_IS_LAUNCHER"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
-def run(command: Sequence[str], log_path: str) -> int:
+class Ended(NamedTuple):
+    """How a child ended."""
+
+    code: int  # 128 + n when signal n ended it
+    message: str  # its last line that begins with "error: ", else its last one
+
+
+def end_on_request() -> None:
+    """Until :func:`run`, SIGTERM and SIGUSR1 end this process as they end a run that has not begun."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(CONTINUE))
+
+
+def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] = ()) -> Ended:
     """Run ``command`` in a process group of its own.
 
-    Its stdout and stderr go to this process's and, together, to the end of ``log_path``. SIGINT, SIGTERM
-    and SIGHUP are handed on to the group; a second SIGINT kills it. On Linux the child is killed when
-    this process dies, even by SIGKILL; and when the child ends, every process that it leaves behind, and
-    any other child of this process, is killed too.
+    Its stdout and stderr go to this process's and, together, to the end of ``log_path``. SIGINT, SIGTERM,
+    SIGHUP and SIGUSR1 are handed on to the group; a second SIGINT kills it. On Linux the child is killed
+    when this process dies, even by SIGKILL; and when the child ends, every process that it leaves behind,
+    and any other child of this process, is killed too.
 
-    Returns:
-        Its exit code; 128 + n when signal n ended it.
+    Args:
+        held: signals that the child begins with blocked, so that none is lost until it takes care of them.
 
     Raises:
-        ValueError: the program is not there, or the log file cannot be written.
+        ValueError: the program is not there, or the log file cannot be made.
     """
     prctl = _prctl()
     if prctl:
@@ -46,24 +62,22 @@ def run(command: Sequence[str], log_path: str) -> int:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid(), prctl) if prctl else None,
+                preexec_fn=_prepare(os.getpid(), prctl, held),
             )
         except OSError as error:
             raise ValueError(f"{command[0]}: {error.strerror}") from None
         previous = {number: signal.signal(number, _forward_to(child)) for number in _FORWARDED}
         try:
-            _stream(child, log)
-        except BrokenPipeError:  # nobody reads the console any more
-            _signal_group(child, signal.SIGTERM)
-        except BaseException:  # the log's disk is full, say: do not wait for a child that cannot print
-            _signal_group(child, signal.SIGTERM)
+            message = _stream(child, _Log(log, log_path))
+        except BaseException:
+            _signal_group(child, signal.SIGKILL)  # nobody would read what it prints
             raise
         finally:
             code = child.wait()
             _kill_orphans()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    return Ended(code if code >= 0 else 128 - code, message)
 
 
 def _open_log(path: str) -> BinaryIO:
@@ -73,25 +87,56 @@ def _open_log(path: str) -> BinaryIO:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def _stream(child: subprocess.Popen[bytes], log: BinaryIO) -> None:
-    """Copy both pipes until they end, or until processes that outlive the child have had their grace."""
+class _Log:
+    """A log that may be lost: what it is of goes on, and ends by itself if it needs that disk, too."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file = file
+        self.path = path
+        self.told = False
+
+    def write(self, chunk: bytes) -> None:
+        try:
+            self.file.write(chunk)
+        except OSError as error:
+            if not self.told:
+                with contextlib.suppress(OSError):
+                    print(f"warning: {self.path}: {error.strerror}; lines are missing there", file=sys.stderr)
+            self.told = True
+
+
+def _stream(child: subprocess.Popen[bytes], log: _Log) -> str:
+    """Copy both pipes until they end, or until processes that outlive the child have had their grace.
+
+    Returns:
+        The message of :class:`Ended`.
+    """
     deadline: Optional[float] = None
+    last = b""
     with selectors.DefaultSelector() as selector:
         selector.register(_raw(child.stdout), selectors.EVENT_READ, sys.stdout)
         selector.register(_raw(child.stderr), selectors.EVENT_READ, sys.stderr)
         while selector.get_map():
             for key, _ in selector.select(timeout=0.5):
                 chunk = os.read(key.fd, 1 << 16)
-                if chunk:
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                    continue
+                log.write(chunk)
+                last = (last + chunk)[-_MESSAGE_BYTES:]
+                try:
                     key.data.buffer.write(chunk)
                     key.data.buffer.flush()
-                    log.write(chunk)
-                else:
-                    selector.unregister(key.fileobj)
+                except OSError:  # nobody reads it any more, or its disk is full
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), key.data.fileno())
+                    _signal_group(child, signal.SIGTERM)
             if child.poll() is not None:
                 deadline = deadline or time.monotonic() + _GRACE_SECONDS
                 if time.monotonic() > deadline:
                     break
+    lines = [line for line in last.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1]
 
 
 def _raw(pipe: Any) -> BinaryIO:
@@ -119,12 +164,17 @@ def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
 def _kill_orphans() -> None:
     """Kill and reap every child of this process: those that the child has left behind."""
     while True:
-        orphans = [pid for pid in _processes() if _parent(pid) == os.getpid()]
+        orphans = children(os.getpid())
         if not orphans:
             return
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def children(parent: int) -> List[int]:
+    """The processes that ``parent`` has started and that it has not reaped; Linux only, elsewhere empty."""
+    return [pid for pid in _processes() if _parent(pid) == parent]
 
 
 def _processes() -> List[int]:
@@ -143,9 +193,13 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _die_with(parent: int, prctl: Callable[[int, int], int]) -> Callable[[], None]:
+def _prepare(
+    parent: int, prctl: Optional[Callable[[int, int], int]], held: Collection[signal.Signals]
+) -> Callable[[], None]:
     def before_exec() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        if prctl:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 

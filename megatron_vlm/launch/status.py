@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import socket
+import sys
 from typing import Any, Dict, Optional, Sequence
 
 STATUS = "status.json"
@@ -59,15 +60,17 @@ def note_running(run_dir: str, command: Sequence[str], job_id: Optional[str], lo
 def note_ended(run_dir: str, exit_code: int, message: str) -> None:
     """The ranks have ended; what :func:`note_running` wrote stays in the file.
 
+    Where the file can't be written, it says so on stderr: the exit code matters more.
+
     Args:
         message: the last that was said of why.
-
-    Raises:
-        ValueError: the file can't be written.
     """
     before = read_status(run_dir) or {}
     ended = {"started": before.get("time"), "exit_code": exit_code, "message": message}
-    _write(run_dir, ENDED, {**before, **ended})
+    try:
+        _write(run_dir, ENDED, {**before, **ended})
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def read_status(run_dir: str) -> Optional[Dict[str, Any]]:

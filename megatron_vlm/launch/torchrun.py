@@ -3,26 +3,40 @@
     python -m megatron_vlm.launch.torchrun <flags of torchrun> -m megatron_vlm.training <flags>
 
 torchrun itself ends with 1 whatever happened, so a user error (exit code 2) could not be told from a
-crash. This module runs where torch is, possibly inside a container; the launcher never imports it.
+crash. And it would end its ranks when it gets a signal that asks the run to save; this module hands that
+on to them. It runs where torch is, possibly inside a container; the launcher never imports it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from typing import Any, List
 
-from megatron_vlm.launch.process import STDIN_IS_LAUNCHER
-
-USER_ERROR = 2
+from megatron_vlm.config.exit_codes import (
+    CONTINUE,
+    DONE,
+    SAME_REQUEST_SECONDS,
+    STOP_SIGNALS,
+    STOPPED,
+    USER_ERROR,
+    signal_name,
+)
+from megatron_vlm.launch.process import STDIN_IS_LAUNCHER, children
 
 
 def main(argv: List[str]) -> int:
     """Run torchrun with ``argv``; returns the exit code."""
+    # Blocked before there are other threads; the ranks begin so, too, until they can take care of them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    ended = threading.Event()
+    threading.Thread(target=_hand_on_signals, args=[ended], daemon=True).start()
     if os.environ.pop(STDIN_IS_LAUNCHER, None):
         threading.Thread(target=_die_with_launcher, daemon=True).start()
     # It repeats below, at length, what this module says in one line.
@@ -38,10 +52,43 @@ def main(argv: List[str]) -> int:
         if kind == "ChildFailedError":
             return _report_failure(error)
         if kind == "SignalException":
-            print(f"ended by {_signal_name(error.sigval)}", file=sys.stderr)  # type: ignore[attr-defined]
+            print(f"ended by {signal_name(error.sigval)}", file=sys.stderr)  # type: ignore[attr-defined]
             return 128 + int(error.sigval)  # type: ignore[attr-defined]
         raise
-    return 0
+    finally:
+        ended.set()
+    return DONE
+
+
+def _hand_on_signals(ended: threading.Event) -> None:
+    """Tell the ranks to save and end; at a second SIGTERM, end them at once.
+
+    They get SIGUSR1 for both signals: SIGTERM is what torchrun sends when one of them has failed.
+    """
+    first_sigterm = None
+    while not ended.is_set():
+        number = signal.sigwait(STOP_SIGNALS)
+        ranks = children(os.getpid())
+        if ended.is_set():
+            return
+        if not ranks:
+            what = "ended by a signal before the ranks began; the same command begins again"
+            print(what, file=sys.stderr, flush=True)
+            os._exit(CONTINUE)
+        again = first_sigterm is not None and time.monotonic() - first_sigterm > SAME_REQUEST_SECONDS
+        if number == signal.SIGTERM and again:
+            print("a second SIGTERM; ending without a save", file=sys.stderr, flush=True)
+            _send(signal.SIGKILL, ranks)
+            os._exit(STOPPED)
+        if number == signal.SIGTERM and first_sigterm is None:
+            first_sigterm = time.monotonic()
+        _send(signal.SIGUSR1, ranks)
+
+
+def _send(number: int, pids: List[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
 
 def _die_with_launcher() -> None:
@@ -51,21 +98,18 @@ def _die_with_launcher() -> None:
 
 def _report_failure(error: Any) -> int:
     """Say which rank failed first; other ranks often fail only because it is gone."""
-    if any(failure.exitcode == USER_ERROR for failure in error.failures.values()):
-        return USER_ERROR  # the rank has said what is wrong
+    codes = {failure.exitcode for failure in error.failures.values()}
+    for code in (USER_ERROR, CONTINUE):
+        if code in codes:
+            return code  # the rank has said why
     rank, failure = error.get_first_failure()
+    if failure.exitcode == STOPPED:
+        return STOPPED  # has said why, too
     if failure.exitcode < 0:
-        print(f"rank {rank} was ended by {_signal_name(-failure.exitcode)}", file=sys.stderr)
+        print(f"rank {rank} was ended by {signal_name(-failure.exitcode)}", file=sys.stderr)
         return 128 - int(failure.exitcode)
     print(f"rank {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
     return int(failure.exitcode)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 if __name__ == "__main__":

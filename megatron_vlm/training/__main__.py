@@ -11,20 +11,22 @@ from functools import partial
 
 from megatron_vlm import rank
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.training.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
-    """Run this rank; returns the exit code, 2 for a user error."""
-    rank.begin()
+    """Run this rank; returns the exit code, see :mod:`megatron_vlm.config.exit_codes`."""
+    rank.begin(takes_signals=True)
+    stop = StopRequest().listen()
     try:
         config = RunConfig.from_flags(argv, prog="python -m megatron_vlm.training")
         config.validate(int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         return rank.user_error(error, rank.is_first())
-    return rank.run(partial(_train, config), config.parallel.device)
+    return rank.run(partial(_train, config, stop), config.parallel.device)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, stop: StopRequest) -> int:
     from megatron_vlm import parallel
     from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
     from megatron_vlm.training import trainer
@@ -48,7 +50,7 @@ def _train(config: RunConfig) -> None:
         config.parallel.vpp,
     )
     with post_mortem(config.training.debug):
-        trainer.run(config, layout)
+        return trainer.run(config, layout, stop)
 
 
 if __name__ == "__main__":

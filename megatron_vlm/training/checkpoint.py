@@ -65,6 +65,7 @@ class RunState:
     improved_loss: float | None = None  # of the last evaluation that counted as an improvement
     evaluations_without_improvement: int = 0  # since then
     evaluated_step: int | None = None  # optimizer_steps at the last evaluation
+    evaluation_due: bool = False  # a signal came before or in the evaluation of this iteration
 
 
 def save_checkpoint(

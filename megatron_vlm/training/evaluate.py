@@ -20,6 +20,7 @@ from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel import Layout, on_first_rank
 from megatron_vlm.training.batch import BatchReader, sample_names
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.step import NonFiniteError, sum_losses
 
 
@@ -87,11 +88,16 @@ class Evaluator:
             self.loader.start()
         self.reader = BatchReader(None, layout, model, processing, num_microbatches, dtype, sequence_multiple)
 
-    def evaluate(self, models: list[DistributedDataParallel], beat: Callable[[], None]) -> Validation:
+    def evaluate(
+        self, models: list[DistributedDataParallel], beat: Callable[[], None], stop: StopRequest
+    ) -> Validation | None:
         """One pass over the samples; a collective call.
 
         Args:
             beat: called now and then, to say that it goes on.
+
+        Returns:
+            None if the ranks agreed to stop in between; there can be no further pass then.
 
         Raises:
             ValueError: none of the samples can be used, or the loss is not finite.
@@ -104,7 +110,9 @@ class Evaluator:
             for _ in range(self.rounds):
                 batch = self.reader.next()
                 try:
-                    loss, trained = sum_losses(models, batch, self.layout, self.micro_batch_size, True)
+                    loss, trained = sum_losses(
+                        models, batch, self.layout, self.micro_batch_size, forward_only=True, stop=stop
+                    )
                 except NonFiniteError as error:
                     names = ", ".join(sample_names(error.microbatches, batch, self.layout))
                     raise ValueError(
@@ -114,6 +122,8 @@ class Evaluator:
                 samples = sum(len(keys) for keys in batch.keys)
                 beat()
                 sums += torch.tensor([loss, trained, samples], dtype=torch.float64, device=sums.device)
+                if stop.agreed:
+                    return None
         if self.reader.source is not None:
             left = next(self.reader.source, None)  # without asking, the loader's pass would not end
             assert left is None

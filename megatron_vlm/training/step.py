@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.optimizer import Optimizer
 from megatron_vlm.training.batch import Batch, GlobalBatch
+from megatron_vlm.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
 
 
 def compute_gradients(
-    models: list[DistributedDataParallel], global_batch: GlobalBatch, layout: Layout, micro_batch_size: int
+    models: list[DistributedDataParallel],
+    global_batch: GlobalBatch,
+    layout: Layout,
+    micro_batch_size: int,
+    stop: StopRequest | None = None,
 ) -> tuple[float, int]:
     """Forward and backward over a global batch; gradients end reduced and divided by trained tokens.
 
@@ -80,7 +85,9 @@ def compute_gradients(
         NonFiniteError: on every rank, if any microbatch's loss is NaN or infinite.
         ValueError: a trained parameter gets no gradient while reduction overlaps the backward pass.
     """
-    loss_sum, trained = sum_losses(models, global_batch, layout, micro_batch_size, forward_only=False)
+    loss_sum, trained = sum_losses(
+        models, global_batch, layout, micro_batch_size, forward_only=False, stop=stop
+    )
     return loss_sum / max(trained, 1), trained
 
 
@@ -90,8 +97,12 @@ def sum_losses(
     layout: Layout,
     micro_batch_size: int,
     forward_only: bool,
+    stop: StopRequest | None = None,
 ) -> tuple[float, int]:
     """Forward over a global batch, and backward unless ``forward_only``.
+
+    Args:
+        stop: where given, the ranks agree on it.
 
     Returns:
         Sum of the trained tokens' losses and their number, of the global batch, on every rank.
@@ -124,9 +135,15 @@ def sum_losses(
         report[count] = sum(batch.loss_mask.sum() for batch in global_batch.microbatches)
     if layout.pp > 1:
         dist.broadcast(report, dist.get_global_rank(layout.pp_group, layout.pp - 1), group=layout.pp_group)
-    totals = torch.stack([report[:count].sum(), report[count]])
-    dist.all_reduce(totals, group=layout.dp_group)
-    loss_sum, trained = totals.tolist()
+    # One rank of each model copy speaks for it. Over all ranks, since any of them may be asked to stop.
+    totals = torch.zeros(3, dtype=torch.float64, device=layout.device)
+    if layout.is_last_stage and layout.tp_rank == 0:
+        totals[0], totals[1] = report[:count].sum(), report[count]
+    totals[2] = stop is not None and stop.asked
+    dist.all_reduce(totals)
+    loss_sum, trained, asked = totals.tolist()
+    if stop is not None and asked:
+        stop.agreed = True
     if not math.isfinite(loss_sum):
         bad = [index for index, loss in enumerate(report[:count].tolist()) if not math.isfinite(loss)]
         raise NonFiniteError("loss", bad, StepResult(loss_sum, int(trained), math.nan, updated=False))
@@ -141,17 +158,19 @@ def train_step(
     micro_batch_size: int,
     rates: Sequence[float],
     inspect: Callable[[], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> StepResult:
     """One update, with each entry's learning rate; a collective call.
 
     Args:
         inspect: called when the gradients are there and the weights still as before.
+        stop: as :func:`sum_losses` takes it.
 
     Raises:
         NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
     """
     optimizer.zero_grad()
-    loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size)
+    loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size, stop)
     norm = optimizer.gradient_norm()
     if inspect is not None:
         inspect()

@@ -14,11 +14,13 @@ from megatron_vlm.config.checkpoint import (
     CHECKPOINTS,
     HF_FOLDER,
     RUN_CONFIG,
+    checkpoint_name,
     keep_last,
     note_user,
     read_manifest,
     write_best,
 )
+from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
@@ -43,6 +45,7 @@ from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.run_folder import Start
 from megatron_vlm.training.schedule import Schedule
+from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_schedules, train_step
 
 
@@ -55,6 +58,7 @@ class Trainer:
         start: where the run begins.
         sinks: opened here, closed by the caller.
         watchdog: hears of all that goes on.
+        stop: asks the run to end before its end.
 
     Raises:
         ValueError: flags, checkpoint, data and tokenizer don't fit each other.
@@ -67,6 +71,7 @@ class Trainer:
         start: Start,
         sinks: Sinks,
         watchdog: Watchdog,
+        stop: StopRequest,
     ) -> None:
         self.layout = layout
         self.start = start
@@ -87,10 +92,13 @@ class Trainer:
         )
         self.sinks = sinks
         self.watchdog = watchdog
+        self.stop = stop
         self.guard = LossGuard(config.logging, layout, self.state, sinks)
         self.loader: TrainLoader | None = None
         self.evaluator: Evaluator | None = None
-        if self.finished:
+        if config.training.eval_interval is None:
+            self.state.evaluation_due = False
+        if self.done:
             return
         parallel.on_first_rank(self._open_sinks)
         rates = [entry.lr for entry in config.trained]
@@ -211,27 +219,61 @@ class Trainer:
 
         return parallel.on_first_rank(find)
 
-    def train(self) -> None:
-        """Run to the last iteration.
+    def train(self) -> int:
+        """Run to the last iteration, or until the ranks agree to stop; returns the exit code.
 
         Raises:
             ValueError: the data can't be read on, or a loss or gradient is not finite.
         """
-        while not self.finished:
-            if self.config.training.skips(self.state.iteration + 1):
-                self._skip_iteration()
-            else:
-                self._iterate()
-            if self.evaluator is not None and self._every(self.evaluator.interval):
+        self.stop.hold()
+        while not self.done and not self.stop.agreed:
+            if not self.state.evaluation_due:  # else a signal came between iteration and evaluation
+                self._next_iteration()
+            if self.evaluator is not None and self.state.evaluation_due and not self.stop.agreed:
                 self._evaluate(self.evaluator)
-            if self.config.checkpoint.save and self._every(self.config.checkpoint.save_interval):
+            if self.config.checkpoint.save and (
+                self._every(self.config.checkpoint.save_interval) or self.stop.agreed
+            ):
                 self.save()
+                self.stop.agree(self.layout.device)  # a save takes long: a signal in it needs no other
+        if not self.done:
+            return self._stopped()
         if self.state.iteration < self.total_iterations:
             self.say(self.why_finished())
+        return DONE
+
+    def _next_iteration(self) -> None:
+        if self.config.training.skips(self.state.iteration + 1):
+            self._skip_iteration()
+        else:
+            self._iterate()
+        if self.evaluator is not None:
+            self.state.evaluation_due = self._every(self.evaluator.interval)
+
+    def _stopped(self) -> int:
+        """Tell how the run can go on; returns the exit code."""
+        flags = self.config.checkpoint
+        stopped = f"stopped by a signal at iteration {self.state.iteration}/{self.total_iterations}"
+        if flags.save_optim:
+            self.say(f"{stopped}, which is saved; the same command goes on from there")
+            return CONTINUE
+        folder = self.run / CHECKPOINTS / checkpoint_name(self.state.iteration)
+        self.say(
+            f"{stopped}. Without --save-optim the run can't go on; --megatron-load-dir {folder} and another "
+            "--name begin a new one from its weights"
+            if flags.save
+            else f"{stopped}; with --no-save there is nothing to go on from"
+        )
+        return STOPPED
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.finished and not self.state.evaluation_due
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended: by its length, or early."""
+        """Whether no iteration is left: by the run's length, or early."""
         patience = self.config.training.early_stopping_patience
         return self.state.iteration >= self.total_iterations or stops_early(self.state, patience)
 
@@ -274,17 +316,25 @@ class Trainer:
     def _skip_iteration(self) -> None:
         """Pass over the next global batch, as if it were done."""
         self.reader.skip()
+        self.stop.agree(self.layout.device)
         self._count_iteration()
         self.state.skipped += 1
         self.watchdog.beat()
         self.say(f"iteration {self.state.iteration}/{self.total_iterations} skipped, as the flags say")
 
     def _evaluate(self, evaluator: Evaluator) -> None:
-        """Evaluate, and save the weights if they are the best so far; a collective call."""
+        """Evaluate, and save the weights if they are the best so far; a collective call.
+
+        If the ranks agree to stop in between, the evaluation stays due.
+        """
         if self.state.evaluated_step == self.state.optimizer_steps:
+            self.state.evaluation_due = False
             self.say(f"no evaluation at iteration {self.state.iteration}: no update since the last one")
             return
-        found = evaluator.evaluate(self.models, self.watchdog.beat)
+        found = evaluator.evaluate(self.models, self.watchdog.beat, self.stop)
+        if found is None:
+            return
+        self.state.evaluation_due = False
         best = note_evaluation(self.state, found.loss, self.config.training.early_stopping_min_delta)
         self.sinks.log(self.state.iteration, {f"validation/{k}": v for k, v in asdict(found).items()})
         self.say(f"{found} at iteration {self.state.iteration}" + (", the lowest so far" if best else ""))
@@ -344,6 +394,7 @@ class Trainer:
                 self.config.training.micro_batch_size,
                 [schedule.at(self.state.iteration + 1) for schedule in self.schedules],
                 self.debugger.show_gradients if self.debugger is not None else None,
+                self.stop,
             )
         except NonFiniteError as error:
             return self.guard.not_finite(error, global_batch)
@@ -406,8 +457,14 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     )
 
 
-def run(config: RunConfig, layout: parallel.Layout) -> None:
+def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = None) -> int:
     """Train as ``config`` says, from the start or from where an earlier start of the run ended.
+
+    Args:
+        stop: asks the run to end before its end.
+
+    Returns:
+        The exit code, see :mod:`megatron_vlm.config.exit_codes`.
 
     Raises:
         ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.
@@ -426,14 +483,18 @@ def run(config: RunConfig, layout: parallel.Layout) -> None:
         return start
 
     start = parallel.on_first_rank(prepare)
+    stop = stop or StopRequest()
     with (
         Watchdog(folder, layout.rank, config.logging.watchdog_minutes) as watchdog,
         Sinks() as sinks,
-        closing(Trainer(config, layout, start, sinks, watchdog)) as trainer,
+        closing(Trainer(config, layout, start, sinks, watchdog, stop)) as trainer,
     ):
-        if trainer.finished:
+        if trainer.done:
             trainer.say(trainer.why_finished())
-            return
+            return DONE
         if layout.rank == 0:
             trainer.config.save(str(folder / run_folder.CONFIG))
-        trainer.train()
+        code = trainer.train()
+    if code != DONE:
+        stop.leave()
+    return code

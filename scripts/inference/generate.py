@@ -34,7 +34,7 @@ def main(argv: List[str]) -> int:
     preflight.check_interpreter()
     if config.machine.tp * config.machine.pp > 1:
         ranks = plan_ranks(config, "megatron_vlm.inference", argv, os.environ)
-        return process.run(ranks.command, os.devnull)
+        return process.run(ranks.command, os.devnull).code
 
     from megatron_vlm.inference.__main__ import main as run_rank
 

@@ -19,8 +19,9 @@ from typing import List
 sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycache__
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.config.exit_codes import STOP_SIGNALS
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import container, preflight, process, report
+from megatron_vlm.launch import container, preflight, process, report, status
 from megatron_vlm.launch.plan import LaunchPlan, make_plans
 
 
@@ -40,7 +41,7 @@ def main(argv: List[str]) -> int:
             return 0
         if config.launch.sif_path:
             os.environ.update(container.forwarded({**os.environ, process.STDIN_IS_LAUNCHER: "1"}))
-        return process.run(plans[0].command, new_log(plans[0].config))
+        return start(plans[0])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +65,17 @@ def show(plans: List[LaunchPlan], found: preflight.Inspection) -> bool:
     return True
 
 
+def start(plan: LaunchPlan) -> int:
+    """Run this node's ranks; returns the exit code."""
+    launch, run_dir, log = plan.config.launch, plan.config.checkpoint.run_dir, new_log(plan.config)
+    if not launch.rank:
+        status.note_running(run_dir, plan.command, launch.slurm_job_id, log)
+    ended = process.run(plan.command, log, held=STOP_SIGNALS)
+    if not launch.rank:
+        status.note_ended(run_dir, ended.code, ended.message)
+    return ended.code
+
+
 def new_log(config: RunConfig) -> str:
     """Path of this start's log file; makes its folder."""
     launch = config.launch
@@ -80,4 +92,5 @@ def new_log(config: RunConfig) -> str:
 
 
 if __name__ == "__main__":
+    process.end_on_request()
     sys.exit(main(sys.argv[1:]))

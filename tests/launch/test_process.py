@@ -13,9 +13,11 @@ import pytest
 
 from megatron_vlm.launch.container import CHECKOUT
 
-LAUNCHER = (
-    "import sys; from megatron_vlm.launch import process; sys.exit(process.run(sys.argv[2:], sys.argv[1]))"
-)
+LAUNCHER = """
+import sys
+from megatron_vlm.launch import process
+sys.exit(process.run(sys.argv[2:], sys.argv[1]).code)
+"""
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux only")
 
 # Starts a grandchild in a session of its own, as torchrun does with its ranks; both sleep.

@@ -1,0 +1,277 @@
+"""A run that a signal ends saves, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_vlm import parallel
+from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.training import checkpoint, trainer
+from megatron_vlm.training.evaluate import Evaluator
+from megatron_vlm.training.signals import StopRequest
+from tests.distributed import Pool
+from tests.training.conftest import Trainable
+from tests.training.test_kill import RUN, lines, processes
+from tests.training.test_layouts import layout_flags
+from tests.workers import Layout
+
+
+def train(argv: list[str], rank: int = -1, iteration: int = 0, moment: str = "training") -> tuple[int, str]:
+    """Train; one rank is asked to stop at a moment of an iteration. The exit code and what is said last."""
+    config = RunConfig.from_flags(argv)
+    sizes = config.parallel
+    layout = parallel.initialize(sizes.tp, sizes.pp, config.training.seed, sizes.device, vpp=sizes.vpp)
+    stop = StopRequest()
+    calls = 0
+
+    def then_ask(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            stop.asked |= calls == iteration and layout.rank == rank
+            return function(*args, **options)
+
+        return call
+
+    owner, name = {
+        "training": (trainer, "train_step"),
+        "saving": (checkpoint, "save_checkpoint"),
+        "evaluating": (Evaluator, "evaluate"),
+        "skipping": (trainer.Trainer, "_skip_iteration"),
+    }[moment]
+    said = [""]
+    with (
+        mock.patch.object(owner, name, then_ask(getattr(owner, name))),
+        mock.patch.object(trainer.Trainer, "say", lambda self, message: said.append(message)),
+    ):
+        return trainer.run(config, layout, stop), said[-1]
+
+
+def codes(answers: list[tuple[int, str]]) -> set[int]:
+    return {code for code, _ in answers}
+
+
+def losses(run: Path, file: str = "metrics.jsonl") -> dict[int, float]:
+    entries = [json.loads(line) for line in (run / file).read_text().splitlines()]
+    found = {entry["iteration"]: entry["loss"] for entry in entries}
+    assert len(found) == len(entries) and list(found) == sorted(found)
+    return found
+
+
+def assert_same_ends(run: Path, calm: Path) -> None:
+    """Losses, the held-out ones too, and all of the last checkpoint, bit for bit."""
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        if (calm / file).exists():
+            assert losses(run, file) == losses(calm, file)
+    last = (calm / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    name = f"checkpoints/iter_{int(last):07d}"
+    ours, theirs = NativeReader(run / name), NativeReader(calm / name)
+    assert set(ours.names) == set(theirs.names)
+    assert any("exp_avg_sq" in name for name in ours.names)
+    for tensor in theirs.names:
+        assert torch.equal(ours.read(tensor), theirs.read(tensor)), tensor
+
+
+CASES = [
+    (Layout(dp=2), 1, "training", 3),
+    (Layout(tp=2, pp=2), 1, "training", 3),  # a rank that neither loads data nor computes the loss
+    (Layout(tp=2), 1, "saving", 4),
+    (Layout(dp=2), 0, "evaluating", 4),
+    (Layout(pp=2), 1, "skipping", 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "moment", "iteration"), CASES, ids=[c[2] + f"-{c[0]}" for c in CASES]
+)
+def test_one_rank_is_asked_and_all_save_the_same_iteration(
+    pool: Pool,
+    trainables: dict[str, Trainable],
+    tmp_path: Path,
+    layout: Layout,
+    rank: int,
+    moment: str,
+    iteration: int,
+) -> None:
+    def flags(name: str) -> list[str]:
+        more = ["--train-iters", "8", "--save-optim", "--save-interval", "4", "--eval-interval", "4"]
+        more += ["--skip-train-iteration-range", "2-2"]
+        return trainables["untied"].flags(tmp_path, name, *layout_flags(layout), *more)
+
+    calls = iteration if moment == "training" else 1
+    if moment == "training":
+        calls -= 1  # the second is skipped
+    assert codes(pool.run(layout.world, train, flags("calm"))) == {DONE}
+    said = (
+        f"stopped by a signal at iteration {iteration}/8, which is saved; the same command goes on from there"
+    )
+    answers = pool.run(layout.world, train, flags("run"), rank, calls, moment)
+    assert answers == [(CONTINUE, said)] * layout.world
+    run = tmp_path / "run"
+    assert [p.name for p in (run / "checkpoints").glob("iter_*")] == [f"iter_{iteration:07d}"]
+    held_out = losses(run, "validation.jsonl") if (run / "validation.jsonl").exists() else {}
+    assert list(held_out) == ([4] if moment == "saving" else [])
+    assert codes(pool.run(layout.world, train, flags("run"))) == {DONE}
+    assert_same_ends(run, tmp_path / "calm")
+
+
+def test_asked_in_the_last_iteration(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """What is left to do is the evaluation."""
+
+    def flags(name: str) -> list[str]:
+        more = ["--train-iters", "3", "--save-optim", "--eval-interval", "2"]
+        return trainables["untied"].flags(tmp_path, name, "--tp", "2", *more)
+
+    assert codes(pool.run(2, train, flags("calm"))) == {DONE}
+    assert codes(pool.run(2, train, flags("run"), 0, 3)) == {CONTINUE}
+    assert list(losses(tmp_path / "run", "validation.jsonl")) == [2]
+    assert codes(pool.run(2, train, flags("run"))) == {DONE}
+    assert_same_ends(tmp_path / "run", tmp_path / "calm")
+
+    # Without one nothing is left, so it is done.
+    without = trainables["untied"].flags(tmp_path, "short", "--tp", "2", "--train-iters", "3", "--save-optim")
+    assert codes(pool.run(2, train, without, 0, 3)) == {DONE}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        (
+            "--no-save-optim",
+            "Without --save-optim the run can't go on; --megatron-load-dir {run}/checkpoints/",
+        ),
+        ("--no-save", "with --no-save there is nothing to go on from"),
+    ],
+)
+def test_nothing_to_go_on_from(
+    pool: Pool,
+    trainables: dict[str, Trainable],
+    tmp_path: Path,
+    flag: str,
+    words: str,
+) -> None:
+    """A job that would be started again for this would stop with an error each time."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "5", flag)
+    for code, said in pool.run(2, train, flags, 1, 2):
+        assert code == STOPPED
+        assert said.startswith("stopped by a signal at iteration 2/5")
+        assert words.format(run=tmp_path / "run") in said
+    saved = [p.name for p in tmp_path.glob("run/checkpoints/iter_*")]
+    assert saved == ([] if flag == "--no-save" else ["iter_0000002"])
+
+
+def tree(root: int) -> dict[str, list[int]]:
+    """Processes below run.py: ``torchrun``, its ``ranks``, and what those have started."""
+    everyone = processes()
+
+    def below(parents: list[int]) -> list[int]:
+        return sorted(pid for pid, (parent, _) in everyone.items() if parent in parents)
+
+    torchrun = below([root])
+    ranks = below(torchrun)
+    return {"run.py": [root], "torchrun": torchrun, "ranks": ranks, "workers": below(ranks)}
+
+
+def start(command: list[str], run: Path, iterations: int, out: Path) -> subprocess.Popen[bytes]:
+    """Start run.py and wait until it has logged some iterations more."""
+    before = lines(run)
+    with open(out, "wb") as file:
+        started = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 240
+    while lines(run) < before + iterations:
+        assert started.poll() is None and time.monotonic() < deadline, out.read_text()
+        time.sleep(0.02)
+    return started
+
+
+def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Ended by SIGUSR1 to the launcher, SIGTERM to every process as SLURM does, and SIGTERM to one rank."""
+
+    def command(name: str) -> list[str]:
+        flags = trainables["untied"].flags(tmp_path, name, "-g", "2", "--dist-optim", "--save-optim")
+        more = ["--train-iters", "90", "--save-interval", "1000"]
+        return [sys.executable, str(RUN), *flags, *more]
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    # Only torchrun logs iterations to where this looks, so what ends it does not matter here.
+    subprocess.run(command("calm"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for number, targets in [
+        (signal.SIGUSR1, ["run.py"]),
+        (signal.SIGTERM, ["run.py", "torchrun", "ranks", "workers"]),
+        (signal.SIGTERM, ["one rank"]),
+    ]:
+        started = start(command("run"), run, 4, out)
+        family = tree(started.pid)
+        assert len(family["ranks"]) == 2 and len(family["workers"]) >= 2
+        family["one rank"] = family["ranks"][1:]
+        for pid in [pid for target in targets for pid in family[target]]:
+            os.kill(pid, number)
+        assert started.wait(timeout=120) == CONTINUE, out.read_text()
+        last = out.read_text().splitlines()[-1]
+        iteration = max(losses(run))
+        assert last.startswith(f"stopped by a signal at iteration {iteration}/90, which is saved")
+        assert (run / "checkpoints" / f"iter_{iteration:07d}").is_dir()
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["exit_code"], status["message"]) == ("ended", CONTINUE, last)
+    assert iteration < 90
+    subprocess.run(command("run"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert json.loads((run / "status.json").read_text())["starts"] == 4
+    assert_same_ends(run, tmp_path / "calm")
+
+
+def test_signals_of_one_process() -> None:
+    """Before the iterations it ends; then it keeps the request, until SIGTERM comes again much later."""
+    script = """
+import os, signal, sys, time
+from megatron_vlm.training import signals
+signals.SAME_REQUEST_SECONDS = 0.5
+stop = signals.StopRequest().listen()
+me = os.getpid()
+if sys.argv[1] == "training":
+    stop.hold()
+os.kill(me, signal.SIGUSR1)
+time.sleep(0.3)
+os.kill(me, signal.SIGTERM)
+os.kill(me, signal.SIGTERM)
+time.sleep(1)
+child = os.fork()
+if not child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(7)
+print(stop.asked, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os.kill(me, signal.SIGUSR1)
+time.sleep(0.3)
+print("still here", flush=True)
+os.kill(me, signal.SIGTERM)
+time.sleep(30)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    for moment, code, out, err in [
+        ("starting", CONTINUE, "", "rank 0: ended by a signal before the first iteration; the same command"),
+        ("training", STOPPED, "True 7\nstill here\n", "rank 0: a second SIGTERM; ending without a save\n"),
+    ]:
+        ended = subprocess.run(
+            [sys.executable, "-c", script, moment],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (ended.returncode, ended.stdout) == (code, out), ended.stderr
+        assert ended.stderr.startswith(err)
