@@ -26,6 +26,8 @@ def flag(
     switches: bool = False,
     shown_default: Optional[str] = None,
     not_yet: Optional[str] = None,
+    verbatim: bool = False,
+    site: bool = False,
 ) -> Any:
     """A dataclass field that is a flag, ``--like_this`` spelled ``--like-this``.
 
@@ -38,6 +40,8 @@ def flag(
         switches: each choice is a flag of its own (``--bf16``, ``--fp32``) instead of a value.
         shown_default: what ``--help`` says when the default is not a fixed value.
         not_yet: the feature is not available; says what to do instead.
+        verbatim: the values of a list are not split at commas.
+        site: a site file may give it.
     """
     metadata = {
         "group": group,
@@ -47,6 +51,8 @@ def flag(
         "switches": switches,
         "shown_default": shown_default,
         "not_yet": not_yet,
+        "verbatim": verbatim,
+        "site": site,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -135,6 +141,28 @@ class FlagParser(argparse.ArgumentParser):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
+    def read_site(self, values: Any, where: str) -> Dict[str, Any]:
+        """The values that a site file gives: flags at the top level, those alone that are a site's.
+
+        ``environment`` may be an object, ``{"HF_HOME": "/scratch/hf"}``.
+
+        Raises:
+            ValueError: as :meth:`read_json`.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: expected a JSON object of flags")
+        allowed = [name for name, field in self._fields.items() if field.metadata["site"]]
+        for key in values:
+            name = key.replace("-", "_")
+            if name not in allowed and name in self._fields:
+                raise ValueError(f"{where}: {key} is a run's, not a site's; put it in a --config file")
+            if name not in allowed:
+                raise ValueError(f"{where}: unknown key {key}{self._nearest(name, allowed)}")
+        variables = values.get("environment")
+        if isinstance(variables, dict):
+            values = {**values, "environment": [f"{name}={value}" for name, value in variables.items()]}
+        return self.read_json(values, where)
+
     def write(self, values: Mapping[str, Any]) -> List[str]:
         """The flags that give ``values``, leaving out those equal to a fixed default.
 
@@ -170,7 +198,12 @@ class FlagParser(argparse.ArgumentParser):
         elif kind == Tuple[str, ...]:
             item = field.name.rstrip("s").split("_")[-1].upper()
             heading.add_argument(
-                *names, dest=field.name, nargs="+", action=_AppendList, metavar=item, help=text
+                *names,
+                dest=field.name,
+                nargs="+",
+                action=_AppendVerbatim if about["verbatim"] else _AppendList,
+                metavar=item,
+                help=text,
             )
         else:
             scalar = _without_optional(kind)
@@ -195,6 +228,8 @@ class FlagParser(argparse.ArgumentParser):
             return [flag_name(name)]
         if value is False:
             return [negative_flag_name(name)]
+        if self._fields[name].metadata["verbatim"]:
+            return [f"{flag_name(name)}={item}" for item in value]
         text = ",".join(value) if isinstance(value, (tuple, list)) else str(value)
         # A value that looks like a flag has to be tied to its own.
         return [f"{flag_name(name)}={text}"] if text.startswith("-") else [flag_name(name), text]
@@ -246,8 +281,20 @@ class _AppendList(argparse.Action):
         values: Any,
         option_string: Optional[str] = None,
     ) -> None:
-        items = tuple(item for value in values for item in value.split(",") if item)
+        items = tuple(item for value in values for item in self.split(value) if item)
         setattr(namespace, self.dest, getattr(namespace, self.dest, ()) + items)
+
+    @staticmethod
+    def split(value: str) -> List[str]:
+        return value.split(",")
+
+
+class _AppendVerbatim(_AppendList):
+    """The same for values that may hold commas."""
+
+    @staticmethod
+    def split(value: str) -> List[str]:
+        return [value]
 
 
 def _finite(text: str) -> float:

@@ -10,7 +10,7 @@ DATA = "Data arguments"
 TRAINING = "Training settings"
 OPTIMIZER = "Optimizer arguments"
 LORA = "LoRA arguments"
-SLURM = "SLURM arguments (read from SLURM's variables inside a job)"
+SLURM = "SLURM arguments"
 OTHER = "Other arguments"
 DEBUG = "Debug arguments"
 # In the order of --help.

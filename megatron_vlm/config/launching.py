@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
@@ -19,6 +20,7 @@ class LaunchSection:
         -1,
         "GPUs to use on each node; -1 is all of them. Without GPUs: processes, -1 being tp x pp in all",
         short="-g",
+        site=True,
     )
     gpu_ids: Tuple[str, ...] = flag(GPU, (), "which GPUs, e.g. 0,2", shown_default="the first ones")
     gpu_memory: Optional[float] = flag(
@@ -28,9 +30,25 @@ class LaunchSection:
         "--preflight-only plan for --gpus such GPUs on each node",
         shown_default="what nvidia-smi says",
     )
-    sif_path: Optional[str] = flag(SAVE_LOAD, None, "run inside this Apptainer (Singularity) image")
+    sif_path: Optional[str] = flag(
+        SAVE_LOAD, None, "run inside this Apptainer (Singularity) image", site=True
+    )
     bind: Tuple[str, ...] = flag(
-        SAVE_LOAD, (), "further paths to bind into the container, each source[:target[:ro]]"
+        SAVE_LOAD, (), "further paths to bind into the container, each source[:target[:ro]]", site=True
+    )
+    container_command: Optional[str] = flag(
+        SAVE_LOAD,
+        None,
+        "command or path that starts the container",
+        shown_default="apptainer, else singularity",
+        site=True,
+    )
+    environment: Tuple[str, ...] = flag(
+        OTHER,
+        (),
+        "variables for the container command and the ranks, each NAME=value",
+        site=True,
+        verbatim=True,
     )
     num_workers: Optional[int] = flag(
         DISTRIBUTED, None, "data loader workers per node: --data-workers divided by --node"
@@ -42,21 +60,35 @@ class LaunchSection:
     master_addr: Optional[str] = flag(
         DISTRIBUTED, None, "host name or IP of node 0", short="-m", shown_default="SLURM's first node"
     )
-    master_port: int = flag(
-        DISTRIBUTED, 9902, "port on node 0; if busy, one node alone looks in 9800-9999", short="-p"
+    master_suffix: Optional[str] = flag(
+        DISTRIBUTED,
+        None,
+        "added to the host name of SLURM's first node, where that is how the fast network knows it",
+        site=True,
+    )
+    master_port: Optional[int] = flag(
+        DISTRIBUTED,
+        None,
+        "port on node 0; if busy, one node alone looks in 9800-9999",
+        short="-p",
+        shown_default="9902; on several nodes of a SLURM job one made of its id",
     )
     interface: Optional[str] = flag(
         DISTRIBUTED,
         None,
         "network interface such as eth0 or ib0",
         shown_default="with several nodes the first of ib*, hsn*, en*, eth*",
+        site=True,
     )
     rdzv_port: Optional[int] = flag(
         DISTRIBUTED, None, "port for torchrun's rendezvous, in place of --master-port and never changed"
     )
     slurm_job_id: Optional[str] = flag(SLURM, None, "job of this run", shown_default="SLURM_JOB_ID")
     slurm_output_name: Optional[str] = flag(
-        SLURM, None, "file name of this start's log, without .log", shown_default="job id or time, and node"
+        SLURM,
+        None,
+        "stem of this start's log files, <run>/logs/<stem>-node<N>.log",
+        shown_default="job id or time",
     )
     dry_run: bool = flag(OTHER, False, "print what would be run, and do nothing")
     preflight_only: bool = flag(
@@ -65,6 +97,11 @@ class LaunchSection:
 
     def __post_init__(self) -> None:
         positive(self, "node", "num_workers", "gpu_memory")
+        if self.bind and self.sif_path is None:
+            raise ValueError("--bind does nothing without --sif-path; give both or neither")
+        for entry in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", entry, re.DOTALL):
+                raise ValueError(f"--environment {entry!r}: write NAME=value")
         not_negative(self, "rank")
         if self.gpus < 1 and self.gpus != -1:
             raise ValueError(f"--gpus {self.gpus}: must be 1 or more, or -1 for all")
@@ -79,6 +116,8 @@ class LaunchSection:
             port = getattr(self, name)
             if port is not None and not 1 <= port <= 65535:
                 raise ValueError(f"{flag_name(name)} {port}: must be between 1 and 65535")
+        if self.master_suffix is not None and not re.fullmatch(r"[A-Za-z0-9.-]+", self.master_suffix):
+            raise ValueError(f"--master-suffix {self.master_suffix!r}: letters, digits, '-' and '.' only")
         if self.slurm_output_name is not None and "/" in self.slurm_output_name:
             raise ValueError(f"--slurm-output-name {self.slurm_output_name!r}: a file name, without folders")
 

@@ -33,6 +33,7 @@ from megatron_vlm.config.sections import (
     ParallelSection,
     TrainingSection,
 )
+from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.config.train_modules import LANGUAGE, VISION, TrainEntry, parse_train_modules
 
 SECTIONS: Dict[str, type] = {
@@ -45,6 +46,7 @@ SECTIONS: Dict[str, type] = {
     "checkpoint": CheckpointSection,
     "logging": LoggingSection,
     "launch": LaunchSection,
+    "slurm": SlurmSection,
 }
 
 # LLaVA's recipe; a run without a stage starts from stage 2's.
@@ -96,12 +98,20 @@ class RunConfig:
     checkpoint: CheckpointSection
     logging: LoggingSection
     launch: LaunchSection
+    slurm: SlurmSection
 
     @classmethod
-    def from_flags(cls, argv: Sequence[str], prog: Optional[str] = None) -> RunConfig:
-        """Read command-line flags, and the JSON file that ``--config`` names; flags win.
+    def from_flags(
+        cls, argv: Sequence[str], prog: Optional[str] = None, site: Optional[str] = None
+    ) -> RunConfig:
+        """Read command-line flags, and the JSON files that ``--config`` and ``--site`` name; flags win.
 
         ``--help`` prints the help and raises ``SystemExit(0)``.
+
+        Args:
+            argv: the flags.
+            prog: name of the program in the help.
+            site: site file in place of one that ``--site`` names; none is read if it is empty.
 
         Raises:
             ValueError: a flag is unknown, unavailable or malformed, or a rule inside a section is broken.
@@ -121,6 +131,9 @@ class RunConfig:
                     if from_file.get(name) == value:
                         del from_file[name]
             given = {**from_file, **given}
+        site = given.pop("site", site)
+        if site:
+            given = _over_site(parser.read_site(_load_json(site, "--site"), f"--site {site}"), given)
         return cls._from_values(given)
 
     @classmethod
@@ -373,17 +386,33 @@ def _parser(prog: Optional[str] = None) -> FlagParser:
         epilog=_EPILOG,
     )
     parser.add_argument("--config", metavar="FILE.json", help="read flags from a file; those given here win")
+    parser.add_argument(
+        "--site", metavar="FILE.json", help="defaults of this site, see docs/slurm.md (MEGATRON_VLM_SITE)"
+    )
     return parser
 
 
-def _load_json(path: str) -> Any:
+def _load_json(path: str, name: str = "--config") -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
+        raise ValueError(f"{name} {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"--config {path}: not valid JSON ({error})") from None
+        raise ValueError(f"{name} {path}: not valid JSON ({error})") from None
+
+
+def _over_site(site: Dict[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a run gives over what its site gives: a value takes the other's place, lists add up."""
+    values = {**site, **given}
+    for name, value in site.items():
+        if isinstance(value, tuple):
+            values[name] = value + given.get(name, ())
+    if values.get("sif_path") is None and "bind" not in given:
+        values.pop("bind", None)  # a site's are for runs in a container
+    if "gpu_ids" in given and "gpus" not in given:
+        values.pop("gpus", None)
+    return values
 
 
 def _nearest(value: int, step: int) -> str:

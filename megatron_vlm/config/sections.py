@@ -494,6 +494,8 @@ class LoggingSection:
         not_negative(self, "watchdog_minutes")
         if self.spike_threshold <= 1:
             raise ValueError(f"--spike-threshold {self.spike_threshold:g}: must be above 1")
+        if self.spike_threshold != type(self).spike_threshold and not self.alert_spike:
+            raise ValueError("--spike-threshold does nothing without --alert-spike; give both or neither")
         for name in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name"):
             if getattr(self, name) is not None and not self.wandb:
                 raise ValueError(

@@ -12,10 +12,14 @@ from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.config.sections import ParallelSection
+from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import with_cluster_defaults
 
 NODE_0 = "NODE0"  # stands in a plan for a machine that is not known yet
+DEFAULT_PORT = 9902
+# Beginnings of the variables that the container command reads itself, such as APPTAINER_CACHEDIR.
+_OF_CONTAINERS = ("APPTAINER", "SINGULARITY")
 
 
 class Placed(Protocol):
@@ -94,16 +98,22 @@ def make_plan(
     on_gpus = DETERMINISTIC_ENVIRONMENT if config.training.deterministic else {}
     ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus, problems)
     command = ranks.command
+    variables = named_variables(launch.environment)
     if launch.sif_path:
         command = container.container_command(
             command,
             launch.sif_path,
             binds=launch.bind,
             inputs=_inputs(config),
-            paths=[*filter(None, [config.checkpoint.save_dir]), *container.cache_folders(environ)],
+            paths=[
+                *filter(None, [config.checkpoint.save_dir]),
+                *container.cache_folders({**environ, **variables}),
+            ],
             gpu=ranks.device == "cuda",
-            runtime=_runtime(problems),
+            runtime=_runtime(launch.container_command, problems),
         )
+        own = {name: value for name, value in variables.items() if name.startswith(_OF_CONTAINERS)}
+        command = container.with_environment(own, command)
     world_size = ranks.processes * (launch.node or 1)
     return LaunchPlan(
         config,
@@ -115,6 +125,22 @@ def make_plan(
         ranks.gpu_ids,
         ranks.port_claim,
     )
+
+
+def plan_job(config: RunConfig) -> LaunchPlan:
+    """What the nodes of a job will run, as far as the flags say it; there is no command yet.
+
+    Raises:
+        ValueError: the flags leave open how many processes a node has.
+    """
+    device = config.parallel.device or ("cpu" if config.parallel.backend == "gloo" else "cuda")
+    nodes = config.launch.node or 1
+    if device == "cuda" and config.launch.gpus == -1:
+        raise ValueError("--submit needs --gpus: how many GPUs of each node (--device cpu for a job without)")
+    processes = config.launch.gpus if device == "cuda" else _cpu_processes(config, nodes)
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, node=nodes))
+    gpu_ids = [str(number) for number in range(processes)] if device == "cuda" else []
+    return LaunchPlan(config, device, processes, processes * nodes, [], [], gpu_ids, None)
 
 
 def plan_ranks(
@@ -152,6 +178,7 @@ def plan_ranks(
     command = [*torchrun, "-m", "--", module, *flags]
     variables = _environment(config, environ, device, gpu_ids, processes)
     variables.update(_network(config, environ, problems))
+    variables.update(named_variables(launch.environment))
     if device == "cuda":
         variables.update(on_gpus or {})
     command = container.with_environment(variables, command)
@@ -217,7 +244,7 @@ def _choose_port(
 ) -> Tuple[Optional[machine.PortClaim], int]:
     launch = config.launch
     wanted, flag = (
-        launch.rdzv_port or launch.master_port,
+        launch.rdzv_port or launch.master_port or DEFAULT_PORT,
         "--rdzv-port" if launch.rdzv_port else "--master-port",
     )
     if launch.rank:
@@ -250,6 +277,11 @@ def _environment(
     return variables
 
 
+def named_variables(environment: Sequence[str]) -> Dict[str, str]:
+    """``--environment`` as a dictionary."""
+    return {name: value for name, _, value in (entry.partition("=") for entry in environment)}
+
+
 def _network(config: Placed, environ: Mapping[str, str], problems: Optional[List[str]]) -> Dict[str, str]:
     """Interface of gloo and NCCL; what the user has exported stays."""
     wanted, names = config.launch.interface, machine.network_interfaces()
@@ -270,9 +302,16 @@ def _network(config: Placed, environ: Mapping[str, str], problems: Optional[List
 def _training_flags(config: RunConfig) -> List[str]:
     # The ranks are started already, and inside the container.
     launch = dataclasses.replace(
-        config.launch, dry_run=False, preflight_only=False, gpu_memory=None, sif_path=None, bind=()
+        config.launch,
+        dry_run=False,
+        preflight_only=False,
+        gpu_memory=None,
+        sif_path=None,
+        bind=(),
+        container_command=None,
+        environment=(),
     )
-    return dataclasses.replace(config, launch=launch).to_flags()
+    return dataclasses.replace(config, launch=launch, slurm=SlurmSection()).to_flags()
 
 
 def _inputs(config: RunConfig) -> List[str]:
@@ -304,9 +343,9 @@ def _bases(config: RunConfig) -> List[str]:
     return found
 
 
-def _runtime(problems: Optional[List[str]]) -> str:
+def _runtime(wanted: Optional[str], problems: Optional[List[str]]) -> str:
     try:
-        return container.find_runtime()
+        return container.find_runtime(wanted)
     except ValueError as error:
         _tell(str(error), problems)
-        return container.RUNTIMES[0]
+        return wanted or container.RUNTIMES[0]

@@ -9,6 +9,7 @@ command on stdout, and touches no file.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -21,22 +22,29 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from megatron_vlm.config.exit_codes import STOP_SIGNALS
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import container, preflight, process, report, status
-from megatron_vlm.launch.plan import LaunchPlan, make_plans
+from megatron_vlm.launch import container, preflight, process, report, slurm, status
+from megatron_vlm.launch.plan import LaunchPlan, make_plans, plan_job
+
+SITE = "MEGATRON_VLM_SITE"  # a site file, where --site names none
 
 
 def main(argv: List[str]) -> int:
     """Start the run that ``argv`` describes; returns the exit code, 2 for a user error."""
     try:
-        config = RunConfig.from_flags(argv, prog="run.py")
+        config = RunConfig.from_flags(argv, prog="run.py", site=os.environ.get(SITE))
+        nodes = 0 if config.slurm.submit else slurm.nodes_to_start_on(config, os.environ)
+        if nodes:
+            return start_step(nodes, argv, config.launch.dry_run)
         problems: List[str] = []
-        plans = make_plans(config, os.environ, problems)
+        plans = [plan_job(config)] if config.slurm.submit else make_plans(config, os.environ, problems)
         found = preflight.inspect(plans[0], problems)
         if config.launch.preflight_only:
             print("\n".join(found.say()))
             return 2 if found.problems else 0
         if not show(plans, found):
             return 2
+        if config.slurm.submit:
+            return submit_job(plans[0], argv)
         if config.launch.dry_run:
             return 0
         if config.launch.sif_path:
@@ -61,7 +69,8 @@ def show(plans: List[LaunchPlan], found: preflight.Inspection) -> bool:
         print(f"note: {note}", file=sys.stderr)
     print(report.screen(plans[0], found.facts), file=sys.stderr)
     for plan in plans:
-        print(shlex.join(plan.command), flush=True)
+        if plan.command:
+            print(shlex.join(plan.command), flush=True)
     return True
 
 
@@ -76,21 +85,55 @@ def start(plan: LaunchPlan) -> int:
     return ended.code
 
 
+def start_step(nodes: int, argv: List[str], dry_run: bool) -> int:
+    """Let srun start this script on every node of the allocation, in this process's place."""
+    run = [sys.executable, os.path.abspath(__file__), *(arg for arg in argv if arg != "--dry-run")]
+    command = slurm.step_command(nodes, os.environ, run)
+    print(shlex.join(command), flush=True)
+    if dry_run:
+        return 0
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise ValueError(f"{command[0]}: {error.strerror}; --node 1 is this machine alone") from None
+
+
+def submit_job(plan: LaunchPlan, argv: List[str]) -> int:
+    """Hand the run to sbatch, or show what would be handed to it."""
+    from megatron_vlm.launch import submit  # no other start needs it
+
+    job = submit.make_job(plan, os.environ)
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if plan.config.launch.dry_run:
+        print(job.script)
+        print(shlex.join(job.command))
+        return 0
+    print(shlex.join(job.command), flush=True)
+    ids = submit.hand_in(job)
+    run_dir = plan.config.checkpoint.run_dir
+    if plan.config.slurm.array is None:
+        status.note_queued(run_dir, ids[0], [sys.executable, os.path.abspath(__file__), *argv], ids[1:])
+    print(submit.what_now(job, ids, run_dir))
+    return 0
+
+
 def new_log(config: RunConfig) -> str:
     """Path of this start's log file; makes its folder."""
     launch = config.launch
-    stem = launch.slurm_output_name
-    if stem is None:
-        start = f"slurm-{launch.slurm_job_id}" if launch.slurm_job_id else time.strftime("%Y%m%d-%H%M%S")
-        stem = f"{start}-node{launch.rank or 0}"
+    stem = launch.slurm_output_name or time.strftime("%Y%m%d-%H%M%S")
     folder = os.path.join(config.checkpoint.run_dir, "logs")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--save-dir: cannot make {folder}: {error.strerror}") from None
-    return os.path.join(folder, f"{stem}.log")
+    return os.path.join(folder, f"{stem}-node{launch.rank or 0}.log")
 
 
 if __name__ == "__main__":
     process.end_on_request()
+    for stream in (sys.stdout, sys.stderr):
+        # What is printed has the bytes of what was typed, whatever the locale.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")
     sys.exit(main(sys.argv[1:]))

@@ -63,6 +63,8 @@ COMPANIONS = {
     "eval_iters": ["--eval-interval", "5"],
     "early_stopping_patience": ["--eval-interval", "5"],
     "early_stopping_min_delta": ["--eval-interval", "5", "--early-stopping-patience", "2"],
+    "spike_threshold": ["--alert-spike"],
+    "bind": ["--sif-path", "image.sif"],
     **{key: ["--wandb"] for key in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name")},
 }
 
@@ -75,6 +77,9 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     special |= {"train_samples": 1000, "backend": "gloo", "bind": ("/a:/b:ro", "/c"), "gpus": 3}
     special |= {"name": "-odd 'name' $HOME\t\"x\"", "lr": 0.1 + 0.2, "gpu_ids": ("0", "2"), "stage": 2}
     special |= {"train_modules": "projector:1e-3|language", "skip_train_iteration_range": ("3-4", "1-2")}
+    special |= {"setup": ("module load a,b", "-x\n"), "sbatch": ("--mem=0", "comment='a, b'")}
+    special |= {"environment": ("A=b,c", "B=", "C=$x\n=y"), "master_suffix": "-i"}
+    special |= {"gpu_request": "--gpus-per-node=h100:{gpus}"}
     if field.name in special:
         return special[field.name]
     choices = field.metadata["choices"]
@@ -314,7 +319,7 @@ def test_help_is_grouped_and_shows_defaults(capsys) -> None:
         text.index(f"\n{heading}") for heading in [*headings, "Training settings", "SLURM", "Other", "Debug"]
     ]
     assert positions == sorted(positions)
-    assert "(default: 9902)" in text and "1e-3 in --stage 1" in text
+    assert "(default: 2000)" in text and "1e-3 in --stage 1" in text
     for _, field, _ in FIELDS:
         if not field.metadata["switches"]:
             assert flag_name(field.name) in text

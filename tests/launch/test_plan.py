@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.launch import machine
 from megatron_vlm.launch.plan import LaunchPlan, make_plan
 from megatron_vlm.launch.slurm import first_host
@@ -46,12 +47,14 @@ def test_on_a_cpu_machine_all_means_one_process_per_model_part() -> None:
 
 
 def test_the_ranks_get_the_same_config_without_what_only_the_launcher_needs() -> None:
-    argv = ["--tp", "2", "--stage", "1", "--dry-run", "--bind", "/x:/y"]
+    argv = ["--tp", "2", "--stage", "1", "--dry-run", "--environment", "A=b c,d", "--partition", "p"]
     result = plan(*argv)
     at = result.command.index("megatron_vlm.training")
     given = RunConfig.from_flags([*BASE, *argv])
-    launch = dataclasses.replace(given.launch, dry_run=False, bind=(), node=1, rank=0)
-    assert RunConfig.from_flags(result.command[at + 1 :]) == dataclasses.replace(given, launch=launch)
+    launch = dataclasses.replace(given.launch, dry_run=False, environment=(), node=1, rank=0)
+    expected = dataclasses.replace(given, launch=launch, slurm=SlurmSection())
+    assert RunConfig.from_flags(result.command[at + 1 :]) == expected
+    assert environment(result.command)["A"] == "b c,d"
 
 
 def test_gpus() -> None:
@@ -95,7 +98,6 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch) -> None:
         (["--node", "2", "-r", "0"], {}, ["--master-addr"]),
         (["--node", "2", "-r", "2", "-m", "h"], {}, ["--rank 2", "0 to 1"]),
         (["--node", "3", "-r", "0", "-m", "h", "--tp", "2"], {}, ["--node 3", "--gpus"]),
-        ([], {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, ["2 nodes", "srun", "--node 1"]),
     ],
 )
 def test_what_the_machine_does_not_have(argv, environ, words) -> None:

@@ -23,7 +23,7 @@ from tests.launch.conftest import write_checkpoint, write_dataset, write_json
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(machine, "network_interfaces", lambda: ["lo", "eth0"])
-    monkeypatch.setattr(container, "find_runtime", lambda: "apptainer")
+    monkeypatch.setattr(container, "find_runtime", lambda wanted: "apptainer")
     return workplace
 
 

@@ -122,7 +122,7 @@ def test_a_start_makes_the_logs_and_hands_on_output_and_exit_code(python, workpl
     assert result.stderr.endswith("error: from a rank\n")  # another run's port may be noted before
     command, output = result.stdout.splitlines()
     assert shlex.split(command)[:2] == ["apptainer", "exec"] and output == "trained"
-    assert sorted((workplace / "runs/run/logs/out.log").read_text().splitlines()) == [
+    assert sorted((workplace / "runs/run/logs/out-node0.log").read_text().splitlines()) == [
         "error: from a rank",
         "trained",
     ]
