@@ -38,9 +38,9 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @functools.cache
-def flags_of(script: str) -> set[str]:
-    """The flags in a script's ``--help``."""
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+def flags_of(*script: str) -> set[str]:
+    """The flags in the ``--help`` of a script, or of a module: ``"-m"`` and its name."""
+    shown = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", shown.stdout))
 
@@ -68,6 +68,8 @@ def check(words: list[str]) -> None:
         assert given <= energon_flags()
     elif program == "python" and rest[0] == RUN:
         RunConfig.from_flags(rest[1:])  # values as well as names
+    elif program == "python" and rest[0] == "-m":
+        assert given - {"-m"} <= flags_of(*rest[:2])
     elif program == "python":
         assert given <= flags_of(rest[0])
     else:
@@ -98,6 +100,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     known = set().union(energon_flags(), flags_of(RUN), *FLAGS_OF_OTHERS.values())
     for script in [*(ROOT / "scripts/convert").glob("*.py"), ROOT / "scripts/inference/generate.py"]:
         known |= flags_of(str(script.relative_to(ROOT)))
+    known |= flags_of("-m", "benchmarks.memory")
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     assert mentioned <= known

@@ -91,6 +91,14 @@ class Shape:
         """Positions between the tensor parallel parts of a layer, on one rank."""
         return self.tokens // self.tp if self.sequence_parallel else self.tokens
 
+    @property
+    def new_gradient(self) -> int:
+        """Bytes of each element of a weight's gradient between its making and its adding to the fp32 sum.
+
+        On a CPU torch makes an fp32 copy of a bf16 gradient to add it.
+        """
+        return self.element + (_FP32 if self.device == "cpu" and self.element < _FP32 else 0)
+
 
 Trains = Callable[[str], bool]
 
@@ -138,8 +146,8 @@ def _language_layers(
     stream = shape.own_tokens * model.language.hidden_size * shape.element
     blocks = []
     for index, number in enumerate(numbers):
-        trained = _trained_parts(f"{LANGUAGE}decoder.layers.{number}.", trains, model, vision=False)
-        layer, flows = _language_layer(model, shape, flows, trained)
+        inputs = _inputs(f"{LANGUAGE}decoder.layers.{number}.", trains, model, shape, vision=False)
+        layer, flows = _language_layer(model, shape, flows, inputs)
         full = shape.recompute == "full" and flows
         if full and (shape.recompute_layers is None or index < shape.recompute_layers):
             layer = recomputed(layer, stream)
@@ -148,77 +156,107 @@ def _language_layers(
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """Which parts of a layer are trained, or have adapters that are."""
+class _Inputs:
+    """What a layer's linears keep of their inputs, as bytes for each element; 0 where nothing is trained.
 
-    qkv: bool
-    proj: bool
-    fc1: bool
-    fc2: bool
+    Attributes:
+        low: what adapters keep between A and B, as bytes for each position.
+        norms: whether the norms are trained.
+    """
+
+    qkv: int
+    proj: int
+    fc1: int
+    fc2: int
+    low: int
     norms: bool
 
     @property
     def attention(self) -> bool:
-        return self.qkv or self.proj or self.norms
+        """Whether something of the first half is trained."""
+        return bool(self.qkv or self.proj or self.norms)
 
     @property
     def mlp(self) -> bool:
-        return self.fc1 or self.fc2 or self.norms
+        """Whether something of the second half is trained."""
+        return bool(self.fc1 or self.fc2 or self.norms)
 
 
-def _trained_parts(prefix: str, trains: Trains, model: ModelConfig, vision: bool) -> _Trained:
-    adapted = (
-        () if model.lora is None else model.lora.vision_targets if vision else model.lora.language_targets
-    )
+def _inputs(prefix: str, trains: Trains, model: ModelConfig, shape: Shape, vision: bool) -> _Inputs:
+    lora, a, low = model.lora, shape.element, 0
+    adapted = () if lora is None else lora.vision_targets if vision else lora.language_targets
 
-    def part(place: str, *projections: str) -> bool:
-        return trains(f"{prefix}{place}.weight") or any(
-            trains(f"{prefix}{place}.adapters.{name}.lora_A.weight")
+    def linear(place: str, *projections: str) -> int:
+        nonlocal low
+        own = [
+            name
             for name in projections
-            if name in adapted
-        )
+            if name in adapted and trains(f"{prefix}{place}.adapters.{name}.lora_A.weight")
+        ]
+        if not own or lora is None:
+            return a * trains(f"{prefix}{place}.weight")
+        low += len(own) * lora.rank * a
+        if lora.dropout == 0.0:
+            return a
+        # Each A has an input and a mask of its own; torch's mask on a CPU is of the input's type.
+        return len(own) * (a + (1 if shape.device == "cuda" else a))
 
-    return _Trained(
-        qkv=part("self_attention.linear_qkv", "q_proj", "k_proj", "v_proj"),
-        proj=part("self_attention.linear_proj", "o_proj", "out_proj"),
-        fc1=part("mlp.linear_fc1", "gate_proj", "up_proj", "fc1"),
-        fc2=part("mlp.linear_fc2", "down_proj", "fc2"),
+    return _Inputs(
+        qkv=linear("self_attention.linear_qkv", "q_proj", "k_proj", "v_proj"),
+        proj=linear("self_attention.linear_proj", "o_proj", "out_proj"),
+        fc1=linear("mlp.linear_fc1", "gate_proj", "up_proj", "fc1"),
+        fc2=linear("mlp.linear_fc2", "down_proj", "fc2"),
+        low=low,
         norms=trains(f"{prefix}mlp.linear_fc1.layer_norm_weight"),
     )
 
 
-def _language_layer(model: ModelConfig, shape: Shape, flows: bool, trained: _Trained) -> Tuple[Block, bool]:
+def _language_layer(model: ModelConfig, shape: Shape, flows: bool, inputs: _Inputs) -> Tuple[Block, bool]:
     language, a = model.language, shape.element
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // shape.tp
     query = language.num_attention_heads * language.head_dim // shape.tp
     key = language.num_key_value_heads * language.head_dim // shape.tp
-    n, stream = shape.tokens, shape.own_tokens * hidden * a
-    fused = shape.device == "cuda"
+    n, own = shape.tokens, shape.own_tokens
+    stream, fused_qkv = own * hidden * a, n * (query + 2 * key) * a
 
-    norm = _rms_norm(shape, hidden, trained.norms)
+    norm = _rms_norm(shape, hidden, inputs.norms)
     repeated = query > key and not shape.fused_norm
     # Values are a part of the fused output, which stays as long as they do; unless they are repeated.
-    values = 2 * n * query * a if repeated else n * (query + 2 * key) * a + n * key * a
+    values = 2 * n * query * a if repeated else fused_qkv + n * key * a
     rotary = 4 * shape.sequence * language.head_dim * a
     scores = n * language.num_attention_heads // shape.tp * _FP32
-    attention = norm + stream * trained.qkv + 2 * n * query * a + values + rotary + scores
-    if language.qk_norm:
-        attention += n * (query + key) * (a if fused else _FP32 * (1 + trained.norms))
-    products = 2 if fused else 4  # of the MLP's width: fused SwiGLU keeps its input alone
-    mlp = norm + stream * trained.fc1 + n * ffn * a * (products + trained.fc2)
+    attention = norm + own * hidden * inputs.qkv + 2 * n * query * a + values + rotary + scores
+    attention += n * query * (inputs.proj if inputs.proj > a else 0) + n * inputs.low // 2
+    if language.qk_norm and shape.device == "cpu" and a < _FP32:
+        attention += n * (query + key) * _FP32 * (1 + inputs.norms)
+    elif language.qk_norm:
+        attention += n * query * a * (query > key) + fused_qkv * repeated
+        attention += n * (query + key) * a * inputs.norms * (shape.device == "cpu")
+    products = 2 if shape.device == "cuda" else 4  # of the MLP's width: fused SwiGLU keeps its input alone
+    mlp = norm + own * hidden * inputs.fc1 + n * ffn * (products * a + inputs.fc2) + n * inputs.low // 2
 
-    attention_flows = flows or trained.attention
+    attention_flows = flows or inputs.attention
     attention_block = Block(
         kept=attention * attention_flows,
         forward=attention + 2 * stream + n * query * a,
-        backward=attention + 2 * stream + n * (3 * query + 2 * key) * a,
+        backward=max(
+            attention + 2 * stream + n * (3 * query + 2 * key) * a,
+            norm
+            + 3 * stream
+            + fused_qkv
+            + hidden * (query + 2 * key) * shape.new_gradient * bool(inputs.qkv),
+        ),
         idle=2 * stream + n * (3 * query + 2 * key) * a,
     )
-    mlp_flows = attention_flows or trained.mlp
+    mlp_flows = attention_flows or inputs.mlp
     mlp_block = Block(
         kept=mlp * mlp_flows,
         forward=mlp + 2 * stream,
-        backward=mlp + 2 * stream + 2 * n * ffn * a,
+        backward=max(
+            mlp + 2 * stream + 2 * n * ffn * a,
+            mlp + 2 * stream + n * ffn * a + hidden * ffn * shape.new_gradient * bool(inputs.fc2),
+            norm + 3 * stream + 2 * n * ffn * a + 2 * hidden * ffn * shape.new_gradient * bool(inputs.fc1),
+        ),
         idle=2 * stream + 4 * n * ffn * a,
     )
     if shape.recompute == "selective" and mlp_flows:
@@ -256,15 +294,15 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
     )
     blocks = [Block(0, 3 * stream, 3 * stream, 3 * stream)]
     for number in range(model.num_vision_layers_run):
-        trained = _trained_parts(f"{VISION}decoder.layers.{number}.", trains, model, vision=True)
-        flows = flows or trained.attention or trained.mlp
+        inputs = _inputs(f"{VISION}decoder.layers.{number}.", trains, model, shape, vision=True)
+        flows = flows or inputs.attention or inputs.mlp
         idle = 3 * stream + max(5 * inner, 3 * wide)
         if not flows:
             blocks.append(Block(0, idle, 0, idle))
             continue
-        attention = stream * (1 + trained.qkv) + 4 * inner + heads
+        attention = stream + n * hidden * inputs.qkv + 4 * inner + heads + n * inputs.low
         keeps = 2 if vision.activation == "quick_gelu" else 1
-        mlp = stream * (1 + trained.fc1) + wide * (keeps + trained.fc2)
+        mlp = stream + n * hidden * inputs.fc1 + wide * keeps + n * ffn * inputs.fc2
         mlp_block = Block(mlp, mlp + 2 * stream, mlp + 2 * stream + 2 * wide, idle)
         if shape.recompute == "selective":
             mlp_block = recomputed(mlp_block, stream * (1 if shape.fused_norm else 2))
@@ -297,7 +335,7 @@ def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) ->
 def _embedding(model: ModelConfig, shape: Shape, trained: bool) -> Block:
     stream = shape.tokens * model.language.hidden_size * shape.element
     rows = padded_vocab_size(model.language.vocab_size, shape.tp) // shape.tp
-    gradient = rows * model.language.hidden_size * shape.element if trained else 0
+    gradient = rows * model.language.hidden_size * shape.new_gradient if trained else 0
     return Block(0, 2 * stream, 2 * stream + gradient, 2 * stream)
 
 
@@ -312,12 +350,13 @@ def _loss(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Bloc
     norm = _rms_norm(shape, hidden, trains(f"{LANGUAGE}decoder.final_layernorm.weight")) * flows
     normed = shape.own_tokens * hidden * a + shape.tokens * hidden * a * shape.sequence_parallel
     rows = trained * hidden * a
-    table = columns * hidden
-    kept = norm + rows * flows + table * _FP32 * trains(output)
-    # A chunk's logits are made, in both precisions, while the last chunk's are still there.
-    chunk = min(trained, LOSS_CHUNK[shape.device])
-    logits = chunk * columns * (2 * _FP32 if a == _FP32 else 3 * _FP32)
-    product = table * a * trains(output) if a < _FP32 else 0
-    forward = kept + normed + rows + max(logits, product)
-    backward = kept + rows + product + shape.tokens * hidden * a
+    table = columns * hidden * trains(output)
+    kept = norm + rows * flows + table * _FP32
+    # The last chunk's logits and their gradient are there while the next ones are made; fp32 needs no copy.
+    chunk = min(trained, LOSS_CHUNK[shape.device]) * columns
+    last = chunk * (_FP32 if a == _FP32 else _FP32 + a)
+    logits = last * (2 if trained > LOSS_CHUNK[shape.device] else 1)
+    product = table * shape.new_gradient if a < _FP32 else 0
+    forward = kept + normed + rows + max(logits, last + product)
+    backward = kept + rows + (table * a if a < _FP32 else 0) + shape.tokens * hidden * a
     return Block(kept, forward, backward, forward - kept)

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.activations import Block, Shape, stage_block
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.parameters import Parameter, stage_parameters
+from megatron_vlm.config.parameters import EMBEDDING, Parameter, stage_parameters
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import assign
 
@@ -96,9 +96,13 @@ def estimate(
     stages = []
     for rank in range(pp):
         own = [parameter for stage in parameters[rank::pp] for parameter in stage]
-        activations, in_flight = _peak(blocks[rank::pp], pp, rank, microbatches)
-        activations += _inputs(model, shape, microbatches, first=rank == 0) + _buffers(model, shape)
         weights, gradients, optimizer = _state(own, trained, shape, dp if config.parallel.dist_optim else 1)
+        activations, in_flight = _peak(blocks[rank::pp], pp, rank, microbatches)
+        if shape.device == "cpu" and config.parallel.dist_optim and dp > 1:
+            # Gloo scatters sums of a copy, which is there until the backward pass has come to the embedding.
+            last = sum(p.size for p in own if p.name in trained and p.name == EMBEDDING) * shape.element
+            activations = max(activations, gradients + last)
+        activations += _inputs(model, shape, microbatches, first=rank == 0) + _buffers(model, shape)
         stages.append(StageMemory(rank, weights, gradients, optimizer, activations, in_flight))
     return stages
 
