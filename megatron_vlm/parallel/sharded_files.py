@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+import tempfile
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,15 +30,22 @@ def save(sharded_state_dict: dict[str, Any], folder: str) -> None:
         filesystem_async._results_queue = queue.Queue()
     try:
         dist_checkpointing.save(sharded_state_dict, folder)
-    except CheckpointException as error:
-        causes = [part for failure in error.failures.values() for part in _chain(failure[0])]
-        for cause in causes:
-            if isinstance(cause, OSError):
-                raise OSError(cause.errno, cause.strerror, folder) from None
+    except CheckpointException:
+        # On every rank, but only one has the causes, as text: torch's writer tells of a full disk as
+        # "unexpected pos".
+        reasons: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, _why_not_writable(folder))
+        for reason in filter(None, reasons):
+            raise OSError(*reason, folder) from None
         raise
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _why_not_writable(folder: str) -> tuple[int, str] | None:
+    """Number and text of the error that writing a little to ``folder`` ends in, if it does."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+    except OSError as error:
+        return error.errno or 0, error.strerror or str(error)
+    return None

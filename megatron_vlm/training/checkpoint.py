@@ -28,6 +28,7 @@ from megatron_vlm.config.checkpoint import (
     checkpoint_layers,
     checkpoint_name,
     finish_folder,
+    latest_resumable,
     read_manifest,
     staging_folder,
     start_folder,
@@ -91,6 +92,9 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        ValueError: a rank could not write the weights, for want of space for one; on every rank.
     """
     final = root / checkpoint_name(state.iteration)
     if layout.rank == 0:
@@ -107,7 +111,17 @@ def save_checkpoint(
     sharded: dict[str, Any] = _request("model", dict(written))
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
-    sharded_files.save(sharded, str(staging))
+    try:
+        sharded_files.save(sharded, str(staging))
+    except OSError as error:
+        if layout.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # the log needs room, too
+        dist.barrier()
+        last = latest_resumable(root)
+        go_on = f": it goes on from {last.name}" if last is not None else ""
+        raise ValueError(
+            f"{final} could not be saved: {error.strerror}; make room and give the same command again{go_on}"
+        ) from None
 
     tensors = _gather(describe(written) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
     data = {}

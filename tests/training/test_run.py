@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 from megatron_vlm.config.checkpoint import read_manifest
@@ -202,6 +206,34 @@ def test_not_finite(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
     named = message.partition("samples: ")[2].partition(". Look")[0].split(", ")
     assert len(named) == 4  # the whole global batch
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def train_with_small_files(argv: list[str]) -> str:
+    """As on a full disk, on the last rank: torch's writer gets an error in the middle of a file."""
+    size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        return user_error(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"]], ids=" ".join)
+def test_no_space_for_a_checkpoint(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, layout: list[str]
+) -> None:
+    """Every rank ends with the same line, and what was written in vain is gone."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--save-optim", "--save-interval", "2", *layout)
+    pool.run(2, train, [*flags, "--train-iters", "2"])
+    messages = pool.run(2, train_with_small_files, [*flags, "--train-iters", "4"])
+    checkpoints = tmp_path / "run/checkpoints"
+    why = (
+        f"{os.strerror(errno.EFBIG)}; make room and give the same command again: it goes on from iter_0000002"
+    )
+    assert messages == [f"{checkpoints}/iter_0000004 could not be saved: {why}"] * 2
+    assert {path.name for path in checkpoints.iterdir() if path.is_dir()} == {"iter_0000002"}
+    pool.run(2, train, [*flags, "--train-iters", "4"])
 
 
 def test_another_model(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
