@@ -14,7 +14,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ NODES = ("node1", "node2")
 INTERFACE = "ib0"
 ADDRESSES = {"login": "10.99.0.254", "node1": "10.99.0.1", "node2": "10.99.0.2"}
 TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
-SMALL_DISK = 64  # MiB: a few checkpoints of the demo's model
+SMALL_DISK = 128  # MiB: the checkpoints of a few runs of the demo
 # The process that holds a host. Ignoring SIGCHLD lets the kernel reap what others leave behind.
 _INIT = (
     "set -e; {setup}; hostname {name}; ip link set lo up; echo up; "
@@ -141,6 +142,16 @@ def start_site(folder: Path) -> Iterator[Site]:
             _on_network(node, "address", "add", f"{ADDRESSES[node.name]}/24", "dev", INTERFACE)
             _on_network(node, "link", "set", INTERFACE, "up")
         yield Site(folder, login, tuple(nodes))
+
+
+def wait_until(
+    done: Callable[[], bool], what: str, timeout: float = 30, seen: Callable[[], str] = lambda: ""
+) -> None:
+    """Wait until ``done``; else fail with ``what`` it was that did not come, and ``seen()``."""
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < deadline, f"{timeout:.0f} s over before {what}\n{seen()}"
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.hosts import ADDRESSES, Host, Site
+from tests.cluster.hosts import ADDRESSES, Host, Site, wait_until
 
 TOOLS = (
     "munged",
@@ -198,13 +197,3 @@ def start(site: Site) -> Slurm:
     slurm = Slurm(site)
     slurm.start()
     return slurm
-
-
-def wait_until(
-    done: Callable[[], bool], what: str, timeout: float = 30, seen: Callable[[], str] = lambda: ""
-) -> None:
-    """Wait until ``done``; else fail with ``what`` it was that did not come, and ``seen()``."""
-    deadline = time.monotonic() + timeout
-    while not done():
-        assert time.monotonic() < deadline, f"{timeout:.0f} s over before {what}\n{seen()}"
-        time.sleep(0.2)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.demo import RUN, Demo, losses
-from tests.cluster.hosts import INTERFACE, Site
+from tests.cluster.demo import CHECKOUT, RUN, Demo, losses
+from tests.cluster.hosts import INTERFACE, Site, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -30,6 +31,35 @@ def test_the_hosts_are_hosts(site: Site) -> None:
         second.run(sys.executable, "-c", connect, "node1")
     first.run("touch", site.small_disk / "file")
     second.run("rm", site.small_disk / "file")
+
+
+@pytest.mark.usefixtures("site")  # its reasons to skip
+def test_a_killed_session_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Not even what has left its session, and ignores every signal that can be ignored."""
+    sleep = f"sleep {os.getpid()}.987"  # no other session's
+    stubborn = f"trap '' HUP INT TERM; echo up; exec {sleep}"
+
+    def sleepers() -> int:
+        return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.count(
+            sleep + "\n"
+        )
+
+    program = f"""
+import pathlib, subprocess, time
+from tests.cluster.hosts import start_site
+with start_site(pathlib.Path({str(tmp_path)!r})) as site:
+    options = dict(stdout=subprocess.PIPE, start_new_session=True)
+    for host in site.hosts:
+        host.popen("setsid", "sh", "-c", {stubborn!r}, **options).stdout.readline()
+    print("up", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, stdout=subprocess.PIPE) as session:
+        assert session.stdout is not None
+        assert session.stdout.readline() == b"up\n"
+        assert sleepers() == 3
+        session.kill()
+    wait_until(lambda: sleepers() == 0, "every process is gone")
 
 
 def test_two_hosts_train_as_one(site: Site, demo: Demo, expected: list[float], tmp_path: Path) -> None:
