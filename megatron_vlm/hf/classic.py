@@ -147,11 +147,11 @@ class ClassicWriter:
             for tp_rank in range(self._layout.tp):
                 self._models[tp_rank, stage][local].copy_(rule.shard(tensor, tp_rank, self._layout.tp))
 
-    def read(self, name: str) -> Tensor:
-        """Read back a tensor that was written."""
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether the files hold the tensor that was written, put together again."""
         stage, local = self._places[name][0]
         shards = [self._models[tp_rank, stage][local] for tp_rank in range(self._layout.tp)]
-        return _unshard(self._rows[name].shard, shards)
+        return same_bits(_unshard(self._rows[name].shard, shards), tensor)
 
     def close(self) -> None:
         """Unmap the files."""

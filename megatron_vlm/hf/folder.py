@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.streaming import as_bytes
+from megatron_vlm.hf.streaming import as_bytes, digest, hash_of, mapped
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -215,16 +214,12 @@ class SafetensorsFile:
         self._file.seek(self._data + position)
         self._file.write(as_bytes(tensor.to(info.dtype)))
 
-    def read(self, name: str) -> Tensor:
-        """Read back a tensor that was written."""
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether the file holds the tensor that was written; it is read, not copied."""
         position, info = self._written[name]
         self._file.flush()
-        data = bytearray(info.nbytes)
-        with open(self.path, "rb") as file:
-            file.seek(self._data + position)
-            if file.readinto(data) != info.nbytes:
-                raise OSError(errno.EIO, "cut off while it was written", str(self.path))
-        return torch.frombuffer(data, dtype=info.dtype).view(info.shape) if data else torch.empty(info.shape)
+        with open(self.path, "rb") as file, mapped(file, self._data + position, info.nbytes) as data:
+            return hash_of(data) == digest(tensor.to(info.dtype))
 
     def close(self) -> None:
         """Close the file.
@@ -262,9 +257,9 @@ class WeightsWriter:
         """Write one tensor to its file."""
         self._files[self._of[name]].write(name, tensor)
 
-    def read(self, name: str) -> Tensor:
-        """Read back a tensor that was written."""
-        return self._files[self._of[name]].read(name)
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether its file holds the tensor that was written."""
+        return self._files[self._of[name]].holds(name, tensor)
 
     def __enter__(self) -> WeightsWriter:
         return self

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import pickle
+import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.utils import _create_file_view, _ReaderView
 
 from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
-from megatron_vlm.hf.streaming import as_bytes
+from megatron_vlm.hf.streaming import as_bytes, digest, hash_of, mapped
 
 _METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
@@ -207,12 +208,9 @@ class NativeReader:
         try:
             where = self._where[name, (0,) * len(entry.size)]
             with open(self.path / where.relative_path, "rb") as file:
-                # torch.save writes a zip archive with the elements, uncompressed, in one member.
-                view = _ArchiveView(cast("io.IOBase", file), where.offset, where.length)
-                archive = zipfile.ZipFile(cast("IO[bytes]", view))
-                member = next(item for item in archive.namelist() if item.endswith("/data/0"))
-                with archive.open(member) as data:
-                    return data.read(count * entry.properties.dtype.itemsize)
+                start, length = _elements(file, where.offset, where.length)
+                file.seek(start)
+                return file.read(min(count * entry.properties.dtype.itemsize, length))
         except (KeyError, OSError, StopIteration, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path}: {name} cannot be read ({error!r})") from None
 
@@ -337,13 +335,21 @@ class NativeWriter:
                 os.path.basename(file.name), start, length
             )
 
-    def read(self, name: str) -> Tensor:
-        """Read back a tensor that was written."""
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether the files hold, chunk by chunk, the tensor that was written; they are read, not copied."""
         assert self._file is not None
         self._file.flush()
-        where = {index: info for index, info in self._where.items() if index.fqn == name}
-        written = metadata.Metadata({name: self._tensors[name]}, storage_data=where)
-        return NativeReader(self.path, written).read(name)
+        entry = self._tensors[name]
+        assert isinstance(entry, metadata.TensorStorageMetadata)
+        for number, stored in enumerate(entry.chunks):
+            chunk = Chunk(tuple(stored.offsets), tuple(stored.sizes))
+            where = self._where[metadata.MetadataIndex(name, chunk.offset, number)]
+            with open(self.path / where.relative_path, "rb") as file:
+                start, length = _elements(file, where.offset, where.length)
+                with mapped(file, start, length) as data:
+                    if hash_of(data) != digest(chunk.of(tensor)):
+                        return False
+        return True
 
     def close(self) -> None:
         """Write everything but the tensors; without it the folder is no checkpoint."""
@@ -376,3 +382,16 @@ def _with_own_storage(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.clone()
     return torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
+
+
+def _elements(file: IO[bytes], offset: int, length: int) -> tuple[int, int]:
+    """Where the elements of the tensor lie that ``torch.save`` wrote to a part of a file: start and length.
+
+    A zip archive has them, uncompressed, in one member, behind a header of 30 bytes, its name and padding.
+    """
+    view = _ArchiveView(cast("io.IOBase", file), offset, length)
+    archive = zipfile.ZipFile(cast("IO[bytes]", view))
+    member = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
+    file.seek(offset + member.header_offset + 26)
+    name_size, extra_size = struct.unpack("<HH", file.read(4))
+    return offset + member.header_offset + 30 + name_size + extra_size, member.file_size
