@@ -21,7 +21,9 @@ RUN = "scripts/train/run.py"
 # Of programs that a test machine need not have.
 FLAGS_OF_OTHERS = {
     "singularity": {"--nv", "--fakeroot", "--disable-cache"},
-    "srun": {"--ntasks-per-node"},
+    "srun": {"--ntasks-per-node", "--cpus-per-task"},
+    "sbatch": {"--gpus-per-node"},
+    "scancel": {"--signal"},
     "pip": {"--extra-index-url"},
 }
 
@@ -62,6 +64,10 @@ def check(words: list[str]) -> None:
     elif program == "singularity" and rest[0] == "build":
         assert (ROOT / rest[-1]).is_file()
         assert given <= FLAGS_OF_OTHERS["singularity"]
+    elif program == "srun":
+        at = rest.index("python")
+        assert {word for word in rest[:at] if word.startswith("-")} <= FLAGS_OF_OTHERS["srun"]
+        check(rest[at:])
     elif program == "make":
         assert rest[0] in make_targets()
     elif program == "energon" and rest[0] == "prepare":

@@ -93,6 +93,12 @@ class SlurmSection:
                 f"--gpu-request {self.gpu_request!r}: an option of sbatch with {GPUS} for their number, "
                 "such as --gres=gpu:{gpus} or --gpus-per-node={gpus}"
             )
+        limit = time_limit(self.time or "")
+        if limit is not None and limit <= self.signal_seconds:
+            raise ValueError(
+                f"--time {self.time} leaves nothing before --signal-seconds {self.signal_seconds}, when it "
+                "saves and ends; use more time, or fewer seconds"
+            )
         if self.array is not None and self.chain is not None:
             raise ValueError("--array and --chain do not go together; --max-requeues lets each run go on")
 
@@ -101,3 +107,18 @@ class SlurmSection:
         if self.max_requeues is not None:
             return self.max_requeues
         return REQUEUES if resumable and self.chain is None else 0
+
+
+def time_limit(text: str) -> Optional[int]:
+    """Seconds of a time limit as sbatch takes it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``.
+
+    None for what is none of these; sbatch says what it thinks of it.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    first, second, third = (int(part) if part else 0 for part in parts)
+    if days is not None or parts[2] is not None:
+        return int(days or 0) * 86400 + first * 3600 + second * 60 + third
+    return first * 60 + second
