@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.checkpoint import (
-    CHECKPOINTS,
-    HF_FOLDER,
-    checkpoint_layers,
-    latest_resumable,
-    read_manifest,
-)
+from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, checkpoint_layers, read_manifest
 from megatron_vlm.config.dataset import shard_counts, split_samples
 from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.start import (
+    Start,
+    check_restart,
+    check_same_model,
+    check_same_run,
+    own_checkpoint,
+    with_adapters,
+)
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
 from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
@@ -145,6 +147,7 @@ def _interpreter(found: Inspection) -> None:
 def _image(found: Inspection) -> None:
     if found.config.launch.sif_path is not None:
         check_image(found.config.launch.sif_path)
+        found.errors += storage.image_problems(found.config.launch.sif_path)
 
 
 def _dataset(found: Inspection) -> None:
@@ -173,23 +176,42 @@ def _checkpoint(found: Inspection) -> None:
             f"--tokenizer-load-dir {folder}: no such folder; give a Hugging Face model folder"
         )
     where = config.checkpoint
-    own = None
-    if where.save_dir and where.name and not where.restart:
-        own = latest_resumable(os.path.join(where.run_dir, CHECKPOINTS))
-    if own is not None or not config.model.init:
-        source = own or config.model.megatron_load_dir
+    begun = where.save_dir and where.name and not where.restart
+    start = own_checkpoint(Path(where.run_dir)) if begun else None
+    if start is not None or not config.model.init:
+        source = start.checkpoint if start is not None else config.model.megatron_load_dir
         if source is None:
             return  # a rule of the flags
         found.layers = checkpoint_layers(source, config.model.base)
-        found.resumes = own is not None
+        found.resumes = start is not None
+        manifest = read_manifest(found.layers[-1])
+        model = ModelConfig.from_dict(manifest["model"])
+        found.model = dataclasses.replace(model, lora=config.lora.adapters)
         for layer in found.layers:
             found.errors += storage.shard_problems(layer)
-        model = ModelConfig.from_dict(read_manifest(found.layers[-1])["model"])
+        if where.load_optim and start is None and not manifest["has_optimizer"]:
+            found.errors.append(f"--load-optim: {source} has no optimizer state; leave the flag out")
+        _fits_start(found, start or Start(found.layers[-1], where.load_optim, ""), model)
     elif folder is not None and os.path.isdir(folder):
         model = ModelConfig.from_hf_dir(folder)
-    else:
-        return
-    found.model = dataclasses.replace(model, lora=config.lora.adapters or model.lora)
+        found.model = dataclasses.replace(model, lora=config.lora.adapters)
+
+
+def _fits_start(found: Inspection, start: Start, model: ModelConfig) -> None:
+    """The rules that training checks before it loads anything large."""
+    rules: List[Callable[[], object]] = [
+        lambda: check_same_model(found.config, start, model),
+        lambda: with_adapters(model, found.config, start),
+    ]
+    if start.resumes:
+        rules.append(lambda: check_same_run(found.config, start))
+    if found.config.checkpoint.restart:
+        rules.append(lambda: check_restart(found.config, Path(found.config.checkpoint.run_dir)))
+    for rule in rules:
+        try:
+            rule()
+        except ValueError as error:
+            found.errors.append(str(error))
 
 
 def _flags(found: Inspection) -> None:

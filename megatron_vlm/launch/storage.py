@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -67,6 +68,32 @@ def shard_problems(folder: Path) -> Iterator[str]:
     if damaged:
         more = f", and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
         yield f"{folder}: {damaged[0]}{more}; copy or convert the checkpoint again"
+
+
+def image_problems(path: str) -> Iterator[str]:
+    """Why a file or folder is no container image, or not a whole one; what isn't there is not looked at.
+
+    Source: the header of https://github.com/apptainer/sif, after which come squashfs and ext3 images of old
+    releases.
+    """
+    if os.path.isdir(path):
+        if not any(os.path.lexists(os.path.join(path, name)) for name in (".singularity.d", "bin/sh")):
+            yield f"--sif-path {path}: a folder that is no sandbox image; give an image file"
+        return
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2048)
+        size = os.path.getsize(path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            yield f"--sif-path {path}: {error.strerror}"
+        return
+    if head[32:42] == b"SIF_MAGIC\0":
+        start, length = struct.unpack("<qq", head[112:128])  # of all data objects
+        if size < start + length:
+            yield f"--sif-path {path}: cut off ({size:,} of {start + length:,} bytes); copy or build it again"
+    elif b"hsqs" not in head[:64] and head[1080:1082] != b"\x53\xef":
+        yield f"--sif-path {path}: no container image; build one from environments/recipe_latest.def"
 
 
 def checkpoint_bytes(config: RunConfig, model: ModelConfig, with_optimizer: bool) -> int:

@@ -24,6 +24,7 @@ from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.start import Start, check_restart, check_same_model, check_same_run, with_adapters
 from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.batch import describe
 from megatron_vlm.data.dataset import PreparedDataset
@@ -43,7 +44,6 @@ from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
-from megatron_vlm.training.run_folder import Start
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_schedules, train_step
@@ -78,8 +78,8 @@ class Trainer:
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
         self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
-        run_folder.check_same_model(config, start, self.model_config)
-        self.model_config = run_folder.with_adapters(self.model_config, config, start)
+        check_same_model(config, start, self.model_config)
+        self.model_config = with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)
         self.state = self._first_state(start)
         self.total_iterations = config.train_iterations
@@ -129,7 +129,7 @@ class Trainer:
         saved = checkpoint.load_run_state(start.checkpoint)
         if not start.with_position:
             return RunState(optimizer_steps=saved.optimizer_steps)
-        changes = run_folder.check_same_run(self.config, start)
+        changes = check_same_run(self.config, start)
         if changes:
             self.say(changes)
         return saved if start.resumes else without_evaluations(saved)
@@ -475,7 +475,7 @@ def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = N
     def prepare() -> Start:
         held.append(run_folder.lock(folder))
         if config.checkpoint.restart:
-            run_folder.check_restart(config, folder)
+            check_restart(config, folder)
             run_folder.move_aside(folder)
         start = run_folder.choose_start(config, folder)
         print(start.message, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from megatron_vlm.launch.container import container_command, forwarded, with_environment
-from tests.cluster.apptainer import environment, find_apptainer
+from megatron_vlm.launch.storage import image_problems
+from tests.cluster.apptainer import environment, find_apptainer, why_not
 from tests.cluster.demo import CHECKOUT, RUN, Demo, losses
 
 pytestmark = pytest.mark.cluster
@@ -175,3 +177,19 @@ def test_a_script_enters_the_image_by_itself(cpu_image: Path, tmp_path: Path, ru
         assert done.returncode == 3, done.stderr
         assert done.stdout.splitlines()[0].startswith(f"{runtime} exec {'--nv ' if gpus else ''}--bind")
         assert done.stdout.splitlines()[1] == f"{path} /opt/venv ['a b']"
+
+
+def test_the_preflight_knows_an_image_and_one_that_is_cut_off(tmp_path: Path) -> None:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    base, image = tmp_path / "base", tmp_path / "image.sif"
+    (base / "bin").mkdir(parents=True)
+    (base / "bin/sh").write_text("#!/bin/false\n")
+    # Root builds as an ordinary user would.
+    built = run(*(["unshare", "-Ur"] if os.getuid() == 0 else []), "apptainer", "build", image, base)
+    assert built.returncode == 0, built.stderr
+    assert list(image_problems(str(image))) == [] == list(image_problems(str(base)))
+    whole = image.stat().st_size
+    os.truncate(image, whole - 1)
+    assert f"cut off ({whole - 1:,} of {whole:,} bytes)" in next(image_problems(str(image)))

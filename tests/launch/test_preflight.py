@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import write_tracker
+from megatron_vlm.config.checkpoint import read_manifest, write_manifest, write_tracker
 from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight, storage
 from megatron_vlm.launch.plan import make_plan
-from tests.launch.conftest import write_checkpoint, write_dataset, write_json
+from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +89,58 @@ def test_a_checkpoint_that_is_cut_off(workplace) -> None:
 
 
 def test_the_runs_own_checkpoint_comes_first(workplace) -> None:
-    root = workplace / "runs/run/checkpoints"
-    write_checkpoint(root / "iter_0000004", iteration=4, has_optimizer=True)
-    write_tracker(root, 4)
+    own = workplace / "runs/run/checkpoints/iter_0000004"
+    write_checkpoint(own, iteration=4, has_optimizer=True)
+    write_tracker(own.parent, 4)
+    inspect("--save-optim").config.save(str(own / "run_config.json"))
     found = inspect("--save-optim")
     assert found.problems == [] and found.facts.start == "goes on from iter_0000004"
     assert inspect("--save-optim", "--restart").facts.start == "from the weights of ckpt"
+    assert "would change the order of the data within the run" in problem("--save-optim", "--seed", "7")
+    assert "trains other parts of the model" in problem("--save-optim", "--freeze-lm")
+    (workplace / "other").mkdir()
+    write_checkpoint(workplace / "other/ckpt", {**CONFIG, "image_token_index": 8})
+    told = inspect("--megatron-load-dir", "other/ckpt").problems[0]
+    assert "other/ckpt is of another model than" in told and "image_token_id is 8 there and 7 here" in told
+    assert "--restart moves runs/run aside" in problem("--restart", "--megatron-load-dir", "runs/run")
+
+
+def test_a_run_that_cannot_go_on(workplace) -> None:
+    own = workplace / "runs/run/checkpoints/iter_0000004"
+    write_checkpoint(own, iteration=4)
+    assert "has checkpoints but none with optimizer state, so it can't be resumed" in problem()
+    assert "--load-optim: ckpt has no optimizer state" in problem("--restart", "--load-optim")
+
+
+def test_adapters_that_nobody_asks_for(workplace) -> None:
+    model = inspect("--lora-rank", "4").model
+    assert model is not None and model.lora is not None
+    manifest = read_manifest(workplace / "ckpt")
+    write_manifest(workplace / "ckpt", {**manifest, "model": model.to_dict()})
+    assert "has LoRA adapters; give --lora-rank 4" in problem()
+    assert inspect("--lora-rank", "4").problems == []
+
+
+def test_images(workplace) -> None:
+    """As apptainer writes its header; tests/cluster asks a real one."""
+    image = workplace / "image.sif"
+    launch = b"#!/usr/bin/env run-singularity\n\0"
+    header = (
+        launch
+        + b"SIF_MAGIC\x0001\x0002\0"
+        + bytes(16)
+        + struct.pack("<8q", 0, 0, 45, 48, 4096, 28080, 32176, 100)
+    )
+    image.write_bytes(header.ljust(32276, b"x"))
+    assert inspect("--sif-path", "image.sif").problems == []
+    image.write_bytes(header.ljust(32275, b"x"))
+    assert "image.sif: cut off (32,275 of 32,276 bytes)" in problem("--sif-path", "image.sif")
+    image.write_text("<html>404</html>")
+    assert "image.sif: no container image; build one from" in problem("--sif-path", "image.sif")
+    image.write_bytes(b"hsqs" + bytes(100))
+    assert inspect("--sif-path", "image.sif").problems == []
+    assert "data: a folder that is no sandbox image" in problem("--sif-path", "data")
+    assert "--sif-path none: no such image" in problem("--sif-path", "none")
 
 
 def test_no_tokenizer_anywhere(workplace) -> None:
@@ -249,7 +296,7 @@ def as_nobody(function: Callable[[], list[str]]) -> list[str]:
 
 
 def test_links_out_of_the_container(workplace) -> None:
-    (workplace / "image.sif").mkdir()
+    (workplace / "image.sif/.singularity.d").mkdir(parents=True)
     shard = workplace / "data/0.tar"
     shard.unlink()
     shard.symlink_to("/usr/bin/env")

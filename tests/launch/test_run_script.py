@@ -112,7 +112,7 @@ def test_bad_input_is_a_line_each_and_exit_code_2(argv, tmp_path) -> None:
 def test_a_start_makes_the_logs_and_hands_on_output_and_exit_code(python, workplace) -> None:
     tools, image = workplace / "bin", workplace / "image.sif"
     tools.mkdir()
-    image.touch()
+    image.write_bytes(b"hsqs")  # how squashfs images begin
     # Stands for the container with torch in it.
     (tools / "apptainer").write_text('#!/bin/sh\necho trained\necho "error: from a rank" >&2\nexit 2\n')
     (tools / "apptainer").chmod(0o755)
@@ -144,7 +144,7 @@ def test_the_checkpoints_architecture_is_checked_without_torch(workplace) -> Non
 
 
 def test_preflight_only(python, workplace) -> None:
-    (workplace / "image.sif").touch()
+    (workplace / "image.sif").write_bytes(b"hsqs")
     argv = [*BASE, "--preflight-only", "--sif-path", "image.sif", "--tp", "3", "--seq-length", "577"]
     before = files(workplace)
     result = start(python, *argv, cwd=workplace, PATH="/usr/bin:/bin")
