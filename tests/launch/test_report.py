@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import runpy
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
+from megatron_vlm.config.checkpoint import write_tracker
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.launch import machine, storage
+from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import make_plan
 from megatron_vlm.launch.report import Facts, rank_groups, screen
+from tests.launch.conftest import write_checkpoint, write_dataset
 
 LAYOUTS = [*itertools.product((1, 2, 3, 8), repeat=3), (8, 8, 16)]
 
@@ -79,3 +86,33 @@ def test_what_is_not_known_is_left_out() -> None:
     text = shown("-g", "2", model=None)
     assert "one pass over the training split" in text
     assert "tokens" not in text and "stage" not in text
+
+
+# LLaVA-1.5-7B's config, in bfloat16; what it leaves out is as transformers has it.
+LLAVA_7B = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+LLAVA_7B |= {"image_token_index": 7, "dtype": "bfloat16"}
+
+
+def test_the_example_in_the_docs_is_what_is_printed(tmp_path, monkeypatch, capsys) -> None:
+    page = (CHECKOUT / "docs/launching.md").read_text()
+    command, screen = re.search(
+        r"```shell\n(python scripts/train/run.py .*?--dry-run)\n```\n\n```\n(.*?)```", page, re.S
+    ).groups()
+    argv = [word.strip("<>") for word in command.replace("\\\n", " ").split()][2:]
+    write_checkpoint(tmp_path / "megatron-model/release", LLAVA_7B)
+    write_tracker(tmp_path / "megatron-model", "release")
+    write_dataset(tmp_path / "conversations", samples=665_298)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 2 << 40)
+    monkeypatch.setattr(storage, "local_file_system", lambda path: None)
+    monkeypatch.setattr(machine, "claim_port", lambda port, **_: machine.PortClaim(port, None))
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert runpy.run_path(str(CHECKOUT / "scripts/train/run.py"))["main"](argv) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2  # a command for each node
+    assert (
+        err.replace("megatron-model/", "<megatron-model>/")
+        .replace("runs/", "<runs>/")
+        .replace(" in runs", " in <runs>")
+        == screen
+    )
