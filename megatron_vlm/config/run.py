@@ -10,6 +10,7 @@ Field names and flag names are the same: ``save_dir`` is ``--save-dir``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -376,6 +377,7 @@ def _check_lora(given: Mapping[str, Any]) -> None:
         raise ValueError("--train-vision trains weights beside which --lora-targets puts adapters; drop one")
 
 
+@functools.cache  # it takes some 5 ms
 def _parser(prog: Optional[str] = None) -> FlagParser:
     parser = FlagParser(
         SECTIONS,
