@@ -78,7 +78,9 @@ def split_samples(path: str, split: str = "train") -> Optional[int]:
 
 
 # A key with or without an empty list, or an item: all that prepare writes.
-_LINE = re.compile(r"""( *)(?:(\w+):(?: \[\])?|- (?:'([^']+)'|([^'"\[\]{},&*!|>%@`#]+)))""")
+_LINE = re.compile(
+    r"""( *)(?:(\w+):(?: \[\])?|- (?:'([^']+)'|([^-?:'"\[\]{},&*!|>%@`#\s](?:[^:#]|:(?=\S)|(?<=\S)#)*)))"""
+)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 

@@ -180,15 +180,16 @@ def _memory(facts: Facts, on_gpus: bool) -> List[str]:
         stages = tuple(stage for stage in stages if stage in (stages[0], largest, stages[-1]))
     size = f" of {facts.gpu_memory:.1f} GiB" if facts.gpu_memory else ""
     where = f"GPU{size}" if on_gpus else "process"
+    unit, name = (GIB, "GiB") if max(stage.total for stage in stages) >= GIB else (1 << 20, "MiB")
     columns = ("stage", "weights", "gradients", "optimizer", "activations", "total", "with allowance")
     rows: List[Sequence[str]] = [columns if on_gpus else columns[:-1]]
     for stage in stages:
         sizes = [stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total]
         sizes += [stage.with_allowance] * on_gpus
-        rows.append([str(stage.rank), *(f"{size / GIB:.2f}" for size in sizes)])
+        rows.append([str(stage.rank), *(f"{size / unit:,.2f}" for size in sizes)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    lines = [_line("memory", f"GiB on each {where}, predicted for samples as long as --seq-length")]
+    lines = [_line("memory", f"{name} on each {where}, predicted for samples as long as --seq-length")]
     lines += [_INDENT + row for row in table]
     if on_gpus:
         allowance = (

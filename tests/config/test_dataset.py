@@ -55,6 +55,8 @@ def test_a_split(dataset, name) -> None:
         "split_parts: &x\n  train:\n  - a.tar\n",
         "- a.tar\n",
         "exclude: []\n",
+        "split_parts:\n  train:\n  - a.tar #the first\n",
+        "split_parts:\n  train:\n  - a: b.tar\n",
         "",
     ],
 )
@@ -67,7 +69,7 @@ def test_what_cannot_be_told_is_not_guessed(dataset, text) -> None:
 @pytest.mark.parametrize(
     "pattern",
     ["{000..011}.tar", "{8..11}.tar", "{098..101}/x.tar", "{a,b}/{1..3}.tar", "plain.tar", "{3..1}.tar"]
-    + ["{0..0}.tar", "{00..1}.tar", "{,x}.tar"],
+    + ["{0..0}.tar", "{00..1}.tar", "{,x}.tar", "train-{000000..000007}.tar", "a b{1,2}#c[d].tar"],
 )
 def test_brace_expressions_are_expanded_as_energon_does(dataset, pattern) -> None:
     write(dataset, {"split_parts": {"train": [pattern]}, "exclude": []})
