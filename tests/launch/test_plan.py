@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.slurm import SlurmSection
-from megatron_vlm.launch import machine
+from megatron_vlm.launch import machine, slurm
 from megatron_vlm.launch.plan import LaunchPlan, make_plan
 from megatron_vlm.launch.slurm import first_host
 
@@ -142,6 +142,52 @@ def test_inside_slurm_srun_tells_nodes_rank_and_master() -> None:
         plan("-g", "1", **{**step, "SLURM_STEP_NUM_TASKS": "8"})
     alone = plan("--node", "1", **step).config.launch
     assert (alone.node, alone.rank, alone.master_addr) == (1, 0, None)
+
+
+def test_in_a_step_port_address_and_log_come_from_the_job() -> None:
+    step = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
+    step |= {
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "n[1-2].site.org",
+    }
+    first = plan("-g", "1", "--master-suffix", "i", **step).config.launch
+    assert (first.master_addr, first.slurm_output_name) == ("n1i.site.org", "slurm-42")
+    other = plan("-g", "1", **{**step, "SLURM_JOB_ID": "43"}).config.launch
+    assert first.master_port != other.master_port and 1024 < first.master_port < 32768
+    assert plan("-g", "1", "-p", "9999", **step).config.launch.master_port == 9999
+    task = plan("-g", "1", SLURM_JOB_ID="9", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2").config.launch
+    assert task.slurm_output_name == "slurm-7_2"
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "nodes"),
+    [
+        ([], {}, 0),
+        ([], {"SLURM_JOB_NUM_NODES": "2"}, 2),  # salloc's shell on a login node
+        ([], {"SLURM_JOB_NUM_NODES": "1"}, 1),
+        (["--node", "1"], {"SLURM_JOB_NUM_NODES": "2"}, 1),
+        ([], {"SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}, 2),  # a batch script of one's own
+        ([], {"SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"}, 0),
+        (["--node", "1"], {"SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}, 0),
+        (["--node", "2", "--rank", "0"], {"SLURM_JOB_NUM_NODES": "2"}, 0),
+        ([], {"SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_ID": "0"}, 0),
+        # salloc's shell in an interactive step on the first node
+        ([], {"SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_ID": "4294967290"}, 2),
+    ],
+)
+def test_where_run_py_starts_itself_on_all_nodes(argv, environ, nodes) -> None:
+    assert slurm.nodes_to_start_on(RunConfig.from_flags([*BASE, *argv]), environ) == nodes
+
+
+def test_the_step_that_run_py_starts() -> None:
+    command = slurm.step_command(2, {"SLURM_JOB_CPUS_PER_NODE": "72(x2),36"}, ["python3", "run.py", "a b"])
+    assert command[:7] == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
+    assert command[7:9] == ["--cpus-per-task", "36"] and command[-3:] == ["python3", "run.py", "a b"]
+    given = {"SLURM_JOB_CPUS_PER_NODE": "72", "SLURM_CPUS_PER_TASK": "8"}
+    assert slurm.cpus_per_node(given) == 8 and slurm.cpus_per_node({}) is None
+    with pytest.raises(ValueError, match="--node 3: this SLURM job has 2"):
+        slurm.nodes_to_start_on(RunConfig.from_flags([*BASE, "--node", "3"]), {"SLURM_JOB_NUM_NODES": "2"})
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,17 @@ def test_only_the_standard_library_is_imported() -> None:
                 assert name.split(".")[0] in allowed, f"{path}: {name}"
                 if name.startswith("megatron_vlm."):
                     assert name.split(".")[1] in ("config", "launch"), f"{path}: {name}"
+
+
+def test_a_dry_run_imports_little(tmp_path) -> None:
+    """What makes it slow is what it imports: nothing of the network, of threads, or that only a job needs."""
+    code = f"import runpy, sys; sys.argv = ['run.py', *{[*BASE, '--dry-run']!r}]\n"
+    code += f"try: runpy.run_path({RUN!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "megatron_vlm.launch.plan" in imported
+    slow = {"asyncio", "concurrent.futures", "email", "http", "logging", "multiprocessing", "urllib.request"}
+    assert not imported & (slow | {"torch", "megatron_vlm.launch.submit"})
