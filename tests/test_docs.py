@@ -104,7 +104,11 @@ def test_the_readme_shows_the_whole_pipeline() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_in_the_text_exist(page: Path) -> None:
     known = set().union(energon_flags(), flags_of(RUN), *FLAGS_OF_OTHERS.values())
-    for script in [*(ROOT / "scripts/convert").glob("*.py"), ROOT / "scripts/inference/generate.py"]:
+    for script in [
+        *(ROOT / "scripts/convert").glob("*.py"),
+        ROOT / "scripts/inference/generate.py",
+        ROOT / "scripts/train/status.py",
+    ]:
         known |= flags_of(str(script.relative_to(ROOT)))
     known |= flags_of("-m", "benchmarks.memory")
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
