@@ -13,6 +13,8 @@ from typing import Any, Callable, List, NoReturn
 
 from megatron_vlm.hf import Difference
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def run(main: Callable[[List[str]], int]) -> int:
     """Run a script's ``main`` on its arguments.
@@ -125,6 +127,11 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         choices=("transformer_engine", "local"),
         help="classic: of the norms, as in Megatron-LM's layer spec (default: transformer_engine)",
     )
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype``; :data:`DTYPES` has torch's names."""
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights (default: as stored)")
 
 
 def loads_where(args: argparse.Namespace) -> str:

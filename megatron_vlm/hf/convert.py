@@ -7,6 +7,7 @@ checkpoint, ``conversion.json`` of a Hugging Face folder.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -35,17 +36,20 @@ from megatron_vlm.hf.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWri
 from megatron_vlm.hf.folder import (
     CONVERSION,
     SAFETENSORS_INDEX,
+    Cast,
     HFFolder,
     TensorInfo,
     WeightsWriter,
     copy_small_files,
     split_into_shards,
+    write_dtype,
     write_index,
 )
 from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.hf.megatron import (
     WEIGHTS,
     MegatronCheckpoint,
+    Source,
     and_more,
     write_carried,
     write_hf_files,
@@ -88,6 +92,7 @@ def import_hf(
     random_seed: int | None = None,
     verify: bool = False,
     classic: ClassicLayout | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Convert a Hugging Face LLaVA folder to the checkpoint ``<megatron_dir>/release``.
 
@@ -103,6 +108,7 @@ def import_hf(
         random_seed: initialise the weights with it, as transformers does, instead of reading them.
         verify: convert every tensor back, read it back from the files written, and compare.
         classic: write Megatron-LM's classic format, for this layout only.
+        dtype: of all weights; None: as stored.
 
     Returns:
         The checkpoint's folder.
@@ -118,7 +124,9 @@ def import_hf(
     _check_apart(source, root)
     if not force:
         check_absent(root)
-    folder = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
+    folder: Source = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
+    if dtype is not None:
+        folder, model = Cast(folder, dtype), dataclasses.replace(model, dtype=dtype_name(dtype))
     prefixes = detect_prefixes(folder.tensors)
     table = build_table(model, padded_vocab_size(model.language.vocab_size, tp), prefixes)
     carried = _check_import(source, table, folder.tensors)
@@ -129,6 +137,8 @@ def import_hf(
 
     with _appearing_checkpoint(root, force) as output:
         write_hf_files(output / HF_FOLDER, folder, table, prefixes)
+        if dtype is not None:
+            write_dtype(output / HF_FOLDER, dtype)
         if random_seed is not None:  # an index is of other weights, if there is one
             (output / HF_FOLDER / SAFETENSORS_INDEX).unlink(missing_ok=True)
         dtypes = {row.native: _widest(folder.tensors[name].dtype for name, _ in row.hf) for row in table.rows}
@@ -164,6 +174,7 @@ def export_hf(
     progress: Progress | None = None,
     base: PathLike | None = None,
     verify: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Convert a checkpoint, as :func:`import_hf` or training wrote it, to a Hugging Face folder.
 
@@ -178,6 +189,7 @@ def export_hf(
         progress: called with the bytes done and in all.
         base: the checkpoint with all weights under one of trained weights only, if it has moved.
         verify: read every tensor back from the files written, and compare.
+        dtype: of all weights; None: as imported.
 
     Returns:
         ``hf_dir``.
@@ -194,6 +206,8 @@ def export_hf(
     elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise ValueError(f"{target} is no Hugging Face folder; --force doesn't replace it")
     source = MegatronCheckpoint(checkpoint, base)
+    if dtype is not None:
+        source.convert_to(dtype)
     files, metadata = source.files, source.metadata
     if max_shard_bytes is not None:
         files = split_into_shards([info for infos in files.values() for info in infos], max_shard_bytes)
@@ -207,6 +221,8 @@ def export_hf(
     with appearing_folder(target, replace=force) as output:
         copy_small_files(source.hf, output)
         (output / WEIGHTS).unlink()
+        if dtype is not None:
+            write_dtype(output, dtype)
         for path in tokenizer_files:
             shutil.copyfile(path, output / path.name)
 

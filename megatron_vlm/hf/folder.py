@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.streaming import as_bytes, digest, hash_of, mapped
+from megatron_vlm.hf.streaming import as_bytes, check_finite, digest, dtype_name, hash_of, mapped
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -157,6 +157,67 @@ class _BinFile:
 
     def get_tensor(self, name: str) -> Tensor:
         return self.tensors[name]
+
+
+class Cast:
+    """A folder's tensors in another dtype, those of integers as they are; read like ``HFFolder``.
+
+    Args:
+        source: the folder, or what is read like one.
+        dtype: a floating-point dtype.
+    """
+
+    def __init__(self, source: Any, dtype: torch.dtype) -> None:
+        self._source = source
+        self.path, self.metadata = source.path, source.metadata
+        self.files = cast_infos(source.files, dtype)
+        self.tensors = {info.name: info for infos in self.files.values() for info in infos}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            ValueError: it holds NaN, or a value that the dtype cannot hold.
+        """
+        tensor: Tensor = self._source.read(name)
+        check_finite(name, tensor)
+        return cast(name, tensor, self.tensors[name].dtype)
+
+
+def cast_infos(files: dict[str, list[TensorInfo]], dtype: torch.dtype) -> dict[str, list[TensorInfo]]:
+    """The tensors of each file, with ``dtype`` for those of floating point."""
+    return {
+        file: [replace(info, dtype=dtype) if info.dtype.is_floating_point else info for info in infos]
+        for file, infos in files.items()
+    }
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finite tensor in another dtype.
+
+    Raises:
+        ValueError: a value is too large for it.
+    """
+    result = tensor.to(dtype)
+    try:
+        check_finite(name, result)
+    except ValueError:
+        largest = f"{torch.finfo(dtype).max:g}"
+        raise ValueError(f"{name} has values beyond {largest}, {dtype_name(dtype)}'s largest") from None
+    return result
+
+
+def write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Let a folder's ``config.json`` say that its weights have this dtype."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if part and key in part:
+                part[key] = dtype_name(dtype)
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype_name(dtype)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _info(path: Path, name: str, code: str, shape: Shape) -> TensorInfo:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,9 +24,12 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.classic import FORMAT, ClassicReader
 from megatron_vlm.hf.folder import (
     DTYPES,
+    Cast,
     HFFolder,
     SafetensorsFile,
     TensorInfo,
+    cast,
+    cast_infos,
     copy_small_files,
 )
 from megatron_vlm.hf.lora import find_adapters, merged
@@ -40,7 +44,7 @@ _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _MODEL_PREFIXES = ("vision_model.", "vision_projection.", "language_model.")
 
 PathLike = str | os.PathLike[str]
-Source = HFFolder | RandomWeights
+Source = HFFolder | RandomWeights | Cast
 
 
 class MegatronCheckpoint:
@@ -85,7 +89,12 @@ class MegatronCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in the dtype of the imported folder; weights trained in another are rounded once."""
-        return self.read_unrounded(name).to(self.tensors[name].dtype)
+        return cast(name, self.read_unrounded(name), self.tensors[name].dtype)
+
+    def convert_to(self, dtype: torch.dtype) -> None:
+        """Let :meth:`read` return this dtype instead, for tensors of floating point."""
+        self.files = cast_infos(self.files, dtype)
+        self.tensors = {info.name: info for infos in self.files.values() for info in infos}
 
     def read_unrounded(self, name: str) -> Tensor:
         """Read a tensor in the dtype that it is stored in, or float32 after adapters were merged into it.

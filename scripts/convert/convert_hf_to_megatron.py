@@ -23,6 +23,7 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--hf-dir", required=True, help="folder with config.json and weights")
     parser.add_argument("--megatron-dir", required=True, help="checkpoint root to make")
     cli.add_layout_flags(parser)
+    cli.add_dtype_flag(parser)
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
@@ -32,12 +33,15 @@ def main(argv: List[str]) -> int:
 
         return reenter([__file__, *argv], args.sif_path, args.bind, [args.hf_dir, args.megatron_dir])
 
+    import torch
+
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import import_hf
 
     layers = ModelConfig.from_hf_dir(args.hf_dir).language.num_layers
     classic = ClassicLayout.from_flags(args, layers)
+    dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:
         checkpoint = import_hf(
             args.hf_dir,
@@ -48,6 +52,7 @@ def main(argv: List[str]) -> int:
             progress,
             verify=args.verify,
             classic=classic,
+            dtype=dtype,
         )
     print(f"{checkpoint}: {cli.loads_where(args)}")
     return 0

@@ -37,6 +37,7 @@ def main(argv: List[str]) -> int:
         action="store_true",
         help="write a run's LoRA adapters and projector as a PEFT adapter, instead of merging them",
     )
+    cli.add_dtype_flag(parser)
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     # The format doesn't depend on the layout, so the two change nothing; the checkpoint knows its own.
@@ -53,6 +54,8 @@ def main(argv: List[str]) -> int:
         paths += [args.tokenizer_dir] if args.tokenizer_dir else []
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
+    import torch
+
     from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.convert import export_hf
@@ -62,11 +65,12 @@ def main(argv: List[str]) -> int:
     ModelConfig.from_hf_dir(str(checkpoint / HF_FOLDER)).check_layout(args.tp or 1, args.pp or 1)
     print(f"converting {checkpoint}", flush=True)
     if args.adapter_only:
-        if args.tokenizer_dir or args.max_shard_size:
-            raise ValueError("--adapter-only takes neither --tokenizer-dir nor --max-shard-size")
+        if args.tokenizer_dir or args.max_shard_size or args.dtype or args.verify:
+            raise ValueError("--adapter-only takes no --tokenizer-dir, --max-shard-size, --dtype or --verify")
         export_adapter(checkpoint, args.hf_dir, args.force, args.base)
         print(f"{args.hf_dir}: loads with peft's PeftModel, beside the model that the run began with")
         return 0
+    dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:
         export_hf(
             checkpoint,
@@ -77,6 +81,7 @@ def main(argv: List[str]) -> int:
             progress,
             args.base,
             args.verify,
+            dtype,
         )
     print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
     return 0

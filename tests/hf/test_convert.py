@@ -205,6 +205,34 @@ def test_manifest_of_an_export(llava: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "again").rglob("conversion.json"))
 
 
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_dtype(tmp_path: Path, way: str) -> None:
+    source = make(tmp_path / "hf", "clip-llama", dtype=torch.bfloat16)
+    there, back = ({"dtype": torch.float32}, {}) if way == "import" else ({}, {"dtype": torch.float32})
+    import_hf(source, tmp_path / "megatron", 2, 1, **there, verify=True)
+    wide = export_hf(tmp_path / "megatron", tmp_path / "wide", **back, verify=True)
+    weights = load_file(source / "model.safetensors")
+    for name, tensor in load_file(wide / "model.safetensors").items():
+        expected = weights[name].float() if weights[name].is_floating_point() else weights[name]
+        assert streaming.same_bits(tensor, expected), name
+    model = LlavaForConditionalGeneration.from_pretrained(wide, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    import_hf(wide, tmp_path / "again", 1, 1)
+    assert read_manifest(tmp_path / "again")["model"]["dtype"] == "float32"
+    narrow = export_hf(tmp_path / "again", tmp_path / "narrow", dtype=torch.bfloat16)
+    assert verify(source, narrow, weights_only=True)
+
+
+def test_values_that_float16_cannot_hold(llava: Path, tmp_path: Path) -> None:
+    rewrite(llava, lambda t: set_nan(t, value=7e4))
+    with pytest.raises(ValueError, match=rf"{KEY} has values beyond 65504, float16's largest"):
+        import_hf(llava, tmp_path / "megatron", 1, 1, dtype=torch.float16)
+    import_hf(llava, tmp_path / "megatron", 1, 1)
+    with pytest.raises(ValueError, match=rf"{KEY} has values beyond 65504"):
+        export_hf(tmp_path / "megatron", tmp_path / "back", dtype=torch.float16)
+    assert not (tmp_path / "back").exists()
+
+
 def test_weights_of_other_frameworks_stay_behind(llava: Path, tmp_path: Path) -> None:
     (llava / "tf_model.h5").write_bytes(b"x")
     (llava / "pytorch_model.bin.index.json").write_text("{}")
