@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -61,7 +63,7 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
         code = user_error(error, parallel.first_to_arrive("error"))
     except OSError as error:  # no space left, read-only, no permission
         where = f"{error.filename}: " if error.filename else ""
-        reason = ValueError(f"{where}{error.strerror or error}")
+        reason = ValueError(f"{where}{error.strerror or error}{_free_space(error)}")
         code = user_error(reason, parallel.first_to_arrive("error"))
     except Exception as error:  # told in full here, since what follows may end the process at once
         if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
@@ -75,6 +77,17 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
         os._exit(code)
     parallel.finalize()
     return code
+
+
+def _free_space(error: OSError) -> str:
+    """What a user needs to know of a disk that is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not error.filename:
+        return ""
+    folder = os.path.dirname(os.path.abspath(error.filename))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free / 2**20
+    return f" ({free:,.0f} MiB are free); make room, and the same command goes on from the last checkpoint"
 
 
 def _quiet_megatron_core() -> None:

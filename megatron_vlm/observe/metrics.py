@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -109,13 +110,17 @@ class MetricsLog:
         """Append one line; it survives a kill of this process at once."""
         if self.file is None:
             self.file = open(self.path, "a", encoding="utf-8")
-        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was told then
+                self.file.close()
 
 
 def _number(value: float | None, form: str) -> str:

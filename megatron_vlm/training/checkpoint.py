@@ -6,6 +6,7 @@ file: a run that is killed at any moment leaves the last finished checkpoint as 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -257,7 +258,9 @@ def _save_rng(folder: Path, layout: Layout) -> None:
         "tracker": get_cuda_rng_tracker().get_states(),
         "python": (version, list(words), gauss),
     }
-    torch.save(states, file)
+    written = io.BytesIO()
+    torch.save(states, written)  # which tells a full disk as a RuntimeError, if it writes the file itself
+    file.write_bytes(written.getvalue())
 
 
 def _link_folder(source: Path, target: Path) -> None:
