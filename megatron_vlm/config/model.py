@@ -299,7 +299,16 @@ class ModelConfig:
             raise ValueError(f"{directory}: no config.json; give a Hugging Face LLaVA folder") from None
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
-        return cls.from_hf(config)
+        try:
+            model = cls.from_hf(config)
+        except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: a value is not of its key's kind ({error})") from None
+        for part in (model.vision, model.language):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if field.type == "int" and (type(value) is not int or value < 1):
+                    raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive integer")
+        return model
 
     def to_dict(self) -> Dict[str, Any]:
         """As plain JSON values; :meth:`from_dict` is its inverse."""

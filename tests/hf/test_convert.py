@@ -293,6 +293,27 @@ def test_bad_tensors_leave_nothing(tmp_path: Path, family: str, change, message:
     assert not list(tmp_path.glob("megatron/*")) and not list(tmp_path.glob("megatron/.*"))
 
 
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("text_config", "hidden_size", [48]),
+        ("text_config", "hidden_size", 64),
+        ("text_config", "num_attention_heads", 0),
+        ("text_config", "num_hidden_layers", 3),
+        ("vision_config", "patch_size", None),
+        (None, "text_config", [1]),
+        (None, "vision_feature_layer", "last"),
+    ],
+)
+def test_a_config_that_lies(llava: Path, tmp_path: Path, part, key: str, value) -> None:
+    config = json.loads((llava / "config.json").read_text())
+    (config if part is None else config[part])[key] = value
+    (llava / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json|is no part of the model"):
+        import_hf(llava, tmp_path / "megatron", 1, 1)
+    assert not (tmp_path / "megatron").exists()
+
+
 def test_siglip_without_its_head(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", "siglip-qwen2")
     rewrite(source, lambda t: [t.pop(name) for name in list(t) if ".head." in name])
