@@ -215,9 +215,15 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
         "# the time limit, goes to the step too. This shell only has to live until srun has ended.",
         "trap : USR1 TERM",
         "code=0",
-        '"${step[@]}" "${run[@]}" || code=$?',
     ]
     requeues = slurm.requeues(config.checkpoint.save_optim)
+    if requeues:
+        lines += [
+            "# TERM says that the whole job is over: were it requeued then, it could not be cancelled.",
+            "cancelled=",
+            "trap 'cancelled=1' TERM",
+        ]
+    lines += ['"${step[@]}" "${run[@]}" || code=$?']
     if slurm.chain:
         lines += [
             f'[ "$code" -eq {CONTINUE} ] || echo "job $SLURM_JOB_ID, exit code $code" >"$ended"',
@@ -226,7 +232,9 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
         lines += [
             "restarts=${SLURM_RESTART_COUNT:-0}",
             f'if [ "$code" -eq {CONTINUE} ]; then',
-            f'  if [ "$restarts" -ge {requeues} ]; then',
+            '  if [ -n "$cancelled" ]; then',
+            '    echo "saved; not requeued, since the job was cancelled or is over its time limit"',
+            f'  elif [ "$restarts" -ge {requeues} ]; then',
             f'    echo "saved; not requeued, since it was {requeues} times (--max-requeues)"',
             '  elif scontrol requeue "$SLURM_JOB_ID"; then',
             f'    echo "saved; requeued, $((restarts + 1)) of at most {requeues} times"',
