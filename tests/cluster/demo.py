@@ -9,10 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster.hosts import Host
+
 CHECKOUT = Path(__file__).parents[2]
 RUN = CHECKOUT / "scripts" / "train" / "run.py"
 ITERATIONS = 40  # four seconds and a start of ten, where nothing else runs
-SAVE_INTERVAL = 10
+SAVE_INTERVAL = 5
+# What an engineer has on a login node: some Python, and nothing installed in it.
+LOGIN_PYTHON = (sys.executable, "-I", "-S")
 PARALLEL = ("--tp", "2", "--pp", "2")
 
 
@@ -61,6 +65,31 @@ def make_demo(folder: Path) -> Demo:
     )
     run("python", "scripts/convert/convert_hf_to_megatron.py", "--hf-dir", hf, "--megatron-dir", megatron)
     return Demo(megatron, hf, data)
+
+
+def submit(login: Host, demo: Demo, save_dir: Path, *more: object) -> list[str]:
+    """Train the demo as ``<save_dir>/run`` on two nodes, with --submit on the login host.
+
+    Returns:
+        The ids of the jobs.
+    """
+    flags = demo.flags(save_dir, "run", "--node", 2, *more, "--submit")
+    # Without an image the nodes need what this Python has.
+    python = LOGIN_PYTHON if "--sif-path" in more else [sys.executable]
+    done = login.run(*python, RUN, *flags, check=False)
+    assert done.returncode == 0, done.stderr
+    run = login.path(save_dir / "run")
+    script = max((run / "slurm").glob("*.sh"))
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    checked = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    status = json.loads((run / "status.json").read_text())
+    return [status["job_id"], *status["more_jobs"]]
+
+
+def output(run: Path, job: str) -> str:
+    """What a submitted job has printed."""
+    return (run / f"slurm/{job}.log").read_text()
 
 
 def logged(run: Path) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.demo import ITERATIONS, RUN, SAVE_INTERVAL, Demo, logged, losses
-from tests.cluster.hosts import Host
-from tests.cluster.slurm import Slurm, wait_until
+from tests.cluster.demo import ITERATIONS, SAVE_INTERVAL, Demo, logged, losses, output, submit
+from tests.cluster.hosts import Host, wait_until
+from tests.cluster.slurm import ENDED, Slurm
 
 pytestmark = pytest.mark.cluster
 
@@ -19,16 +18,6 @@ pytestmark = pytest.mark.cluster
 # but the reference has another layout: see tests/training/test_layouts.py.
 LAYOUT = ("--tp", "1", "--pp", "2")
 TOLERANCE = 1e-5
-BATCH = """#!/bin/bash
-#SBATCH --nodes 2 --job-name train --open-mode append --output {folder}/%x.log
-srun --ntasks-per-node 1 --kill-on-bad-exit=1 {python} {run} {flags}
-"""
-
-
-def batch_script(folder: Path, flags: list[str]) -> Path:
-    script = folder / "train.sh"
-    script.write_text(BATCH.format(folder=folder, python=sys.executable, run=RUN, flags=" ".join(flags)))
-    return script
 
 
 def ranks(node: Host) -> list[int]:
@@ -37,48 +26,45 @@ def ranks(node: Host) -> list[int]:
     return sorted(pid for pid, words in found if words[1:4] == ["-u", "-m", "megatron_vlm.training"])
 
 
-def wait_for_a_checkpoint(cluster: Slurm, job: str, run: Path) -> None:
-    """Until the run has one, and has trained beyond it."""
-    cluster.wait_for(job, "RUNNING")
+def start(cluster: Slurm, demo: Demo, folder: Path) -> str:
+    """Submit the run and wait until it has trained beyond a checkpoint; returns the job's id."""
+    (job,) = submit(cluster.login, demo, folder, *LAYOUT)
+    run = cluster.login.path(folder / "run")
     cluster.wait_while_it_runs(job, lambda: logged(run) >= SAVE_INTERVAL + 2)
     assert logged(run) < ITERATIONS
+    return job
 
 
-def go_on(cluster: Slurm, script: Path, run: Path, expected: list[float]) -> None:
-    """Submit the same script again: it resumes, and the whole is what it would have been."""
-    job = cluster.submit(script)
-    assert cluster.wait_for(job)["JobState"] == "COMPLETED", (script.parent / "train.log").read_text()
-    assert f"resuming {run} from iter_" in (script.parent / "train.log").read_text()
+def go_on(cluster: Slurm, demo: Demo, folder: Path, expected: list[float]) -> None:
+    """The same command again: it resumes, and the whole is what it would have been."""
+    (job,) = submit(cluster.login, demo, folder, *LAYOUT)
+    ended, run = cluster.wait_for(job), cluster.login.path(folder / "run")
+    assert ended["JobState"] == "COMPLETED", output(run, job)
+    assert f"resuming {folder}/run from iter_" in output(run, job)
     assert losses(run) == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_a_killed_rank(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Path) -> None:
-    script = batch_script(tmp_path, demo.flags(tmp_path, "run", *LAYOUT))
-    job = cluster.submit(script)
-    wait_for_a_checkpoint(cluster, job, tmp_path / "run")
+    job = start(cluster, demo, tmp_path)
     (rank,) = ranks(cluster.site.nodes[1])
     os.kill(rank, signal.SIGKILL)
     assert cluster.wait_for(job)["JobState"] == "FAILED"
-    assert "rank 1 was ended by SIGKILL" in (tmp_path / "train.log").read_text()
-    go_on(cluster, script, tmp_path / "run", expected)
+    assert "rank 1 was ended by SIGKILL" in output(tmp_path / "run", job)
+    go_on(cluster, demo, tmp_path, expected)
 
 
 def test_scancel(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Path) -> None:
-    script = batch_script(tmp_path, demo.flags(tmp_path, "run", *LAYOUT))
-    job = cluster.submit(script)
-    wait_for_a_checkpoint(cluster, job, tmp_path / "run")
+    """The run saves, and the job is not queued again: it would come back whenever it is cancelled."""
+    job = start(cluster, demo, tmp_path)
     cluster.login.run("scancel", job)
-    assert cluster.wait_for(job)["JobState"] == "CANCELLED"
+    assert cluster.wait_for(job, *ENDED, "PENDING")["JobState"] == "CANCELLED", output(tmp_path / "run", job)
     wait_until(lambda: not any(map(ranks, cluster.site.nodes)), "no rank is left")
-    go_on(cluster, script, tmp_path / "run", expected)
+    go_on(cluster, demo, tmp_path, expected)
 
 
 def test_a_node_that_stands_still(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Path) -> None:
     """Its daemon is gone and its ranks answer no more: SLURM gives it up and queues the job again."""
-    node = cluster.site.nodes[1]
-    script = batch_script(tmp_path, demo.flags(tmp_path, "run", *LAYOUT))
-    job = cluster.submit(script)
-    wait_for_a_checkpoint(cluster, job, tmp_path / "run")
+    job, node = start(cluster, demo, tmp_path), cluster.site.nodes[1]
     cluster.stop_node(node)
     frozen = [pid for pid in node.processes() if pid != node.pid]
     for pid in frozen:
@@ -87,23 +73,21 @@ def test_a_node_that_stands_still(cluster: Slurm, demo: Demo, expected: list[flo
     for pid in frozen:  # it boots
         os.kill(pid, signal.SIGKILL)
     cluster.start_node(node)
-    assert cluster.wait_for(job)["JobState"] == "COMPLETED"
-    log = (tmp_path / "train.log").read_text()
-    assert "DUE TO NODE FAILURE" in log and f"resuming {tmp_path}/run from iter_" in log
+    assert cluster.wait_for(job)["JobState"] == "COMPLETED", output(tmp_path / "run", job)
+    assert "DUE TO NODE FAILURE" in output(tmp_path / "run", job)
+    assert f"resuming {tmp_path}/run from iter_" in output(tmp_path / "run", job)
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_a_full_disk(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Path) -> None:
+    """Others leave space for the log, and none for a checkpoint."""
     disk, login = cluster.site.small_disk, cluster.login
-    run = login.path(disk / "run")
-    script = batch_script(tmp_path, demo.flags(disk, "run", *LAYOUT))
-    job = cluster.submit(script)
-    wait_for_a_checkpoint(cluster, job, run)
-    login.run("dd", "if=/dev/zero", f"of={disk}/others", "bs=1M", check=False)  # until nothing is left
+    job = start(cluster, demo, disk)
+    login.run(
+        "sh", "-c", f"dd if=/dev/zero of={disk}/others bs=1M; truncate --size=-3M {disk}/others", check=False
+    )
     assert cluster.wait_for(job)["JobState"] == "FAILED"
-    log = (tmp_path / "train.log").read_text()
-    assert "No space left on device" in log
+    said = output(login.path(disk / "run"), job)
+    assert "No space left on device" in said and "Traceback" not in said
     login.run("rm", disk / "others")
-    job = cluster.submit(script)
-    assert cluster.wait_for(job)["JobState"] == "COMPLETED", (tmp_path / "train.log").read_text()
-    assert losses(run) == pytest.approx(expected, rel=TOLERANCE)
+    go_on(cluster, demo, disk, expected)
