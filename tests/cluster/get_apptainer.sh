@@ -28,6 +28,7 @@ done
 
 # The programs look for their settings and folders beside themselves: usr/ becomes FOLDER.
 rm -rf "$folder"
+mkdir -p "$(dirname "$folder")"  # of a clean clone nothing is there yet
 mv "$work/unpacked/usr" "$folder"
 mv "$work/unpacked/etc" "$folder/etc"
 mkdir -p "$folder"/{,lib/}var/lib/apptainer/mnt/session
