@@ -104,9 +104,8 @@ def container_command(
     """
     workdir = workdir or os.getcwd()
     for bind in binds:
-        for spec in bind.split(","):
-            if not os.path.exists(spec.split(":")[0]):  # fatal to the container command
-                raise ValueError(f"--bind {bind}: there is no {spec.split(':')[0]} on this machine")
+        for source in missing_sources(bind):  # fatal to the container command
+            raise ValueError(f"--bind {bind}: there is no {source} on this machine")
     own = [str(CHECKOUT)] if workdir in _OF_THE_IMAGE else [str(CHECKOUT), workdir]
     specs = [*_bind_sources([*own, *paths], inputs), *binds]
     image = sif_path if sif_path.startswith(_REMOTE) else os.path.abspath(sif_path)
@@ -117,6 +116,12 @@ def container_command(
         command += ["--bind", spec]
     # The user's own ~/.local is mounted too; its packages must not shadow the image's.
     return [*command, "--pwd", workdir, image, *with_environment({"PYTHONNOUSERSITE": "1"}, inner)]
+
+
+def missing_sources(bind: str) -> List[str]:
+    """What a ``--bind`` names and this machine does not have."""
+    sources = [spec.split(":")[0] for spec in bind.split(",")]
+    return [source for source in sources if not os.path.exists(source)]
 
 
 def with_environment(variables: Mapping[str, str], command: Sequence[str]) -> List[str]:

@@ -113,7 +113,7 @@ def _special_tokens(
     wanted, flag = model.image_token_id, ""
     if config.model.image_token_id is not None:
         wanted, flag = config.model.image_token_id, f"--image-token-id {config.model.image_token_id}: "
-    if wanted not in added:
+    if added and wanted not in added:  # a tokenizer.model alone doesn't tell
         own = [number for number, text in added.items() if text == "<image>"]
         hint = f"its <image> is token {own[0]}" if own else "it has no <image>"
         yield (
@@ -190,7 +190,7 @@ def _processed_size(processor: Dict[str, Any]) -> Optional[Tuple[Optional[int], 
         return None, None
     size = known.get("size")
     if isinstance(size, dict) and "shortest_edge" in size:
-        return None, None
+        return None if known.get("do_pad") else (None, None)  # some pad to a square before
     return _height_and_width(size)
 
 

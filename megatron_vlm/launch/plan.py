@@ -14,10 +14,11 @@ from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.config.sections import ParallelSection
 from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.launch import container, machine
-from megatron_vlm.launch.slurm import with_cluster_defaults
+from megatron_vlm.launch.slurm import starts_again, with_cluster_defaults
 
 NODE_0 = "NODE0"  # stands in a plan for a machine that is not known yet
 DEFAULT_PORT = 9902
+_MOST_COMMANDS = 8  # with a line each
 # Beginnings of the variables that the container command reads itself, such as APPTAINER_CACHEDIR.
 _OF_CONTAINERS = ("APPTAINER", "SINGULARITY")
 
@@ -59,9 +60,16 @@ class LaunchPlan:
 
 
 def make_plans(
-    config: RunConfig, environ: Mapping[str, str], problems: Optional[List[str]] = None
+    config: RunConfig, environ: Mapping[str, str], problems: List[str], doubts: List[str]
 ) -> List[LaunchPlan]:
-    """As :func:`make_plan`: for this node, or where several are only planned and none is named, for each."""
+    """As :func:`make_plan`: for this node, or where several are only planned and none is named, for each.
+
+    Of many nodes node 0's plan stands for all.
+
+    Args:
+        problems: takes what this machine lacks.
+        doubts: takes it where several nodes are only planned: this machine may be none of them.
+    """
     launch = config.launch
     nodes = launch.node or 1
     if not launch.only_looks or nodes == 1 or launch.rank is not None or "SLURM_STEP_NODELIST" in environ:
@@ -71,11 +79,17 @@ def make_plans(
     def on_node(rank: int) -> RunConfig:
         return dataclasses.replace(config, launch=dataclasses.replace(launch, rank=rank, master_addr=address))
 
-    first = make_plan(on_node(0), environ, problems)
+    first = make_plan(on_node(0), environ, doubts)
     if launch.master_addr is None:
         first.notes.append(
             f"{NODE_0} in the commands stands for the host name of node 0; --master-addr says it"
         )
+    if nodes > _MOST_COMMANDS:
+        first.notes.append(
+            f"the command is node 0's; nodes 1 to {nodes - 1} have their number in place of the 0 of "
+            "--node-rank and --rank"
+        )
+        return [first]
     # One machine is asked, and the others are taken to be like it.
     like_first = {**environ, "CUDA_VISIBLE_DEVICES": ",".join(first.gpu_ids)}
     return [first, *(make_plan(on_node(rank), like_first, []) for rank in range(1, nodes))]
@@ -94,26 +108,18 @@ def make_plan(
         ValueError: this machine does not have what the flags ask for.
     """
     config = with_cluster_defaults(config, environ)
+    again = config.checkpoint.restart and starts_again(environ)
+    if again:
+        config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, restart=False))
     launch = config.launch
     on_gpus = DETERMINISTIC_ENVIRONMENT if config.training.deterministic else {}
     ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus, problems)
+    if again:
+        ranks.notes.append("SLURM has started this job before: the run goes on, without --restart")
     command = ranks.command
-    variables = named_variables(launch.environment)
     if launch.sif_path:
-        command = container.container_command(
-            command,
-            launch.sif_path,
-            binds=launch.bind,
-            inputs=_inputs(config),
-            paths=[
-                *filter(None, [config.checkpoint.save_dir]),
-                *container.cache_folders({**environ, **variables}),
-            ],
-            gpu=ranks.device == "cuda",
-            runtime=_runtime(launch.container_command, problems),
-        )
-        own = {name: value for name, value in variables.items() if name.startswith(_OF_CONTAINERS)}
-        command = container.with_environment(own, command)
+        runtime = _runtime(launch.container_command, problems)
+        command = _in_container(config, command, environ, ranks.device, runtime)
     world_size = ranks.processes * (launch.node or 1)
     return LaunchPlan(
         config,
@@ -127,8 +133,11 @@ def make_plan(
     )
 
 
-def plan_job(config: RunConfig) -> LaunchPlan:
-    """What the nodes of a job will run, as far as the flags say it; there is no command yet.
+def plan_job(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
+    """What the nodes of a job will run, as far as the flags say it.
+
+    Its command is not that of the ranks: each node makes its own. It is empty, or the container with all
+    that this machine can bind.
 
     Raises:
         ValueError: the flags leave open how many processes a node has.
@@ -140,7 +149,34 @@ def plan_job(config: RunConfig) -> LaunchPlan:
     processes = config.launch.gpus if device == "cuda" else _cpu_processes(config, nodes)
     config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, node=nodes))
     gpu_ids = [str(number) for number in range(processes)] if device == "cuda" else []
-    return LaunchPlan(config, device, processes, processes * nodes, [], [], gpu_ids, None)
+    command: List[str] = []
+    if config.launch.sif_path:
+        # A site's binds may lie on the nodes alone.
+        here = tuple(bind for bind in config.launch.bind if not container.missing_sources(bind))
+        bound = dataclasses.replace(config, launch=dataclasses.replace(config.launch, bind=here))
+        command = _in_container(bound, ["true"], environ, device, container.RUNTIMES[0])
+    return LaunchPlan(config, device, processes, processes * nodes, command, [], gpu_ids, None)
+
+
+def _in_container(
+    config: RunConfig, command: List[str], environ: Mapping[str, str], device: str, runtime: str
+) -> List[str]:
+    """``command`` inside the image, with all that the run reads and writes bound."""
+    launch, variables = config.launch, named_variables(config.launch.environment)
+    command = container.container_command(
+        command,
+        str(launch.sif_path),
+        binds=launch.bind,
+        inputs=_inputs(config),
+        paths=[
+            *filter(None, [config.checkpoint.save_dir]),
+            *container.cache_folders({**environ, **variables}),
+        ],
+        gpu=device == "cuda",
+        runtime=runtime,
+    )
+    own = {name: value for name, value in variables.items() if name.startswith(_OF_CONTAINERS)}
+    return container.with_environment(own, command)
 
 
 def plan_ranks(

@@ -106,13 +106,13 @@ class Inspection:
         ]
 
 
-def inspect(plan: LaunchPlan, problems: Sequence[str] = ()) -> Inspection:
+def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str] = ()) -> Inspection:
     """Run all checks.
 
     Args:
-        problems: what was found while the plan was made.
+        problems, doubts: what was found while the plan was made, see :func:`plan.make_plans`.
     """
-    found = Inspection(plan, errors=list(problems))
+    found = Inspection(plan, errors=list(problems), warnings=list(doubts))
     checks: Sequence[Tuple[str, Callable[[Inspection], None]]] = (
         ("interpreter", _interpreter),
         ("image", _image),
@@ -135,13 +135,20 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = ()) -> Inspection:
             check(found)
         except ValueError as error:
             found.errors.append(str(error))
+        except OSError as error:  # a folder above it can't be searched, a disk doesn't answer
+            found.errors.append(f"{error.filename}: {error.strerror}")
         if len(found.problems) + len(found.warnings) == before:
             found.passed.append(name)
     return found
 
 
 def _interpreter(found: Inspection) -> None:
-    check_interpreter(found.config.launch.sif_path, found.config.parallel.transformer_impl)
+    try:
+        check_interpreter(found.config.launch.sif_path, found.config.parallel.transformer_impl)
+    except ValueError as error:
+        if not (found.config.slurm.submit and found.config.slurm.setup):
+            raise
+        found.warnings.append(f"{error}, or let --setup bring it")
 
 
 def _image(found: Inspection) -> None:

@@ -32,12 +32,14 @@ def with_cluster_defaults(config: RunConfig, environ: Mapping[str, str]) -> RunC
     job_id = launch.slurm_job_id or environ.get("SLURM_JOB_ID")
     node, rank, master_addr, port = launch.node, launch.rank, launch.master_addr, launch.master_port
     step_nodes = _number(environ, "SLURM_STEP_NUM_NODES") if in_step else 0
+    # The shell of srun --pty is one task, however many there are.
+    tasks = 0 if "SLURM_PTY_PORT" in environ else _number(environ, "SLURM_STEP_NUM_TASKS")
+    if tasks > step_nodes > 0 and (node is None or node == step_nodes > 1):
+        raise ValueError(
+            "srun starts run.py several times on a node; it starts the processes of a node itself: "
+            "use srun --ntasks-per-node 1"
+        )
     if step_nodes > 1 and node in (None, step_nodes):
-        if _number(environ, "SLURM_STEP_NUM_TASKS") > step_nodes:
-            raise ValueError(
-                "srun starts run.py several times on a node; it starts the processes of a node itself: "
-                "use srun --ntasks-per-node 1"
-            )
         node = step_nodes
         rank = _number(environ, "SLURM_NODEID") if rank is None else rank
         if master_addr is None:
@@ -101,12 +103,23 @@ def step_options() -> List[str]:
     return ["--kill-on-bad-exit=0", f"--wait={STEP_WAIT_SECONDS}"]
 
 
+def starts_again(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM has started this job before: it was requeued, or a node of it failed."""
+    return _number(environ, "SLURM_RESTART_COUNT") > 0
+
+
 def cpus_per_node(environ: Mapping[str, str]) -> Optional[int]:
-    """Cores that a task of one node may have: ``SLURM_CPUS_PER_TASK``, or the smallest node's share."""
+    """Cores that the one task of a node may have: the job's for all tasks on the smallest node."""
     if _number(environ, "SLURM_CPUS_PER_TASK"):
-        return _number(environ, "SLURM_CPUS_PER_TASK")
-    counts = re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_JOB_CPUS_PER_NODE", ""))  # 72(x2),36
-    return min(map(int, counts)) if counts else None
+        tasks = _smallest(environ.get("SLURM_TASKS_PER_NODE", "")) or 1
+        return _number(environ, "SLURM_CPUS_PER_TASK") * tasks
+    return _smallest(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+
+
+def _smallest(counts: str) -> Optional[int]:
+    """``72(x2),36`` -> 36."""
+    found = re.findall(r"(?:^|,)(\d+)", counts)
+    return min(map(int, found)) if found else None
 
 
 def output_name(environ: Mapping[str, str]) -> Optional[str]:

@@ -127,7 +127,7 @@ def free_bytes(path: str) -> Optional[int]:
         status = os.statvfs(nearest_folder(path))
     except OSError:
         return None
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else None  # of an object store, say
 
 
 def nearest_folder(path: str) -> str:

@@ -128,11 +128,6 @@ def _check(config: RunConfig) -> None:
     if goes_on and not config.checkpoint.save_optim:
         flag = "--chain" if slurm.chain else "--max-requeues"
         raise ValueError(f"{flag} needs --save-optim: without it there is nothing to go on from")
-    if goes_on and config.checkpoint.restart:
-        raise ValueError(
-            "--restart would start over each time that the job goes on; "
-            "use another --name, or --max-requeues 0 without --chain"
-        )
     if re.search(r"[\\\r\n]", os.path.abspath(config.checkpoint.run_dir) + os.getcwd()):
         raise ValueError(
             f"{os.path.abspath(config.checkpoint.run_dir)!r}: SLURM cannot write a log into a folder with a "
@@ -201,6 +196,11 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
         *_grouped([sys.executable, _RUN, *_flags(plan)]),
         ")",
     ]
+    if slurm.chain and config.checkpoint.restart:
+        lines += [
+            "# Only the first job starts the run over.",
+            '[ "${1:-1}" -eq 1 ] || run+=(--no-restart)',
+        ]
     if slurm.array:
         seed = config.training.seed
         lines += [

@@ -9,6 +9,7 @@ command on stdout, and touches no file.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shlex
@@ -34,17 +35,23 @@ def main(argv: List[str]) -> int:
         config = RunConfig.from_flags(argv, prog="run.py", site=os.environ.get(SITE))
         nodes = 0 if config.slurm.submit else slurm.nodes_to_start_on(config, os.environ)
         if nodes:
-            return start_step(nodes, argv, config.launch.dry_run)
+            return start_step(nodes, config, argv)
         problems: List[str] = []
-        plans = [plan_job(config)] if config.slurm.submit else make_plans(config, os.environ, problems)
-        found = preflight.inspect(plans[0], problems)
+        doubts: List[str] = []
+        if config.slurm.submit:
+            plans = [plan_job(config, os.environ)]
+        else:
+            plans = make_plans(config, os.environ, problems, doubts)
+        found = preflight.inspect(plans[0], problems, doubts)
         if config.launch.preflight_only:
             print("\n".join(found.say()))
             return 2 if found.problems else 0
-        if not show(plans, found):
+        if not show(plans[0], found):
             return 2
         if config.slurm.submit:
             return submit_job(plans[0], argv)
+        for plan in plans:
+            print(shlex.join(plan.command), flush=True)
         if config.launch.dry_run:
             return 0
         if config.launch.sif_path:
@@ -55,8 +62,8 @@ def main(argv: List[str]) -> int:
         return 2
 
 
-def show(plans: List[LaunchPlan], found: preflight.Inspection) -> bool:
-    """Print what is wrong, the plan and its commands; returns whether the run can be started."""
+def show(plan: LaunchPlan, found: preflight.Inspection) -> bool:
+    """Print what is wrong, and the plan; returns whether the run can be started."""
     dry_run = found.config.launch.dry_run
     fatal = found.contradictions if dry_run else found.problems
     for problem in fatal:
@@ -65,12 +72,11 @@ def show(plans: List[LaunchPlan], found: preflight.Inspection) -> bool:
         print(f"warning: {warning}", file=sys.stderr)
     if fatal:
         return False
-    for note in plans[0].notes:
+    for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(report.screen(plans[0], found.facts), file=sys.stderr)
-    for plan in plans:
-        if plan.command:
-            print(shlex.join(plan.command), flush=True)
+    launch = plan.config.launch
+    if not (launch.rank and launch.slurm_job_id):  # of a job, node 0 says it for all
+        print(report.screen(plan, found.facts), file=sys.stderr)
     return True
 
 
@@ -85,12 +91,17 @@ def start(plan: LaunchPlan) -> int:
     return ended.code
 
 
-def start_step(nodes: int, argv: List[str], dry_run: bool) -> int:
+def start_step(nodes: int, config: RunConfig, argv: List[str]) -> int:
     """Let srun start this script on every node of the allocation, in this process's place."""
+    if config.launch.dry_run and config.launch.gpus != -1:  # all GPUs: only the nodes know how many
+        launch = dataclasses.replace(config.launch, node=nodes)
+        plan = plan_job(dataclasses.replace(config, launch=launch), os.environ)
+        if not show(plan, preflight.inspect(plan)):
+            return 2
     run = [sys.executable, os.path.abspath(__file__), *(arg for arg in argv if arg != "--dry-run")]
     command = slurm.step_command(nodes, os.environ, run)
     print(shlex.join(command), flush=True)
-    if dry_run:
+    if config.launch.dry_run:
         return 0
     try:
         os.execvp(command[0], command)

@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.launch import machine, slurm
-from megatron_vlm.launch.plan import LaunchPlan, make_plan
+from megatron_vlm.launch.plan import LaunchPlan, make_plan, make_plans
 from megatron_vlm.launch.slurm import first_host
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
@@ -186,8 +186,53 @@ def test_the_step_that_run_py_starts() -> None:
     assert command[7:9] == ["--cpus-per-task", "36"] and command[-3:] == ["python3", "run.py", "a b"]
     given = {"SLURM_JOB_CPUS_PER_NODE": "72", "SLURM_CPUS_PER_TASK": "8"}
     assert slurm.cpus_per_node(given) == 8 and slurm.cpus_per_node({}) is None
+    # A job with room for a task for each GPU, in which one task of a node takes the place of all.
+    assert slurm.cpus_per_node({**given, "SLURM_TASKS_PER_NODE": "8(x2)"}) == 64
     with pytest.raises(ValueError, match="--node 3: this SLURM job has 2"):
         slurm.nodes_to_start_on(RunConfig.from_flags([*BASE, "--node", "3"]), {"SLURM_JOB_NUM_NODES": "2"})
+
+
+def test_many_nodes_have_one_command() -> None:
+    config = RunConfig.from_flags([*BASE, "--node", "64", "-g", "8", "--device", "cuda", "--dry-run"])
+    problems: list[str] = []
+    (only,) = make_plans(config, {"CUDA_VISIBLE_DEVICES": ""}, problems, problems)
+    assert after(only.command, "--nnodes") == "64" and only.world_size == 512
+    assert any("nodes 1 to 63" in note for note in only.notes)
+    config = RunConfig.from_flags([*BASE, "--node", "8", "-g", "8", "--device", "cuda", "--dry-run"])
+    plans = make_plans(config, {"CUDA_VISIBLE_DEVICES": ""}, problems, problems)
+    assert [after(plan.command, "--node-rank") for plan in plans] == list("01234567")
+    # The note is true.
+    pairs = [*zip(plans[0].command, plans[5].command, strict=True)]
+    differ = [at for at, (first, sixth) in enumerate(pairs) if first != sixth]
+    assert [pairs[at] for at in differ] == [("0", "5")] * 2
+    assert [plans[0].command[at - 1] for at in differ] == ["--node-rank", "--rank"]
+
+
+def test_what_only_the_nodes_have_is_no_error_on_another_machine() -> None:
+    argv = [*BASE, "--node", "2", "-g", "2", "--interface", "ib7", "--preflight-only"]
+    problems: list[str] = []
+    doubts: list[str] = []
+    make_plans(RunConfig.from_flags(argv), {"CUDA_VISIBLE_DEVICES": ""}, problems, doubts)
+    assert problems == [] and any("--interface ib7: not on this machine" in doubt for doubt in doubts)
+    argv += ["--rank", "1", "-m", "node0"]  # it is one of them
+    make_plans(RunConfig.from_flags(argv), {"CUDA_VISIBLE_DEVICES": ""}, problems, [])
+    assert any("--interface ib7: not on this machine" in problem for problem in problems)
+
+
+def test_a_job_that_starts_again_does_not_start_over() -> None:
+    first = plan("--restart", SLURM_JOB_ID="7")
+    again = plan("--restart", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert "--restart" in first.command and "--restart" not in again.command
+    assert "without --restart" in again.notes[-1] and not any("--restart" in note for note in first.notes)
+
+
+def test_a_step_with_several_tasks_on_its_node() -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1"}
+    step |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    with pytest.raises(ValueError, match="use srun --ntasks-per-node 1"):
+        plan(**step)
+    assert plan("--node", "1", **step).world_size == 1  # several runs, side by side
+    assert plan(**step, SLURM_PTY_PORT="4711").world_size == 1  # typed in a shell of srun --pty
 
 
 @pytest.mark.parametrize(

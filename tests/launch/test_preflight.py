@@ -16,8 +16,11 @@ from megatron_vlm.config.checkpoint import read_manifest, write_manifest, write_
 from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight, storage
-from megatron_vlm.launch.plan import make_plan
+from megatron_vlm.launch.plan import make_plan, plan_job
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
+
+BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
+BASE += ["--train-iters", "10"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +32,7 @@ def here(workplace, monkeypatch):
 
 
 def inspect(*argv: str) -> preflight.Inspection:
-    base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
-    config = RunConfig.from_flags([*base, "--train-iters", "10", *argv])
+    config = RunConfig.from_flags([*BASE, *argv])
     problems: list[str] = []
     plan = make_plan(config, {"CUDA_VISIBLE_DEVICES": ""}, problems)
     return preflight.inspect(plan, problems)
@@ -312,6 +314,33 @@ def test_links_out_of_the_container(workplace) -> None:
     assert "data/0.tar leads to /usr/bin/env, which is not in the container; add --bind /usr/bin" in problem
 
 
+def test_a_job_in_a_container_outside_the_home_folder(monkeypatch) -> None:
+    """Paths that Apptainer doesn't mount by itself, on a login node that lacks a folder of the nodes."""
+    monkeypatch.setattr(storage, "_MOUNTED", ())
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        monkeypatch.chdir(name)
+        write_checkpoint(Path("ckpt"))
+        write_dataset(Path("data"))
+        Path("image.sif/.singularity.d").mkdir(parents=True)
+        argv = ["--sif-path", "image.sif", "--bind", "/on-the-nodes", "--submit", "-g", "2"]
+        config = RunConfig.from_flags([*BASE, *argv])
+        assert preflight.inspect(plan_job(config, {})).problems == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="asks as another user, which only root can become")
+def test_a_folder_that_cannot_be_searched(workplace) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "locked/ckpt").mkdir(parents=True)
+        write_checkpoint(folder / "ckpt")
+        write_dataset(folder / "data")
+        (folder / "locked").chmod(0o700)
+        os.chdir(folder)
+        told = as_nobody(lambda: inspect("--megatron-load-dir", "locked/ckpt").problems)
+    assert any("locked/ckpt" in problem and "Permission denied" in problem for problem in told)
+
+
 # --- several nodes -----------------------------------------------------------------------------------
 
 TWO = ["--node", "2", "-r", "1", "-m", "node0"]
@@ -369,3 +398,6 @@ def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
 def test_torch_has_to_be_installed(monkeypatch) -> None:
     monkeypatch.setattr(preflight, "_installed", lambda package: False)
     assert "has no torch; run `make setup`" in problem()
+    config = RunConfig.from_flags([*BASE, "--submit", "-g", "1", "--setup", "module load pytorch"])
+    found = preflight.inspect(plan_job(config, {}))
+    assert found.problems == [] and "or let --setup bring it" in found.warnings[0]

@@ -143,6 +143,15 @@ def test_the_checkpoints_architecture_is_checked_without_torch(workplace) -> Non
     assert len(stages) == 3 and stages[2].endswith("-31, output layer")
 
 
+def test_a_dry_run_in_an_allocation_shows_the_plan_and_the_step(python, workplace) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    result = start(python, *BASE, "-g", "4", "--tp", "2", "--dry-run", cwd=workplace, **job)
+    assert result.returncode == 0 and "8 GPUs, 4 on each of 2 nodes: TP 2 x PP 1 x DP 4" in result.stderr
+    assert result.stdout.startswith("srun --nodes 2 ") and result.stdout.count("\n") == 1
+    result = start(python, *BASE, "-g", "4", "--tp", "5", "--dry-run", cwd=workplace, **job)
+    assert (result.returncode, result.stdout) == (2, "")
+
+
 def test_preflight_only(python, workplace) -> None:
     (workplace / "image.sif").write_bytes(b"hsqs")
     argv = [*BASE, "--preflight-only", "--sif-path", "image.sif", "--tp", "3", "--seq-length", "577"]

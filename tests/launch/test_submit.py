@@ -62,7 +62,7 @@ def recorded(folder: Path, name: str) -> list[str]:
 
 
 def job(*argv: str, **environ: str) -> submit.Job:
-    return submit.make_job(plan_job(RunConfig.from_flags([*BASE, *argv])), environ)
+    return submit.make_job(plan_job(RunConfig.from_flags([*BASE, *argv]), {}), environ)
 
 
 def run_script(folder: Path, script: str, *args: str, code: int = 0, **environ: str) -> tuple[int, str]:
@@ -176,6 +176,14 @@ def test_a_chain_goes_on_until_the_run_ends(stubs: Path) -> None:
     assert recorded(stubs, "srun"), "the first job of a chain begins"
 
 
+def test_only_the_first_job_of_a_chain_starts_over(stubs: Path) -> None:
+    made = job("--save-optim", "--chain", "2", "--restart")
+    for number, starts_over in (("1", True), ("2", False)):
+        run_script(stubs, made.script, number, code=75)
+        assert run_flags(recorded(stubs, "srun")).checkpoint.restart is starts_over
+    shellcheck(made.script)
+
+
 def test_an_array_is_several_runs(stubs: Path) -> None:
     script = job("--array", "0-3", "--name", "it's", "--seed", "10").script
     shellcheck(script)
@@ -194,7 +202,7 @@ def test_odd_values_come_back_from_the_batch_script(stubs: Path, name, path, val
     if template:
         argv.append("--save-optim")
     config = RunConfig.from_flags([*BASE, *argv])
-    script = submit.make_job(plan_job(config), {}).script
+    script = submit.make_job(plan_job(config, {}), {}).script
     assert all(line.startswith(("#!", "#SBATCH ")) for line in script.split("\n\n")[0].split("\n"))
     assert run_script(stubs, script) == (0, "")
     ran = run_flags(recorded(stubs, "srun"))
@@ -266,7 +274,6 @@ def test_exported_variables_of_sbatch_do_not_win_over_flags() -> None:
         (["--gpu-ids", "0,1,2,3"], "--gpu-ids"),
         (["--chain", "2"], "--chain needs --save-optim"),
         (["--max-requeues", "1"], "--max-requeues needs --save-optim"),
-        (["--save-optim", "--restart"], "--restart would start over"),
         (["--partition", "a\n#SBATCH --x"], "line break"),
         (["--sbatch", "mem=0\nrm -rf x"], "line break"),
         (["--account", ""], "--account is empty"),
@@ -295,7 +302,7 @@ def load_run():
 
 def test_from_run_py_to_the_queue(stubs: Path, monkeypatch, capsys) -> None:
     run = load_run()
-    monkeypatch.setattr(run, "show", lambda plans, found: True)  # there are no data here
+    monkeypatch.setattr(run, "show", lambda plan, found: True)  # there are no data here
     monkeypatch.setenv("DO", "echo 42")
     before = sorted(stubs.rglob("*"))
     assert run.main([*BASE, "--submit", "--dry-run"]) == 0
