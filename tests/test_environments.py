@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 CPU = ROOT / "environments/constraints-cpu.txt"
 NGC = ROOT / "environments/constraints-ngc.txt"
 RECIPE = (ROOT / "environments/recipe_latest.def").read_text()
+CPU_RECIPE = (ROOT / "environments/recipe_cpu.def").read_text()
 
 
 def setup_arguments() -> dict[str, Any]:
@@ -97,17 +98,34 @@ def test_pins_are_within_the_ranges(text: str) -> None:
         assert requirement.specifier.contains(pins(NGC)[name])
 
 
-def test_recipe() -> None:
-    (base,) = re.findall(r"BASE=(\S+)", RECIPE)
-    assert base in NGC.read_text(), "the pins name another base image"
-    installs = re.findall(r"pip install (.*)", RECIPE)
-    assert len(installs) == 2
-    assert all("--no-deps" in line for line in installs)
-    assert any("-r environments/constraints-ngc.txt" in line for line in installs)
-    copied = re.search(r"%files\n((?:    .*\n)+)", RECIPE)
-    assert copied is not None
-    for line in copied.group(1).splitlines():
+def sections(recipe: str) -> dict[str, str]:
+    """The text of each section of an Apptainer recipe, by its name; the header's is ""."""
+    parts = re.split(r"^%(\w+)\n", "%\n" + recipe, flags=re.MULTILINE)
+    return dict(zip(["", *parts[1::2]], parts[0::2], strict=True))
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, CPU_RECIPE], ids=["latest", "cpu"])
+def test_recipes(recipe: str) -> None:
+    """tests/cluster/test_container.py builds them."""
+    part = sections(recipe)
+    for line in part["files"].strip().splitlines():
         assert (ROOT / line.split()[0]).exists()
+    assert f"image.version {SETUP['version']}\n" in part["labels"]
+    assert "image.base.name {{ BASE }}" in part["labels"]
+    arguments = set(re.findall(r"^    (\w+)=", part["arguments"], re.MULTILINE))
+    assert set(re.findall(r"\{\{ (\w+) \}\}", recipe)) == arguments
+    comments = "".join(line for line in recipe.splitlines(True) if line.startswith("#"))
+    assert all(re.search(rf"\b{argument}\b", comments) for argument in arguments)
+    assert all(name in part for name in ("help", "runscript", "test"))
+    assert "smoke.py" in part["test"] and "check_requirements.py megatron-vlm" in part["test"]
+
+
+def test_the_gpu_image_keeps_its_torch() -> None:
+    post = sections(RECIPE)["post"]
+    (base,) = re.findall(r"BASE=(\S+)\n", sections(RECIPE)["arguments"])
+    assert base in NGC.read_text(), "the pins name another base image"
+    assert re.findall(r"pip install (.*)", post) == ['-q --no-cache-dir --no-deps {{ PIP_ARGS }}"']
+    assert len(re.findall(r"\$pip .*(-r environments/constraints-ngc.txt|\.$)", post, re.MULTILINE)) == 2
 
 
 def test_check_requirements_tells_what_is_missing(tmp_path: Path) -> None:

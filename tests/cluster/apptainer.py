@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 CPU_RECIPE = ROOT / "environments/recipe_cpu.def"
+GPU_RECIPE = ROOT / "environments/recipe_latest.def"
 SUITE = "bookworm"  # has the Python that CI runs
 # Where .ci/install-cluster puts what get_apptainer.sh makes: beside the Python that runs the tests.
 _OWN = Path(sys.prefix, "apptainer/bin")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 
 from megatron_vlm.launch.container import container_command, forwarded, with_environment
 from megatron_vlm.launch.storage import image_problems
-from tests.cluster.apptainer import environment, find_apptainer, why_not
+from tests.cluster import apptainer
+from tests.cluster.apptainer import GPU_RECIPE, environment, find_apptainer, why_not
 from tests.cluster.demo import CHECKOUT, RUN, Demo, losses
 
 pytestmark = pytest.mark.cluster
@@ -193,3 +195,32 @@ def test_the_preflight_knows_an_image_and_one_that_is_cut_off(tmp_path: Path) ->
     whole = image.stat().st_size
     os.truncate(image, whole - 1)
     assert f"cut off ({whole - 1:,} of {whole:,} bytes)" in next(image_problems(str(image)))
+
+
+def test_the_recipe_for_gpus_on_a_local_base(cpu_image: Path, debian: apptainer.Base, tmp_path: Path) -> None:
+    """Its steps and its tests on what stands for NVIDIA's image: a Python that has torch, on PATH."""
+    base = tmp_path / "base"
+    subprocess.run(["cp", "--archive", "--link", cpu_image, base], check=True)
+    shutil.rmtree(base / "opt/megatron-vlm")
+    for metadata in "labels.json", "runscript.help":
+        (base / ".singularity.d" / metadata).unlink()
+    for name in "python", "python3":
+        program = base / "usr/local/bin" / name
+        program.write_text(f'#!/bin/sh\nexec /opt/venv/bin/{name} "$@"\n')
+        program.chmod(0o755)
+    uninstall = ("python3", "-m", "pip", "uninstall", "-q", "-y", "accelerate", "wrapt", "megatron-vlm")
+    subprocess.run(
+        [str(find_apptainer()), "exec", "--writable", base, *uninstall], check=True, capture_output=True
+    )
+
+    image = tmp_path / "image"
+    built = apptainer.build(image, GPU_RECIPE, replace(debian, folder=base), REVISION="abc", PIP_ARGS="-v")
+    assert built.returncode == 0, built.stderr[-4000:]
+    assert "accelerate-" in built.stdout and "torch-" not in built.stdout
+    labels = run(find_apptainer(), "inspect", "--labels", image).stdout
+    for label in ("version: 0.1.0", "revision: abc", f"base.name: {base}"):
+        assert f"org.opencontainers.image.{label}\n" in labels
+    shown = run(find_apptainer(), "run", image, "scripts/train/run.py", "--help")
+    assert shown.stdout.startswith("usage: run.py")
+    apptainer.remove(image)
+    apptainer.remove(base)
