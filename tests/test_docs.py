@@ -14,13 +14,15 @@ from megatron.energon.tools.prepare import command as energon_prepare
 
 from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.launch.container import RUNTIMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = "scripts/train/run.py"
 # Of programs that a test machine need not have.
 FLAGS_OF_OTHERS = {
-    "singularity": {"--nv", "--fakeroot", "--disable-cache"},
+    "apptainer": {"--nv", "--fakeroot", "--disable-cache", "--build-arg", "--sandbox"}
+    | {"--cleanenv", "--containall"},
     "srun": {"--ntasks-per-node", "--cpus-per-task"},
     "sbatch": {"--gpus-per-node"},
     "scancel": {"--signal"},
@@ -59,11 +61,11 @@ def check(words: list[str]) -> None:
     """Check one command; a program that is not known here fails."""
     program, *rest = words
     given = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
-    if program == "singularity" and rest[0] == "exec":
+    if program in RUNTIMES and rest[0] == "exec":
         check(rest[2:])
-    elif program == "singularity" and rest[0] == "build":
+    elif program in RUNTIMES and rest[0] == "build":
         assert (ROOT / rest[-1]).is_file()
-        assert given <= FLAGS_OF_OTHERS["singularity"]
+        assert given <= FLAGS_OF_OTHERS["apptainer"]
     elif program == "srun":
         at = rest.index("python")
         assert {word for word in rest[:at] if word.startswith("-")} <= FLAGS_OF_OTHERS["srun"]
