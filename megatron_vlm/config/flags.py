@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -92,6 +93,9 @@ class FlagParser(argparse.ArgumentParser):
                 self._add(field, types[field.name])
 
     def error(self, message: str) -> typing.NoReturn:
+        missing = re.fullmatch(r"argument (--[\w-]+)\S*: expected .*one argument", message)
+        if missing:
+            message += f"; one that begins with - is written {missing[1]}=-..."
         raise ValueError(message)
 
     def read(self, argv: Sequence[str]) -> Dict[str, Any]:

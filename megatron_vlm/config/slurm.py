@@ -13,6 +13,15 @@ from megatron_vlm.config.headings import SLURM
 
 REQUEUES = 10  # of a job that can go on, unless --max-requeues says otherwise
 GPUS = "{gpus}"  # stands for their number in --gpu-request
+# Options of sbatch that --sbatch may not give: a job would not be what its run was told it is.
+_LONG = ("account", "partition", "qos", "time", "constraint", "exclude", "array", "dependency", "job-name")
+_SHORT = dict(zip("ApqtCxadJ", _LONG))
+_HAVE_FLAGS = {
+    **{name: flag_name(name) for name in (*_LONG, "mail-user", "mail-type")},
+    **{letter: flag_name(name) for letter, name in _SHORT.items()},
+    **{"signal": "--signal-seconds", "nodes": "--node", "N": "--node"},
+    **dict.fromkeys(("ntasks", "n", "ntasks-per-node"), "--node and --gpus"),
+}
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,16 @@ class SlurmSection:
                 f"--gpu-request {self.gpu_request!r}: an option of sbatch with {GPUS} for their number, "
                 "such as --gres=gpu:{gpus} or --gpus-per-node={gpus}"
             )
-        limit = time_limit(self.time or "")
+        limit = None if self.time is None else time_limit(self.time)
         if limit is not None and limit <= self.signal_seconds:
             raise ValueError(
                 f"--time {self.time} leaves nothing before --signal-seconds {self.signal_seconds}, when it "
                 "saves and ends; use more time, or fewer seconds"
             )
+        for option in self.sbatch:
+            name = re.split(r"[=\s]", option.lstrip("-"), maxsplit=1)[0]
+            if name in _HAVE_FLAGS:
+                raise ValueError(f"--sbatch {option}: use run.py's {_HAVE_FLAGS[name]} for it")
         if self.array is not None and self.chain is not None:
             raise ValueError("--array and --chain do not go together; --max-requeues lets each run go on")
 
@@ -112,13 +125,18 @@ class SlurmSection:
 def time_limit(text: str) -> Optional[int]:
     """Seconds of a time limit as sbatch takes it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``.
 
-    None for what is none of these; sbatch says what it thinks of it.
+    None for no limit: ``0``, ``-1``, ``UNLIMITED``, ``INFINITE``.
+
+    Raises:
+        ValueError: ``text`` is none of these.
     """
+    if text.upper() in ("-1", "UNLIMITED", "INFINITE"):
+        return None
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if match is None:
-        return None
+        raise ValueError(f"--time {text}: write minutes, such as 30, or 4:00:00, or 1-12:00:00 for days")
     days, *parts = match.groups()
     first, second, third = (int(part) if part else 0 for part in parts)
     if days is not None or parts[2] is not None:
         return int(days or 0) * 86400 + first * 3600 + second * 60 + third
-    return first * 60 + second
+    return first * 60 + second or None

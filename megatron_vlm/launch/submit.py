@@ -51,7 +51,7 @@ def make_job(plan: LaunchPlan, environ: Mapping[str, str]) -> Job:
     config = plan.config
     _check(config)
     folder = os.path.join(os.path.abspath(config.checkpoint.run_dir), FOLDER)
-    stem = time.strftime("%Y%m%d-%H%M%S")
+    stem = _free_stem(folder, time.strftime("%Y%m%d-%H%M%S"))
     log = os.path.join(_no_pattern(folder), "%A_%a.log" if config.slurm.array else "%j.log")
     options = _options(plan, log)
     # An array's or a chain's own flags come after these and win.
@@ -116,6 +116,12 @@ def what_now(job: Job, ids: Sequence[str], run_dir: str) -> str:
     )
 
 
+def _free_stem(folder: str, stem: str) -> str:
+    """``stem``, or with a number where a script was written in the same second."""
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next(name for name in names if not os.path.exists(os.path.join(folder, f"{name}.sh")))
+
+
 def _check(config: RunConfig) -> None:
     launch, slurm = config.launch, config.slurm
     for name in ("rank", "master_addr", "slurm_job_id"):
@@ -167,7 +173,7 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
     config, slurm = plan.config, plan.config.slurm
     lines = [
         "# Written by run.py --submit; sbatch with this file submits it again.",
-        "# shellcheck disable=SC1003,SC2016 # values with \\ and $ are quoted on purpose",
+        "# shellcheck disable=SC1003,SC1010,SC2016 # values with \\ and $ are quoted on purpose; 'do' is one",
         f"# It ends as run.py does: 0 done, {CONTINUE} saved early and to be continued, 2 a wrong flag.",
         "",
     ]

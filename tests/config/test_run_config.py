@@ -79,7 +79,7 @@ def other_value(section: str, field: dataclasses.Field, kind: object) -> object:
     special |= {"train_modules": "projector:1e-3|language", "skip_train_iteration_range": ("3-4", "1-2")}
     special |= {"setup": ("module load a,b", "-x\n"), "sbatch": ("--mem=0", "comment='a, b'")}
     special |= {"environment": ("A=b,c", "B=", "C=$x\n=y"), "master_suffix": "-i"}
-    special |= {"gpu_request": "--gpus-per-node=h100:{gpus}"}
+    special |= {"gpu_request": "--gpus-per-node=h100:{gpus}", "time": "4:00:00"}
     if field.name in special:
         return special[field.name]
     choices = field.metadata["choices"]

@@ -75,8 +75,23 @@ def test_a_site_file_with_a_mistake(tmp_path: Path, site: object, words: str) ->
         ("1-2:30", 95400),
         ("1-2:30:01", 95401),
         ("UNLIMITED", None),
-        ("soon", None),
+        ("0", None),
+        ("-1", None),
     ],
 )
 def test_time_limits(text: str, seconds: int) -> None:
     assert time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["4h", "soon", "1.5", "1:2:3:4"])  # sbatch: Invalid --time specification
+def test_what_is_no_time_limit(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--time .*: write minutes"):
+        time_limit(text)
+
+
+def test_what_describes_a_job_needs_submit(tmp_path: Path) -> None:
+    typed = ["--partition", "big", "--time", "30"]
+    with pytest.raises(ValueError, match="--partition does nothing without --submit"):
+        RunConfig.from_flags(typed).check_typed(typed, "run.py")
+    RunConfig.from_flags([*typed, "--submit"]).check_typed([*typed, "--submit"], "run.py")
+    from_site(tmp_path, SITE).check_typed([], "run.py")  # what a site says is for all runs

@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,20 @@ def test_only_the_first_job_of_a_chain_starts_over(stubs: Path) -> None:
     shellcheck(made.script)
 
 
+def test_values_that_are_words_of_the_shell() -> None:
+    for word in ("then", "do", "fi", "esac", "{", "!", "[["):
+        shellcheck(job("--data-path", word).script)
+
+
+def test_two_scripts_of_one_second(stubs: Path, monkeypatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    monkeypatch.setenv("DO", "echo 42")
+    for name in ("now.sh", "now-2.sh", "now-3.sh"):
+        made = job("--save-optim")
+        assert os.path.basename(made.path) == name
+        submit.hand_in(made)
+
+
 def test_an_array_is_several_runs(stubs: Path) -> None:
     script = job("--array", "0-3", "--name", "it's", "--seed", "10").script
     shellcheck(script)
@@ -276,6 +291,8 @@ def test_exported_variables_of_sbatch_do_not_win_over_flags() -> None:
         (["--max-requeues", "1"], "--max-requeues needs --save-optim"),
         (["--partition", "a\n#SBATCH --x"], "line break"),
         (["--sbatch", "mem=0\nrm -rf x"], "line break"),
+        (["--sbatch", "nodes=4"], "--sbatch nodes=4: use run.py's --node"),
+        (["--sbatch=-t 30"], "--sbatch -t 30: use run.py's --time"),
         (["--account", ""], "--account is empty"),
         (["--name", "a\\b"], "backslash"),
         (["--save-dir", "a\nb"], "line break"),
