@@ -95,3 +95,8 @@ def test_what_describes_a_job_needs_submit(tmp_path: Path) -> None:
         RunConfig.from_flags(typed).check_typed(typed, "run.py")
     RunConfig.from_flags([*typed, "--submit"]).check_typed([*typed, "--submit"], "run.py")
     from_site(tmp_path, SITE).check_typed([], "run.py")  # what a site says is for all runs
+
+
+def test_a_value_that_begins_with_a_dash() -> None:
+    with pytest.raises(ValueError, match="written --sbatch=-"):
+        RunConfig.from_flags(["--sbatch", "--exclusive"])
