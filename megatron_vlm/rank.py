@@ -61,12 +61,13 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
         code = work() or DONE
     except ValueError as error:
         code = user_error(error, parallel.first_to_arrive("error"))
-    except OSError as error:  # no space left, read-only, no permission
-        where = f"{error.filename}: " if error.filename else ""
-        reason = ValueError(f"{where}{error.strerror or error}{_free_space(error)}")
-        code = user_error(reason, parallel.first_to_arrive("error"))
-    except Exception as error:  # told in full here, since what follows may end the process at once
-        if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+    except Exception as error:
+        if isinstance(error, OSError) and _is_of_a_file(error):
+            where = f"{error.filename}: " if error.filename else ""
+            reason = ValueError(f"{where}{error.strerror or error}{_free_space(error)}")
+            code = user_error(reason, parallel.first_to_arrive("error"))
+        # What follows is told in full here, since the process may end at once.
+        elif isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
             # Another rank failed and has said why; a traceback of this one would bury that.
             print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
         else:
@@ -77,6 +78,14 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
         os._exit(code)
     parallel.finalize()
     return code
+
+
+def _is_of_a_file(error: OSError) -> bool:
+    """Nothing to write, to read or no room: what a user can mend, unlike a connection that broke."""
+    if isinstance(error, (ConnectionError, TimeoutError, ChildProcessError)):
+        return False
+    # A write to an open file doesn't name it.
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _free_space(error: OSError) -> str:

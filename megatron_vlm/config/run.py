@@ -117,7 +117,8 @@ class RunConfig:
         Raises:
             ValueError: a flag is unknown, unavailable or malformed, or a rule inside a section is broken.
         """
-        parser = _parser(prog)
+        parser = _parser()
+        parser.prog = prog or parser.prog
         given = parser.read(argv)
         path = given.pop("config", None)
         if path is not None:
@@ -388,12 +389,11 @@ def _check_lora(given: Mapping[str, Any]) -> None:
         raise ValueError("--train-vision trains weights beside which --lora-targets puts adapters; drop one")
 
 
-@functools.cache  # it takes some 5 ms
-def _parser(prog: Optional[str] = None) -> FlagParser:
+@functools.cache  # it takes some 20 ms
+def _parser() -> FlagParser:
     parser = FlagParser(
         SECTIONS,
         GROUPS,
-        prog=prog,
         usage="%(prog)s [--config FILE.json] [flags]",
         description="Train a LLaVA-type vision-language model with megatron-core.",
         epilog=_EPILOG,

@@ -132,6 +132,23 @@ def test_an_image_processor_of_another_tower(llava, changes, words) -> None:
         ImageTransform.from_dir(str(llava), 20, 3)
 
 
+def test_an_image_processor_that_pads_to_a_square(llava) -> None:
+    """LLaVA's own recipe, ``image_aspect_ratio`` "pad"."""
+    processor = json.loads((llava / "processor_config.json").read_text())
+    own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False}
+    processor["image_processor"].update(own, size={"shortest_edge": 20})
+    (llava / "processor_config.json").write_text(json.dumps(processor))
+    assert problems(llava) == []
+    ImageTransform.from_dir(str(llava), 20, 3)  # training takes it
+
+
+def test_a_tokenizer_of_which_json_tells_nothing(llava) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        (llava / name).unlink(missing_ok=True)
+    (llava / "tokenizer.model").touch()
+    assert not any("image token" in problem for problem in problems(llava))
+
+
 def test_no_image_processor(llava) -> None:
     (llava / "processor_config.json").unlink()
     (problem,) = problems(llava)
