@@ -19,6 +19,8 @@ from megatron_vlm.config.flags import flag_name, negative_flag_name
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 
+LOCK = ".lock"  # in the run folder; locked by rank 0 as long as it trains there
+LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
 # What sets which samples a global batch holds. (The loader itself knows of changed data.)
 _DATA_ORDER = ("seed", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
 _TRAINED_PARTS = ("stage", "train_modules", "freeze_lm", "train_vision")

@@ -127,7 +127,7 @@ def _state(run: str, status: Dict[str, Any], metrics: Dict[str, Any]) -> Tuple[s
 
 
 def _queued(job: str) -> Tuple[str, str]:
-    seen = _squeue(job)
+    seen = job_state(job)
     if seen is None:
         return "queued", f"queued as job {job}"
     if not seen:
@@ -143,7 +143,7 @@ def _running(run: str, status: Dict[str, Any]) -> Tuple[str, str]:
     if host == socket.gethostname():
         alive: Optional[bool] = isinstance(pid, int) and os.path.exists(f"/proc/{pid}")
     else:
-        seen = _squeue(str(job)) if job else None
+        seen = job_state(str(job)) if job else None
         alive = None if seen is None else seen.startswith("RUNNING") or seen.startswith("COMPLETING")
     if alive is False:
         return "gone", f"killed {where} without a word; last sign {age} ago. The same command resumes it"
@@ -152,7 +152,7 @@ def _running(run: str, status: Dict[str, Any]) -> Tuple[str, str]:
     return "running", f"running {where}; last sign {age} ago"
 
 
-def _squeue(job: str) -> Optional[str]:
+def job_state(job: str) -> Optional[str]:
     """State and reason of a job, empty if it has left the queue; None where SLURM doesn't answer."""
     if not job or shutil.which("squeue") is None:
         return None

@@ -8,14 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import socket
 import sys
+import time
 from typing import Any, Dict, Optional, Sequence
+
+from megatron_vlm.config.start import LOCK, LOCK_SECONDS
 
 STATUS = "status.json"
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+
+
+def wait_until_free(run_dir: str) -> None:
+    """Wait until no other start trains in the run folder, before this one's state takes the place of its.
+
+    Raises:
+        ValueError: one does, for a minute at least.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    told = False
+    while _is_locked(os.path.join(run_dir, LOCK)):
+        if time.monotonic() > deadline:
+            raise ValueError(f"{run_dir}: another process is training here; stop it, or give another --name")
+        if not told:
+            print(f"{run_dir}: another process is training here; waiting for it to end", flush=True)
+            told = True
+        time.sleep(0.2)
 
 
 def note_queued(run_dir: str, job_id: str, command: Sequence[str], more_jobs: Sequence[str] = ()) -> None:
@@ -81,6 +102,15 @@ def read_status(run_dir: str) -> Optional[Dict[str, Any]]:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("state") in (QUEUED, RUNNING, ENDED) else None
+
+
+def _is_locked(path: str) -> bool:
+    try:
+        with open(path, "rb+") as file:
+            os.lockf(file.fileno(), os.F_TEST, 0)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES) and os.access(path, os.W_OK)
+    return False
 
 
 def _starts(status: Dict[str, Any]) -> int:

@@ -18,7 +18,9 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.slurm import GPUS, SlurmSection
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.progress import job_state
 from megatron_vlm.launch.slurm import step_options
+from megatron_vlm.launch.status import read_status
 
 FOLDER = "slurm"  # in the run folder: batch scripts, and what their jobs print
 _RUN, _STATUS = (os.path.join(str(CHECKOUT), "scripts", "train", name) for name in ("run.py", "status.py"))
@@ -71,6 +73,25 @@ def make_job(plan: LaunchPlan, environ: Mapping[str, str]) -> Job:
     return Job(
         script, os.path.join(folder, f"{stem}.sh"), command, log, config.slurm.chain or 1, _notes(config)
     )
+
+
+def check_queue(config: RunConfig) -> None:
+    """Check that no job waits or trains for this run: two would train in one folder.
+
+    Raises:
+        ValueError: one does, and the flags don't say to wait for it.
+    """
+    if config.slurm.array is not None or config.slurm.dependency is not None:
+        return
+    run_dir = config.checkpoint.run_dir
+    noted = read_status(run_dir) or {}
+    for job in filter(None, [noted.get("job_id"), *(noted.get("more_jobs") or [])]):
+        state = (job_state(str(job)) or "").split(" ")[0]
+        if state in ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED"):
+            raise ValueError(
+                f"{run_dir}: job {job} of this run is {state.lower()}; end it with scancel, give another "
+                f"--name, or --dependency afterany:{job} to go on after it"
+            )
 
 
 def hand_in(job: Job) -> List[str]:

@@ -10,7 +10,7 @@ from typing import IO
 
 from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, read_manifest, resolve_checkpoint
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, own_checkpoint
+from megatron_vlm.config.start import LOCK, LOCK_SECONDS, Start, own_checkpoint
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.observe.metrics import LOGS
@@ -20,8 +20,6 @@ from megatron_vlm.training.checkpoint import load_data_state
 CONFIG = "config.json"
 INIT = "init"  # root of the checkpoint that --init makes
 _OF_A_RUN = (CHECKPOINTS, BEST, INIT, *LOGS, CONFIG, TENSORBOARD, WANDB)
-_LOCK = ".lock"
-_LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
 
 
 def lock(run: Path) -> IO[str]:
@@ -31,8 +29,8 @@ def lock(run: Path) -> IO[str]:
         ValueError: another process holds it, for a minute at least.
     """
     run.mkdir(parents=True, exist_ok=True)
-    file = open(run / _LOCK, "w")
-    deadline = time.monotonic() + _LOCK_SECONDS
+    file = open(run / LOCK, "w")
+    deadline = time.monotonic() + LOCK_SECONDS
     told = False
     while True:
         try:

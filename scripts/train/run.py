@@ -85,6 +85,7 @@ def start(plan: LaunchPlan) -> int:
     """Run this node's ranks; returns the exit code."""
     launch, run_dir, log = plan.config.launch, plan.config.checkpoint.run_dir, new_log(plan.config)
     if not launch.rank:
+        status.wait_until_free(run_dir)
         status.note_running(run_dir, plan.command, launch.slurm_job_id, log)
     ended = process.run(plan.command, log, held=STOP_SIGNALS)
     if not launch.rank:
@@ -115,6 +116,7 @@ def submit_job(plan: LaunchPlan, argv: List[str]) -> int:
     from megatron_vlm.launch import submit  # no other start needs it
 
     job = submit.make_job(plan, os.environ)
+    submit.check_queue(plan.config)
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr)
     if plan.config.launch.dry_run:

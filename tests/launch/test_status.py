@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_written_is_json(tmp_path: Path) -> None:
     status.note_queued(str(tmp_path), "1", ["a b", "$x", "\n"])
     assert json.loads((tmp_path / status.STATUS).read_text())["command"] == ["a b", "$x", "\n"]
+
+
+def test_a_second_start_leaves_the_first_ones_state(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(status, "LOCK_SECONDS", 0.0)
+    status.wait_until_free(str(tmp_path / "none"))
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training here"):
+            status.wait_until_free(str(tmp_path))
+        holder.kill()
+    status.wait_until_free(str(tmp_path))
+    assert os.listdir(tmp_path) == [".lock"]

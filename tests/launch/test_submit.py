@@ -5,6 +5,7 @@ That a real SLURM takes the script is shown in tests/cluster.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -197,6 +198,21 @@ def test_two_scripts_of_one_second(stubs: Path, monkeypatch) -> None:
         made = job("--save-optim")
         assert os.path.basename(made.path) == name
         submit.hand_in(made)
+
+
+def test_a_run_that_is_in_the_queue_already(stubs: Path, monkeypatch) -> None:
+    config = RunConfig.from_flags([*BASE, "--save-dir", str(stubs), "--save-optim"])
+    submit.check_queue(config)
+    status.note_queued(config.checkpoint.run_dir, "42", ["run.py"], more_jobs=["43"])
+    for state, free in (("PENDING", False), ("RUNNING", False), ("COMPLETING", True), ("", True)):
+        monkeypatch.setattr(submit, "job_state", lambda job, state=state: f"{state} None" * (job == "43"))
+        if free:
+            submit.check_queue(config)
+            continue
+        with pytest.raises(ValueError, match="job 43 of this run is .* --dependency afterany:43"):
+            submit.check_queue(config)
+    slurm = dataclasses.replace(config.slurm, dependency="afterany:43")
+    submit.check_queue(dataclasses.replace(config, slurm=slurm))
 
 
 def test_an_array_is_several_runs(stubs: Path) -> None:

@@ -285,7 +285,7 @@ def test_a_locked_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Another process is kept out, until the one that holds the folder ends, however it does."""
     from megatron_vlm.training import run_folder
 
-    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
     code = f"import pathlib, tests.training.test_run as t; t.hold_lock(pathlib.Path({str(tmp_path)!r}))"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, cwd=CHECKOUT) as holder:

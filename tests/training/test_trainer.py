@@ -15,6 +15,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training import run_folder
 from megatron_vlm.training.guards import Watchdog
+from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.trainer import Trainer
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
@@ -31,7 +32,7 @@ def losses_without(argv: list[str], dropped: set[int]) -> list[float]:
     config = RunConfig.from_flags(argv)
     layout = parallel.initialize()
     start = run_folder.choose_start(config, Path(config.checkpoint.run_dir))
-    trainer = Trainer(config, layout, start, Sinks(), Watchdog(Path(), 0, 0.0))
+    trainer = Trainer(config, layout, start, Sinks(), Watchdog(Path(), 0, 0.0), StopRequest())
     source = trainer.reader.source
     assert source is not None
 
