@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import io
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 from megatron_vlm.config.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
+from megatron_vlm.config.launching import RANK0_LOG
 
+# How gloo, NCCL and torch's store tell that a process at the other end has ended, or its node has.
+_LOST_RANK = re.compile(
+    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \\d+ms"
+    "|remote process exited or there was a network error"
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
@@ -30,6 +40,8 @@ def begin(takes_signals: bool = False) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
     _leave_nothing_behind()
     _quiet_megatron_core()
+    if is_first() and RANK0_LOG in os.environ:
+        _keep_log(os.environ.pop(RANK0_LOG))
 
 
 def user_error(error: ValueError, speaks: bool) -> int:
@@ -62,14 +74,17 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
     except ValueError as error:
         code = user_error(error, parallel.first_to_arrive("error"))
     except Exception as error:
+        lost = _LOST_RANK.search(str(error)) if isinstance(error, RuntimeError) else None
         if isinstance(error, OSError) and _is_of_a_file(error):
             where = f"{error.filename}: " if error.filename else ""
             reason = ValueError(f"{where}{error.strerror or error}{_free_space(error)}")
             code = user_error(reason, parallel.first_to_arrive("error"))
         # What follows is told in full here, since the process may end at once.
-        elif isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
-            # Another rank failed and has said why; a traceback of this one would bury that.
-            print(f"rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
+        elif lost:
+            # Another rank failed and has said why, if it could; a traceback of this one would bury that.
+            rank = os.environ.get("RANK", "0")
+            what = f"rank {rank}: another rank is gone ({lost.group()})"
+            print(f"{what}; a run with --save-optim goes on by the same command", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
     if code and parallel.choose_device(device)[0] == "cuda":
@@ -86,6 +101,37 @@ def _is_of_a_file(error: OSError) -> bool:
         return False
     # A write to an open file doesn't name it.
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class _Copied(io.TextIOBase):
+    """A stream that also writes into a log, which may be lost."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream = stream
+        self._log = log
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # a full disk: the launcher's log tells of it
+            self._log.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+def _keep_log(path: str) -> None:
+    try:
+        log = open(path, "a", encoding="utf-8", errors="replace", buffering=1)
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}; rank 0 has no log of its own", file=sys.stderr)
+        return
+    sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)
 
 
 def _free_space(error: OSError) -> str:

@@ -1,12 +1,17 @@
-"""How a rank ends, whatever happens in it."""
+"""How a rank ends, whatever happens in it or to the others."""
 
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_vlm import rank
 
@@ -29,7 +34,7 @@ def raising(error: Exception) -> Callable[[], int]:
         (TimeoutError("no answer"), 1, "Traceback"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "Traceback"),
         (RuntimeError("x"), 1, "Traceback"),
-        (RuntimeError("[gloo] Connection closed by peer"), 1, "rank 0: another rank is gone\n"),
+        (RuntimeError("[gloo] Connection closed by peer"), 1, "rank 0: another rank is gone (Connection closed by peer);"),
     ],
 )
 def test_exit_codes(error: Exception, code: int, words: str, capsys, monkeypatch) -> None:
@@ -43,3 +48,42 @@ def test_a_full_disk_names_the_room(tmp_path, capsys) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "not" / "yet"))
     assert rank.run(raising(error), "cpu") == 2
     assert "MiB are free); make room, and the same command goes on" in capsys.readouterr().err
+
+
+def lose_another(number: int, store: str, how: str, said: Path, codes: multiprocessing.Queue[int]) -> None:
+    """Rank 1 leaves, or hangs for as long as rank 0 waits; rank 0 needs it."""
+    os.environ["RANK"] = str(number)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 2)
+
+    def work() -> None:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=number, world_size=2, timeout=timedelta(seconds=3)
+        )
+        dist.barrier()
+        if number == 1:
+            if how == "hangs":
+                codes.get()  # nothing comes before rank 0 has ended
+            os._exit(0)
+        dist.all_reduce(torch.ones(1))
+
+    codes.put(rank.run(work, "cpu"))
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    codes: multiprocessing.Queue[int] = context.Queue()
+    ranks = [
+        context.Process(target=lose_another, args=(n, tmp_path / "store", how, tmp_path / f"{n}", codes))
+        for n in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    ranks[0].join(120)
+    ranks[1].kill()
+    said = (tmp_path / "0").read_text()
+    assert ranks[0].exitcode == 0
+    assert "Traceback" not in said
+    assert "rank 0: another rank is gone (" in said

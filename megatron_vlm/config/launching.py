@@ -10,6 +10,8 @@ from megatron_vlm.config.checks import not_negative, positive
 from megatron_vlm.config.flags import flag, flag_name
 from megatron_vlm.config.headings import DISTRIBUTED, GPU, OTHER, SAVE_LOAD, SLURM
 
+RANK0_LOG = "MEGATRON_VLM_RANK0_LOG"  # environment variable: where rank 0 keeps a copy of what it prints
+
 
 @dataclass(frozen=True)
 class LaunchSection:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import shlex
 import sys
 import time
@@ -22,6 +23,7 @@ sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycach
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from megatron_vlm.config.exit_codes import STOP_SIGNALS
+from megatron_vlm.config.launching import RANK0_LOG
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, preflight, process, report, slurm, status
 from megatron_vlm.launch.plan import LaunchPlan, make_plans, plan_job
@@ -55,8 +57,6 @@ def main(argv: List[str]) -> int:
             print(shlex.join(plan.command), flush=True)
         if config.launch.dry_run:
             return 0
-        if config.launch.sif_path:
-            os.environ.update(container.forwarded({**os.environ, process.STDIN_IS_LAUNCHER: "1"}))
         return start(plans[0])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,7 +86,10 @@ def start(plan: LaunchPlan) -> int:
     launch, run_dir, log = plan.config.launch, plan.config.checkpoint.run_dir, new_log(plan.config)
     if not launch.rank:
         status.wait_until_free(run_dir)
+        os.environ[RANK0_LOG] = re.sub("node0.log$", "rank0.log", log)
         status.note_running(run_dir, plan.command, launch.slurm_job_id, log)
+    if launch.sif_path:
+        os.environ.update(container.forwarded({**os.environ, process.STDIN_IS_LAUNCHER: "1"}))
     ended = process.run(plan.command, log, held=STOP_SIGNALS)
     if not launch.rank:
         status.note_ended(run_dir, ended.code, ended.message)

@@ -88,6 +88,9 @@ def test_through_training_and_back_bit_for_bit(
     trained = script("train/run.py", *flags)
     assert trained.returncode == 0, trained.stderr
     assert metrics(tmp_path / "run")[0]["lr"] == 0.0
+    # Rank 0's own log is what run.py printed on stdout, but for the command; no other rank speaks there.
+    (log,) = (tmp_path / "run" / "logs").glob("*-rank0.log")
+    assert log.read_text() == trained.stdout.partition("\n")[2]
 
     exported = script(
         "convert/convert_megatron_to_hf.py",
