@@ -209,7 +209,7 @@ def test_a_run_that_is_in_the_queue_already(stubs: Path, monkeypatch) -> None:
         if free:
             submit.check_queue(config)
             continue
-        with pytest.raises(ValueError, match="job 43 of this run is .* --dependency afterany:43"):
+        with pytest.raises(ValueError, match=r"job 43 of this run is .* --dependency afterany:43"):
             submit.check_queue(config)
     slurm = dataclasses.replace(config.slurm, dependency="afterany:43")
     submit.check_queue(dataclasses.replace(config, slurm=slurm))
