@@ -138,13 +138,13 @@ class RunConfig:
             given = _over_site(parser.read_site(_load_json(site, "--site"), f"--site {site}"), given)
         return cls._from_values(given)
 
-    def check_typed(self, argv: Sequence[str], prog: str) -> None:
+    def check_typed(self, argv: Sequence[str]) -> None:
         """Check that what ``argv`` says of a job is for one: a site file may say it for nothing.
 
         Raises:
             ValueError: it is not; without --submit the run would start on the login node.
         """
-        typed = _parser(prog).read(argv)
+        typed = _parser().read(argv)
         names = [field.name for field in dataclasses.fields(SlurmSection) if field.name in typed]
         if names and not self.slurm.submit and names != ["submit"]:
             raise ValueError(f"{flag_name(names[0])} does nothing without --submit; give both or neither")

@@ -35,7 +35,7 @@ def main(argv: List[str]) -> int:
     """Start the run that ``argv`` describes; returns the exit code, 2 for a user error."""
     try:
         config = RunConfig.from_flags(argv, prog="run.py", site=os.environ.get(SITE))
-        config.check_typed(argv, prog="run.py")
+        config.check_typed(argv)
         nodes = 0 if config.slurm.submit else slurm.nodes_to_start_on(config, os.environ)
         if nodes:
             return start_step(nodes, config, argv)

@@ -92,9 +92,9 @@ def test_what_is_no_time_limit(text: str) -> None:
 def test_what_describes_a_job_needs_submit(tmp_path: Path) -> None:
     typed = ["--partition", "big", "--time", "30"]
     with pytest.raises(ValueError, match="--partition does nothing without --submit"):
-        RunConfig.from_flags(typed).check_typed(typed, "run.py")
-    RunConfig.from_flags([*typed, "--submit"]).check_typed([*typed, "--submit"], "run.py")
-    from_site(tmp_path, SITE).check_typed([], "run.py")  # what a site says is for all runs
+        RunConfig.from_flags(typed).check_typed(typed)
+    RunConfig.from_flags([*typed, "--submit"]).check_typed([*typed, "--submit"])
+    from_site(tmp_path, SITE).check_typed([])  # what a site says is for all runs
 
 
 def test_a_value_that_begins_with_a_dash() -> None:
