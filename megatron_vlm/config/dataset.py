@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import tarfile
 from typing import Dict, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
@@ -15,11 +16,41 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     """The command that prepares a folder of shards without asking, quoted for a shell.
 
     Args:
+        path: its first sample says whether it holds conversations or questions and answers.
         ratio: shards for training, validation and test.
     """
     command = ["energon", "prepare", "--non-interactive", "--force-overwrite", "--split-ratio", ratio]
-    command += ["--sample-type", "VQASample", "--field-map", json.dumps(FIELD_MAP, separators=(",", ":"))]
+    if holds_conversations(path):
+        command += ["--sample-type", "CrudeWebdataset"]
+    else:
+        command += ["--sample-type", "VQASample", "--field-map", json.dumps(FIELD_MAP, separators=(",", ":"))]
     return shlex.join([*command, path])
+
+
+def holds_conversations(path: str) -> bool:
+    """Whether a folder's samples are conversations: prepared so, or its first JSON file has ``messages``."""
+    try:
+        with open(os.path.join(path, ".nv-meta", "dataset.yaml"), encoding="utf-8") as file:
+            return "CrudeWebdataset" in file.read()
+    except (OSError, ValueError):
+        pass
+    shards = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name.endswith(".tar")
+    )
+    for shard in shards[:1]:
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    content = tar.extractfile(member) if member.name.endswith(".json") else None
+                    if content is not None:
+                        sample = json.loads(content.read())
+                        return isinstance(sample, dict) and "messages" in sample
+        except (OSError, ValueError, tarfile.TarError):
+            pass
+    return False
 
 
 def shard_counts(path: str) -> Dict[str, int]:

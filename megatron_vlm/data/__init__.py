@@ -1,5 +1,6 @@
 """From prepared shards to microbatches.
 
+conversations.py  turns from JSON, and what is made of unusual ones
 templates.py   conversations to token ids, trained tokens known by construction
 images.py      image bytes to uint8 pixels, as the folder's own image processor makes them
 processing.py  both together: one raw sample to ids, labels and pixels

@@ -1,4 +1,9 @@
-"""Datasets that ``energon prepare`` has prepared: shards of ``key.jpg``, ``key.json`` and ``key.txt``."""
+"""Datasets that ``energon prepare`` has prepared.
+
+Their samples are conversations, ``key.json`` with ``messages`` and ``images`` beside ``key.0.jpg``,
+``key.1.png``, ..., or a question and its answer: ``key.jpg``, ``key.json`` and ``key.txt``, or as a field map
+says.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,8 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 from megatron_vlm.config.dataset import FIELD_MAP, prepare_command
-from megatron_vlm.data.templates import SampleError
+from megatron_vlm.data.conversations import read_conversation, read_json
+from megatron_vlm.data.templates import SampleError, Turn
 
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 
@@ -44,14 +50,15 @@ class PreparedDataset:
         path: the folder that holds ``.nv-meta``.
         split: ``train``, ``val`` or ``test``.
         shards: in the split's order, all there and whole when it was opened.
-        field_map: which file holds what, from ``.nv-meta/dataset.yaml``.
+        field_map: which file holds what, from ``.nv-meta/dataset.yaml``; None where that has no field map,
+            and a sample's JSON tells what it is.
         fingerprint: changes with the shards and with a new ``energon prepare``.
     """
 
     path: str
     split: str
     shards: Tuple[Shard, ...]
-    field_map: Mapping[str, str]
+    field_map: Mapping[str, str] | None
     fingerprint: str
 
     @property
@@ -100,31 +107,32 @@ class PreparedDataset:
         Every sample arrives as its raw files, whatever sample type the folder was prepared for: images
         stay encoded until they have left the shuffle buffer, and a sample may lack one.
         """
-        parts = {option[0] for name in FIELD_MAP for option in _options(self.field_map[name])}
+        known = {name: access for name, access in (self.field_map or {}).items() if name in FIELD_MAP}
+        names = {option[0] for access in known.values() for option in _options(access)}
         dataset = CrudeWebdataset(
             EPath(self.path),
             split_part=self.split,
             training=self.split == "train",
             worker_config=worker_config,
             decoder=None,
-            part_filter=parts.__contains__,
+            part_filter=lambda part: part in names or self.field_map is None,
             **kwargs,
         )
         return LoadedDataset(dataset=dataset)
 
-    def read(self, sample: RawSample) -> Tuple[str, str, List[bytes]]:
-        """Question, answer and images of a sample.
+    def read(self, sample: RawSample) -> Tuple[List[Turn], List[bytes]]:
+        """Turns and images of a sample.
 
         Raises:
-            SampleError: a file is missing or malformed; of kind ``corrupt``.
+            SampleError: a file is missing or malformed (``corrupt``), or a conversation marks more or fewer
+                places than it has images (``dropped``).
         """
-        question = _read_field(sample.parts, self.field_map["context"], default="")
-        answer = _read_field(sample.parts, self.field_map["answers"])
-        images: List[bytes] = []
-        if TEXT_ONLY_KEY not in sample.__key__:
-            options = _options(self.field_map["image"])
-            images = [sample.parts[option[0]] for option in options if option[0] in sample.parts][:1]
-        return question, answer, images
+        parts = sample.parts
+        if self.field_map is None and "json" in parts:
+            loaded = read_json(parts["json"])
+            if isinstance(loaded, dict) and "messages" in loaded:
+                return read_conversation(loaded, parts)
+        return _read_question(sample, self.field_map or FIELD_MAP)
 
 
 @stateless
@@ -182,22 +190,33 @@ def _checked_shard(path: str, name: str, counts: Mapping[str, int]) -> Shard:
     return Shard(name, counts[name], size)
 
 
-def _field_map(path: str) -> Dict[str, str]:
-    """Which file holds what: from ``dataset.yaml``, read as data, never run."""
+def _field_map(path: str) -> Dict[str, str] | None:
+    """Which file holds what: from ``dataset.yaml``, read as data, never run. None where it has none."""
     file_name = os.path.join(path, ".nv-meta", "dataset.yaml")
     config: Dict[str, Any] = {}
     if os.path.isfile(file_name):
         with open(file_name, encoding="utf-8") as file:
             config = yaml.safe_load(file) or {}
-    field_map = config.get("field_map") or dict(FIELD_MAP)
-    missing = [name for name in FIELD_MAP if name not in field_map]
+    field_map = config.get("field_map")
+    missing = [name for name in FIELD_MAP if field_map and name not in field_map]
     if missing or config.get("sample_loader"):
         what = f"its field map lacks {', '.join(missing)}" if missing else "it has a sample_loader"
         raise ValueError(
             f"--data-path {path}: {what}, and training reads question-answer samples by a field map; "
             f"run: {prepare_command(path)}"
         )
-    return dict(field_map)
+    return dict(field_map) if field_map else None
+
+
+def _read_question(sample: RawSample, field_map: Mapping[str, str]) -> Tuple[List[Turn], List[bytes]]:
+    """A question, its answer and at most one image, which comes first unless the question marks its place."""
+    question = _read_field(sample.parts, field_map["context"], default="")
+    answer = _read_field(sample.parts, field_map["answers"])
+    images: List[bytes] = []
+    if TEXT_ONLY_KEY not in sample.__key__:
+        options = _options(field_map["image"])
+        images = [sample.parts[option[0]] for option in options if option[0] in sample.parts][:1]
+    return [Turn("user", question), Turn("assistant", answer)], images
 
 
 def _options(access: str) -> List[List[str]]:

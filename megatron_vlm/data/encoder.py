@@ -55,8 +55,8 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Sample, Microbatch, Microbatc
         """
         self._count("seen")
         try:
-            question, answer, images = self._dataset.read(sample)
-            encoded = self._processing.encode(sample.__key__, question, answer, images)
+            turns, images = self._dataset.read(sample)
+            encoded = self._processing.encode(sample.__key__, turns, images)
         except SampleError as error:
             self._count(error.kind)
             self._report(sample, error)

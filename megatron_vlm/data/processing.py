@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any, List, Sequence
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
+from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn, caption_prompt
 
@@ -41,20 +42,21 @@ class Processing:
     overlong: str
     lang: str
 
-    def encode(self, key: str, question: str, answer: str, images: List[bytes]) -> Sample:
-        """Encode a question, its answer and its images.
+    def encode(self, key: str, turns: Sequence[Turn], images: List[bytes]) -> Sample:
+        """Encode a conversation and its images.
 
         Args:
             key: the sample's name.
-            question: may hold ``<image>`` where an image goes; empty asks for a caption.
-            answer: may be empty; then only the end token is trained.
-            images: encoded images.
+            turns: a user's text may hold ``<image>`` where an image goes; images whose places are not marked
+                come first. Images without a question ask for a caption. Of an empty answer only the end
+                token is trained.
+            images: encoded images, in the order of their places.
 
         Raises:
             SampleError: the sample can't be used; names the reason, not the sample.
         """
-        question = self._question(key, question, len(images))
-        ids, trained = self.template.encode([Turn("user", question), Turn("assistant", answer)], len(images))
+        turns = self._asking(key, trainable_turns(turns), len(images))
+        ids, trained = self.template.encode(turns, len(images))
         ids, trained = self._expand_images(ids, trained)
         labels = [
             token if is_trained else IGNORE_INDEX
@@ -81,6 +83,12 @@ class Processing:
             question = self._question("", question, num_images)
             ids = self.template.encode_prompt([Turn("user", question)], num_images)
         return self._expand_images(ids, [False] * len(ids))[0]
+
+    def _asking(self, key: str, turns: List[Turn], num_images: int) -> List[Turn]:
+        """The turns; where images come without any question, the first one asks for a caption."""
+        first = int(turns[0].role == "system")
+        question = Turn("user", self._question(key, turns[first].text, num_images))
+        return [*turns[:first], question, *turns[first + 1 :]]
 
     def _question(self, key: str, question: str, num_images: int) -> str:
         """The question, or where an image comes without any, one that asks for a caption."""

@@ -2,7 +2,7 @@
 
 A conversation is rendered turn by turn with a Jinja chat template, as transformers renders it, and the
 finished text is tokenised once, as transformers tokenises it. Where an answer begins and ends is known
-from the lengths of the rendered prefixes, so text that looks like a template can't move it.
+from the lengths of what is rendered before and after it, so text that looks like a template can't move it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PROBE = "PROBE-ANSWER"
 # Jinja, so that every template takes the same way. bos_token is left to the tokenizer.
 BUILTIN_TEMPLATES: Dict[str, str] = {
     # LLaVA's "plain": the image, then its caption and a newline; the question is left out.
-    "plain": "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}",
+    "plain": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endif %}{% endfor %}",
     # LLaVA's "v1", from Vicuna.
     "v1": "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
@@ -65,8 +65,9 @@ class SampleError(Exception):
 class Turn:
     """One turn of a conversation. ``IMAGE_MARKER`` in a user's text says where an image goes."""
 
-    role: str  # "user" or "assistant"
+    role: str  # "system", "user" or "assistant"
     text: str
+    loss: bool = True  # an answer's alone: whether it is trained
 
 
 def caption_prompt(key: str, lang: str) -> str:
@@ -122,20 +123,19 @@ class ChatTemplate:
         """Token ids, one image token per image, and which of them are trained.
 
         Args:
-            turns: user and assistant in turn. Images whose places are not marked come first.
+            turns: a system turn, if any, takes the place of the template's own. Images whose places are not
+                marked come first.
             num_images: images that belong to the conversation.
 
         Raises:
-            SampleError: markers and images differ in number, or the template rewrites this text so that
-                its answers can't be told from the rest.
+            SampleError: markers and images differ in number, or the template refuses these turns or rewrites
+                them so that its answers can't be told from the rest.
         """
+        turns = self._with_system(turns)
         messages = self._messages(turns, num_images)
         text = self._render(messages)
-        spans = [
-            self._answer_span(text, messages[: i + 1])
-            for i, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.loss]
+        spans = [self._answer_span(text, messages, i) for i in answers]
         encoding = self._tokenize(text)
         ids: List[int] = list(encoding["input_ids"])
         trained = [False] * len(ids)
@@ -144,7 +144,7 @@ class ChatTemplate:
             inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if b > begin and a < end]
             if inside:
                 trained[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
-        if self._append_eos and messages[-1]["role"] == "assistant":
+        if self._append_eos and answers and answers[-1] == len(turns) - 1:
             ids.append(self._tokenizer.eos_token_id)
             trained.append(True)
         self._check_images(ids, num_images)
@@ -160,7 +160,7 @@ class ChatTemplate:
         Raises:
             SampleError: markers and images differ in number, or the template refuses the text.
         """
-        text = self._render(self._messages(turns, num_images), add_generation_prompt=True)
+        text = self._render(self._messages(self._with_system(turns), num_images), add_generation_prompt=True)
         return self._encode(text, num_images)
 
     def encode_text(self, text: str, num_images: int) -> List[int]:
@@ -191,31 +191,46 @@ class ChatTemplate:
         if found != num_images:
             raise SampleError(f"its text has {found} image markers, but {num_images} images belong to it")
 
-    def _answer_span(self, text: str, messages: List[Dict[str, Any]]) -> Tuple[int, int]:
-        """Characters of ``text`` that the last of ``messages`` trains: its answer and its end token."""
-        prompt = self._render(messages[:-1], add_generation_prompt=True)
-        until = self._render(messages)
-        end = len(until) - len(self._suffix)
-        nested = text.startswith(until) and until.startswith(prompt) and until.endswith(self._suffix)
-        if not nested or end < len(prompt):
+    def _answer_span(self, text: str, messages: List[Dict[str, Any]], answer: int) -> Tuple[int, int]:
+        """Characters of ``text`` that message ``answer`` trains: what it says and its end token."""
+        prompt = self._render(messages[:answer], add_generation_prompt=True)
+        # The same conversation with another answer: what follows it is the same, also where a template
+        # renders earlier turns differently once there are later ones.
+        probe = {"role": "assistant", "content": self._text_content(_PROBE)}
+        probed = self._render([*messages[:answer], probe, *messages[answer + 1 :]])
+        _, found, rest = probed[len(prompt) :].partition(_PROBE)
+        end = len(text) - len(rest)
+        if not (
+            text.startswith(prompt)
+            and probed.startswith(prompt)
+            and found
+            and rest.startswith(self._suffix[: self._trained_suffix])
+            and text.endswith(rest)
+            and end >= len(prompt)
+        ):
             raise SampleError("the chat template rewrites its turns, so that the answer can't be found")
         return len(prompt), end + self._trained_suffix
+
+    def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        if self._system is None or turns[0].role == "system":
+            return turns
+        return [Turn("system", self._system), *turns]
 
     def _messages(self, turns: Sequence[Turn], num_images: int) -> List[Dict[str, Any]]:
         marked = any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "user")
         unplaced = 0 if marked else num_images
         messages: List[Dict[str, Any]] = []
-        if self._system is not None:
-            messages.append({"role": "system", "content": self._system})
         for turn in turns:
-            content: Any = turn.text
             if turn.role == "user":
                 content = self._user_content(turn.text, unplaced)
                 unplaced = 0
-            elif self._content_parts:
-                content = [{"type": "text", "text": turn.text}]
+            else:
+                content = self._text_content(turn.text)
             messages.append({"role": turn.role, "content": content})
         return messages
+
+    def _text_content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._content_parts else text
 
     def _user_content(self, text: str, unplaced: int) -> Any:
         if self.name == "plain":
@@ -262,7 +277,7 @@ class ChatTemplate:
 
     def _probe_suffix(self) -> Tuple[str, int]:
         """What the template writes after an answer, and where in it the first special token ends."""
-        messages = self._messages([Turn("user", "?"), Turn("assistant", _PROBE)], 1)
+        messages = self._messages(self._with_system([Turn("user", "?"), Turn("assistant", _PROBE)]), 1)
         try:
             prompt = self._render(messages[:-1], add_generation_prompt=True)
             text = self._render(messages)

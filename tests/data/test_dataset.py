@@ -11,8 +11,9 @@ import pytest
 
 from megatron_vlm.config.dataset import prepare_command, split_parts, split_samples
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
-from megatron_vlm.data.templates import SampleError
-from tests.data.tiny_data import make_samples, prepare, write_shards
+from megatron_vlm.data.templates import SampleError, Turn
+from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
+from tests.data.tiny_data import asked, make_conversations, make_samples, prepare, write_shards
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_field_map_decides_what_is_read(copy: Path) -> None:
     (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
     dataset = PreparedDataset.open(str(copy))
     sample = raw(jpg=b"image", txt=b"unused", json=b'{"turns": [{"q": "why?"}], "a": ["first", "second"]}')
-    assert dataset.read(sample) == ("why?", "first", [b"image"])
+    assert dataset.read(sample) == (asked("why?", "first"), [b"image"])
     for config in ({"field_map": {"image": "jpg"}}, {"sample_loader": "sample_loader.py:sample_loader"}):
         (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="run: energon prepare"):
@@ -90,16 +91,19 @@ def test_field_map_decides_what_is_read(copy: Path) -> None:
     # A folder for crude samples has no field map; it is read in the documented layout.
     crude = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(crude))
-    assert PreparedDataset.open(str(copy)).read(raw(txt=b"7", json=b'{"question": "?"}')) == ("?", "7", [])
+    assert PreparedDataset.open(str(copy)).read(raw(txt=b"7", json=b'{"question": "?"}')) == (
+        asked("?", "7"),
+        [],
+    )
 
 
 def test_text_only_samples(dataset_dir: Path) -> None:
     dataset = PreparedDataset.open(str(dataset_dir))
     parts = {"txt": b"7", "json": b'{"question": "which?"}'}
-    assert dataset.read(raw("1", **parts)) == ("which?", "7", [])
-    assert dataset.read(raw("1", jpg=b"image", **parts)) == ("which?", "7", [b"image"])
-    assert dataset.read(raw("1-noimage", jpg=b"placeholder", **parts)) == ("which?", "7", [])
-    assert dataset.read(raw("1", jpg=b"image", txt=b"a caption")) == ("", "a caption", [b"image"])
+    assert dataset.read(raw("1", **parts)) == (asked("which?", "7"), [])
+    assert dataset.read(raw("1", jpg=b"image", **parts)) == (asked("which?", "7"), [b"image"])
+    assert dataset.read(raw("1-noimage", jpg=b"placeholder", **parts)) == (asked("which?", "7"), [])
+    assert dataset.read(raw("1", jpg=b"image", txt=b"a caption")) == (asked("", "a caption"), [b"image"])
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,32 @@ def test_malformed_fields_are_corrupt(parts: dict[str, bytes], message: str, dat
     with pytest.raises(SampleError, match=message) as error:
         PreparedDataset.open(str(dataset_dir)).read(raw(**parts))
     assert error.value.kind == "corrupt"
+
+
+def test_a_folder_of_conversations_is_known_without_a_flag(tmp_path: Path) -> None:
+    """Also by the command that a message suggests for it."""
+    samples = make_conversations(6)
+    write_shards(tmp_path, samples, shards=2)
+    with pytest.raises(ValueError, match=r"not prepared; run: .*--sample-type CrudeWebdataset") as error:
+        PreparedDataset.open(str(tmp_path))
+    assert [problem.partition("run: ")[2] for problem in dataset_problems(str(tmp_path))] == [
+        str(error.value).partition("run: ")[2]
+    ]
+    prepare(prepare_command(str(tmp_path), "1,1,0"))
+    assert not list(dataset_problems(str(tmp_path))) and not list(held_out_problems(str(tmp_path)))
+    assert "CrudeWebdataset" in prepare_command(str(tmp_path))  # now that .nv-meta says so
+    dataset = PreparedDataset.open(str(tmp_path))
+    assert dataset.num_samples == 3 == split_samples(str(tmp_path))
+    parts = {name: data for name, data in samples[5].items() if isinstance(data, bytes)}
+    assert dataset.read(raw(**parts)) == (
+        [
+            Turn("system", "Be brief."),
+            Turn("user", "<image>\n<image>\nQuestion 0 of 5?"),
+            Turn("assistant", "Answer 0 of 5."),
+            Turn("user", "Question 1 of 5?"),
+            Turn("assistant", "Answer 1 of 5."),
+            Turn("user", "Question 2 of 5?"),
+            Turn("assistant", "Answer 2 of 5."),
+        ],
+        [parts["0.jpg"], parts["1.png"]],
+    )

@@ -29,7 +29,7 @@ from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
-from tests.data.tiny_data import jpeg, make_samples
+from tests.data.tiny_data import asked, jpeg, make_samples
 
 MICRO_BATCH = 3
 
@@ -233,24 +233,24 @@ def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytes
 
 def test_overlong_samples(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
     whole = load_processing(str(folders["qwen"]), models["qwen"], seq_length=500)
-    reference = whole.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+    reference = whole.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
     assert not reference.truncated
     length = len(reference.input_ids)
     for seq_length in (length, length - 1, length - 20):
         processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
-        sample = processing.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+        sample = processing.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
         assert sample.truncated == (seq_length < length)
         assert sample.input_ids == reference.input_ids[:seq_length]
         # What is cut off is not predicted either.
         assert sample.labels == reference.labels[: seq_length - 1] + [IGNORE_INDEX]
     dropping = load_processing(str(folders["qwen"]), models["qwen"], seq_length=length - 1, overlong="drop")
     with pytest.raises(SampleError, match=f"^{length} tokens are more than --seq-length {length - 1}$"):
-        dropping.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+        dropping.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
     image_end = max(i for i, t in enumerate(reference.input_ids) if t == whole.image_token_id) + 1
     for seq_length, message in ((image_end - 1, "its image does not fit"), (image_end + 1, "nothing of its")):
         processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
         with pytest.raises(SampleError, match=message):
-            processing.encode("key", "What?", "A cat. " * 9, [jpeg(1)])
+            processing.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
 
 
 def test_collate_pads_on_the_right() -> None:
@@ -265,7 +265,9 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_describe_marks_what_is_trained(processing: Processing) -> None:
-    samples = [processing.encode(key, "What?", "A cat.", [jpeg(1)] * (key == "a")) for key in ("a", "b")]
+    samples = [
+        processing.encode(key, asked("What?", "A cat."), [jpeg(1)] * (key == "a")) for key in ("a", "b")
+    ]
     for order in (samples, samples[::-1]):  # the first sample padded, and not
         microbatch = collate(order, processing.pad_token_id, processing.images.shape)
         text = describe(microbatch, processing.tokenizer, processing.image_token_id)

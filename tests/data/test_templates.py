@@ -14,7 +14,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SYSTEM_PROMPTS, ChatTemplate, SampleError, Turn
-from tests.data.tiny_data import CHATML_TEMPLATE, LLAVA_TEMPLATE, jpeg, llama_tokenizer, qwen_tokenizer
+from tests.data.tiny_data import CHATML_TEMPLATE, LLAVA_TEMPLATE, asked, jpeg, llama_tokenizer, qwen_tokenizer
 
 QUESTIONS = [
     "What is in this picture?",
@@ -76,7 +76,7 @@ def test_folder_template_equals_transformers(
     for i, (question, answer) in enumerate((q, a) for q in QUESTIONS for a in ANSWERS):
         with_image = i % 3 != 0
         whole, prompt = reference(name, folders[name], question, answer, with_image)
-        sample = processing.encode("key", question, answer, [jpeg(1)] * with_image)
+        sample = processing.encode("key", asked(question, answer), [jpeg(1)] * with_image)
         # llava-1.5's template writes no end token; without one a model never learns to stop.
         expected = whole + [end] * (name == "llava")
         assert sample.input_ids == expected
@@ -106,7 +106,7 @@ def test_builtin_templates_equal_llavas_text(
     assert SYSTEM_PROMPTS["en"].startswith("A chat between a curious user and an artificial intelligence")
     for name, (prompt, answer) in texts.items():
         processing = processing_for("bare", folders, models, template=name, lang=lang)
-        sample = processing.encode("key", "What?", "A cat.", [jpeg(1)])
+        sample = processing.encode("key", asked("What?", "A cat."), [jpeg(1)])
         prompt_ids = processing.tokenizer(prompt)["input_ids"]
         assert sample.input_ids == processing.tokenizer(prompt + answer)["input_ids"]
         assert trained_ids(sample) == sample.input_ids[len(prompt_ids) :]
@@ -147,10 +147,12 @@ def test_no_question_asks_for_a_caption(folders: dict[str, Path], models: dict[s
     for lang, word in (("jp", "画像"), ("en", "image")):
         processing = processing_for("qwen", folders, models, lang=lang)
         for question in ("", "<image>\n"):
-            sample = processing.encode("key", question, "A cat.", [jpeg(1)])
+            sample = processing.encode("key", asked(question, "A cat."), [jpeg(1)])
             assert word in processing.tokenizer.decode(sample.input_ids).replace("<image>", "")
-            assert processing.encode("key", question, "A cat.", [jpeg(1)]).input_ids == sample.input_ids
-        text_only = processing.tokenizer.decode(processing.encode("key", "", "A cat.", []).input_ids)
+            assert (
+                processing.encode("key", asked(question, "A cat."), [jpeg(1)]).input_ids == sample.input_ids
+            )
+        text_only = processing.tokenizer.decode(processing.encode("key", asked("", "A cat."), []).input_ids)
         assert word not in text_only
 
 
@@ -159,32 +161,23 @@ def test_image_marker_is_a_position(
     name: str, folders: dict[str, Path], models: dict[str, ModelConfig]
 ) -> None:
     processing = processing_for(name, folders, models)
-    in_front = processing.encode("key", "What?", "A cat.", [jpeg(1)]).input_ids
-    assert processing.encode("key", "<image>\nWhat?", "A cat.", [jpeg(1)]).input_ids == in_front
+    in_front = processing.encode("key", asked("What?", "A cat."), [jpeg(1)]).input_ids
+    assert processing.encode("key", asked("<image>\nWhat?", "A cat."), [jpeg(1)]).input_ids == in_front
     if name == "qwen":  # llava-1.5's own template renders all images first
-        ids = processing.encode("key", "Is <image> it?", "A cat.", [jpeg(1)]).input_ids
+        ids = processing.encode("key", asked("Is <image> it?", "A cat."), [jpeg(1)]).input_ids
         assert f"Is {'<image>' * processing.image_tokens} it?" in processing.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
-    "question, answer, images, found",
-    [
-        ("<image>\n<image>\nWhat?", "A cat.", 1, 2),
-        ("<image>\nWhat?", "A cat.", 0, 1),
-        ("What?", "an <image>", 1, 2),
-    ],
+    "question, images, found",
+    [("<image>\n<image>\nWhat?", 1, 2), ("<image>\nWhat?", 0, 1)],
 )
 def test_markers_without_image_are_dropped(
-    question: str,
-    answer: str,
-    images: int,
-    found: int,
-    folders: dict[str, Path],
-    models: dict[str, ModelConfig],
+    question: str, images: int, found: int, folders: dict[str, Path], models: dict[str, ModelConfig]
 ) -> None:
     for name in ("llava", "qwen"):
         with pytest.raises(SampleError, match=f"{found} image markers, but {images} images") as error:
-            processing_for(name, folders, models).encode("key", question, answer, [jpeg(1)] * images)
+            processing_for(name, folders, models).encode("key", asked(question, "A cat."), [jpeg(1)] * images)
         assert error.value.kind == "dropped"
 
 
@@ -204,15 +197,30 @@ def test_unusable_template_is_one_clear_error(jinja: str, message: str) -> None:
         ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
 
 
-def test_a_template_that_rewrites_earlier_text_drops_the_sample() -> None:
-    """Like templates that cut the thoughts out of earlier answers: their spans can't be known."""
+def test_a_template_that_rewrites_earlier_answers_trains_what_it_renders() -> None:
+    """Like templates that cut the thoughts out of earlier answers."""
     jinja = (
         "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and not loop.last %}"
         "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
+    tokenizer = llama_tokenizer()
+    template = ChatTemplate(tokenizer, "chat", "<image>", jinja)
     turns = [Turn("user", "1?"), Turn("assistant", "so</think>1"), Turn("user", "2?"), Turn("assistant", "2")]
+    ids, trained = template.encode(turns, 0)
+    assert ids == tokenizer("user:1?</s>assistant:1</s>user:2?</s>assistant:2</s>")["input_ids"]
+    written = tokenizer.decode([token for token, t in zip(ids, trained, strict=True) if t])
+    assert written.replace(" ", "") == "1</s>2</s>"
+
+
+def test_a_template_that_rewrites_its_turns_drops_the_sample() -> None:
+    jinja = (
+        "{% if messages | length > 2 %}{{ messages | length }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
+    turns = [Turn("user", "1?"), Turn("assistant", "1"), Turn("user", "2?"), Turn("assistant", "2")]
     template.encode(turns[:2], 0)
     with pytest.raises(SampleError, match="rewrites its turns"):
         template.encode(turns, 0)

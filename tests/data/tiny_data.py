@@ -17,6 +17,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from megatron_vlm.data.templates import Turn
+
 # As llava-hf/llava-1.5-7b-hf has it: content in parts, no end token after an answer.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
@@ -122,6 +124,11 @@ def jpeg(seed: int, width: int = 31, height: int = 24) -> bytes:
     return buffer.getvalue()
 
 
+def asked(question: str, answer: str) -> list[Turn]:
+    """One question and its answer."""
+    return [Turn("user", question), Turn("assistant", answer)]
+
+
 def write_shards(root: Path, samples: list[dict[str, bytes | str]], shards: int) -> None:
     """Write samples (``key`` and one entry per file) to ``shards`` tars of about the same length."""
     root.mkdir(parents=True, exist_ok=True)
@@ -154,6 +161,29 @@ def make_samples(count: int) -> list[dict[str, bytes | str]]:
         question = "" if i % 11 == 6 else f"What is in picture {i}?"
         sample["json"] = json.dumps({"question": question, "id": i}).encode()
         sample["txt"] = ("" if i % 13 == 8 else f"The answer is {i}. " * (1 + i % 3)).encode()
+        samples.append(sample)
+    return samples
+
+
+def make_conversations(count: int) -> list[dict[str, bytes | str]]:
+    """Conversations of one to three rounds with no image, one or two; some can't be used."""
+    samples: list[dict[str, bytes | str]] = []
+    for i in range(count):
+        names = ["0.jpg", "1.png"][: i % 3]
+        messages: list[dict[str, Any]] = []
+        if i % 4 == 1:
+            messages.append({"role": "system", "content": "Be brief."})
+        for turn in range(1 + i % 3):
+            marker = "<image>\n" * len(names) * (turn == 0)
+            messages.append({"role": "user", "content": f"{marker}Question {turn} of {i}?"})
+            answer = {"role": "assistant", "content": f"Answer {turn} of {i}."}
+            messages.append({**answer, "loss": False} if i % 5 == 2 and turn == 0 and i % 3 else answer)
+        sample: dict[str, bytes | str] = {"key": f"{i:05d}"}
+        for number, name in enumerate(names):
+            sample[name] = jpeg(i + number)
+        if i % 10 == 7:  # one image too many
+            messages[-2]["content"] += " <image>"
+        sample["json"] = json.dumps({"id": i, "messages": messages, "images": names}).encode()
         samples.append(sample)
     return samples
 

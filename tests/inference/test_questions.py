@@ -17,7 +17,7 @@ from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.inference.questions import Questions, end_tokens
-from tests.data.tiny_data import jpeg
+from tests.data.tiny_data import asked, jpeg
 from tests.tiny import save_llava
 
 
@@ -55,7 +55,7 @@ def test_a_prompt_equals_the_processors(checkpoint: Path) -> None:
 def test_a_prompt_is_how_a_training_sample_begins(checkpoint: Path, template: str) -> None:
     flags = ["--image", str(checkpoint / "a.jpg"), "--prompt", "What is this?", "--template", template]
     questions = ask(checkpoint, *flags, "--lang", "en")
-    sample = questions.processing.encode("key", "What is this?", "It is 7.", [jpeg(1)])
+    sample = questions.processing.encode("key", asked("What is this?", "It is 7."), [jpeg(1)])
     first_trained = next(i for i, label in enumerate(sample.labels) if label >= 0) + 1
     (prompt,) = questions.encode([0])
     assert prompt.input_ids == sample.input_ids[: len(prompt.input_ids)]

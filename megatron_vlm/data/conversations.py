@@ -1,0 +1,93 @@
+"""Conversations as datasets write them: turns read from JSON, and what is made of unusual ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_vlm.data.templates import IMAGE_MARKER, SampleError, Turn
+
+ROLES = ("system", "user", "assistant")
+
+
+def read_conversation(
+    sample: Mapping[str, Any], parts: Mapping[str, bytes]
+) -> tuple[list[Turn], list[bytes]]:
+    """Turns and images of a sample whose JSON holds ``messages`` and ``images``.
+
+    Args:
+        sample: the parsed JSON, ``{"messages": [{"role": ..., "content": ...}], "images": ["0.jpg"]}``;
+            other keys are left alone.
+        parts: the sample's files, by what follows its key.
+
+    Raises:
+        SampleError: it is malformed or lacks an image's file (``corrupt``), or marks more or fewer places
+            than it has images (``dropped``).
+    """
+    messages, names = sample["messages"], sample.get("images", [])
+    if not isinstance(messages, list):
+        raise SampleError("its messages are no list", kind="corrupt")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SampleError("its images are no list of file names", kind="corrupt")
+    turns = [_turn(number, message) for number, message in enumerate(messages)]
+    for name in names:
+        if name not in parts:
+            raise SampleError(f"its image {name} is missing", kind="corrupt")
+    marked = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    if marked != len(names):
+        raise SampleError(f"its text has {marked} image markers, but {len(names)} images belong to it")
+    return turns, [parts[name] for name in names]
+
+
+def read_json(data: bytes) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        SampleError: it is none; of kind ``corrupt``.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        message = f"{type(error).__name__}: {error}"
+        raise SampleError(f"its json can't be read ({message})", kind="corrupt") from None
+
+
+def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns that a model is trained on, by LLaVA's rules where it has any.
+
+    What the assistant says before the user's first turn is left out, for nothing asks for it. Turns after
+    the last answer stay, and carry no loss.
+
+    Returns:
+        at most one system turn, then turns of which the first is the user's.
+
+    Raises:
+        SampleError: a system turn stands behind others, an image belongs to another turn than the user's, or
+            there is no answer to train.
+    """
+    system = list(turns[:1]) if turns and turns[0].role == "system" else []
+    rest = list(turns[len(system) :])
+    if any(turn.role == "system" for turn in rest):
+        raise SampleError("a system turn stands behind other turns")
+    while rest and rest[0].role == "assistant":
+        rest.pop(0)
+    if any(turn.role != "user" and IMAGE_MARKER in turn.text for turn in turns):
+        raise SampleError(f"{IMAGE_MARKER} stands in a turn that isn't the user's, where no image can go")
+    if not any(turn.role == "assistant" and turn.loss for turn in rest):
+        raise SampleError("none of its turns is an answer to train")
+    return system + rest
+
+
+def _turn(number: int, message: Any) -> Turn:
+    where = f"its messages[{number}]"
+    if not isinstance(message, dict):
+        raise SampleError(f"{where} is no object", kind="corrupt")
+    role, text, loss = message.get("role"), message.get("content"), message.get("loss", True)
+    if role not in ROLES:
+        raise SampleError(f"{where} has the role {role!r}, not one of {', '.join(ROLES)}", kind="corrupt")
+    if not isinstance(text, str):
+        raise SampleError(f"{where} has no text as its content", kind="corrupt")
+    if not isinstance(loss, bool):
+        raise SampleError(f"{where} has the loss {loss!r}, not true or false", kind="corrupt")
+    return Turn(role, text, loss)
