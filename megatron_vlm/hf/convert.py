@@ -121,7 +121,7 @@ def import_hf(
     source, root = Path(hf_dir), Path(megatron_dir)
     model = ModelConfig.from_hf_dir(str(source))
     model.check_layout(tp, pp)
-    _check_apart(source, root)
+    check_apart(source, root)
     if not force:
         check_absent(root)
     folder: Source = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
@@ -200,7 +200,7 @@ def export_hf(
         Difference: what was read back is not what was written.
     """
     target = Path(hf_dir)
-    _check_apart(resolve_checkpoint(checkpoint), target)
+    check_apart(resolve_checkpoint(checkpoint), target)
     if not force:
         check_absent(target)
     elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
@@ -216,7 +216,6 @@ def export_hf(
     size = sum(info.nbytes for info in source.tensors.values())
     check_free_space(target, size)
     meter = Meter(size, progress)
-    written: dict[str, Any] = {}
 
     with appearing_folder(target, replace=force) as output:
         copy_small_files(source.hf, output)
@@ -226,25 +225,12 @@ def export_hf(
         for path in tokenizer_files:
             shutil.copyfile(path, output / path.name)
 
-        with WeightsWriter(output, files, metadata) as writer:
-
-            def write(name: str, tensor: Tensor) -> None:
-                writer.write(name, tensor)
-                written[name] = describe(tensor)
-                _check(not verify or writer.holds(name, tensor), name)
-
-            with Background() as background:
-                for name in source.names:
-                    tensor = source.read(name)
-                    background.call(tensor.nbytes, write, name, tensor)
-                    meter.add(tensor)
+        written = write_weights(output, files, metadata, source.names, source.read, meter, verify)
         if len(files) == 1:
             (output / SAFETENSORS_INDEX).unlink(missing_ok=True)
         elif not (output / SAFETENSORS_INDEX).exists() or max_shard_bytes is not None:
             write_index(output, files)
-        HFFolder(output)  # as safetensors reads it, it is whole
-        manifest = {"source": str(source.path), "tensors": written, "versions": tool_versions()}
-        (output / CONVERSION).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_conversion(output, {"source": str(source.path)}, written)
     return target
 
 
@@ -270,7 +256,7 @@ def reshard(
     Others, returns and raises: as :func:`import_hf`; besides, a checkpoint with LoRA adapters is refused.
     """
     root = Path(megatron_dir)
-    _check_apart(resolve_checkpoint(checkpoint), root)
+    check_apart(resolve_checkpoint(checkpoint), root)
     if not force:
         check_absent(root)
     source = MegatronCheckpoint(checkpoint, base)
@@ -306,6 +292,49 @@ def reshard(
                 meter.add(tensor)
         writer.close(model.to_dict(), pp, written)
     return root / RELEASE
+
+
+def write_weights(
+    output: Path,
+    files: dict[str, list[TensorInfo]],
+    metadata: dict[str, dict[str, str]],
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    meter: Meter,
+    verify: bool,
+) -> dict[str, Any]:
+    """Write the weights of a Hugging Face folder, one tensor while the next is read.
+
+    Args:
+        names: all tensors of ``files``, in the order that they are read in fastest.
+
+    Returns:
+        The manifest's entry of each tensor.
+
+    Raises:
+        Difference: with ``verify``, what was read back is not what was written.
+    """
+    written: dict[str, Any] = {}
+    with WeightsWriter(output, files, metadata) as writer:
+
+        def write(name: str, tensor: Tensor) -> None:
+            writer.write(name, tensor)
+            written[name] = describe(tensor)
+            _check(not verify or writer.holds(name, tensor), name)
+
+        with Background() as background:
+            for name in names:
+                tensor = read(name)
+                background.call(tensor.nbytes, write, name, tensor)
+                meter.add(tensor)
+    return written
+
+
+def write_conversion(output: Path, about: dict[str, Any], written: dict[str, Any]) -> None:
+    """Write the manifest of a Hugging Face folder whose other files are all there."""
+    HFFolder(output)  # as safetensors reads it, it is whole
+    manifest = {**about, "tensors": written, "versions": tool_versions()}
+    (output / CONVERSION).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 class _Writer:
@@ -393,7 +422,7 @@ def _appearing_checkpoint(root: Path, replace: bool) -> Iterator[Path]:
         write_tracker(staging, RELEASE)
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
     """Check that what is written can neither be read as input nor replace it."""
     one, other = source.resolve(), target.resolve()
     if one == other or one in other.parents or other in one.parents:
