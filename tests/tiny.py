@@ -20,6 +20,11 @@ _CLIP = dict(
     patch_size=4,
 )
 _SIGLIP = dict(_CLIP, image_size=22)  # a strip at the edge is narrower than a patch
+_TOWERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "clip": (transformers.CLIPVisionConfig, _CLIP),
+    "siglip": (transformers.SiglipVisionConfig, _SIGLIP),
+    "siglip2": (transformers.SiglipVisionConfig, _CLIP),  # at a fixed resolution it is a SigLIP
+}
 _LLAMA = dict(
     vocab_size=203,
     hidden_size=48,
@@ -70,6 +75,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ),
     ),
     "clip-qwen3-tied": dict(text="qwen3", tie_word_embeddings=True),
+    # Vicuna is a Llama whose heads share no keys; Qwen2.5 is a Qwen2 whose heads do.
+    "clip-vicuna": dict(text_extra=dict(num_key_value_heads=4)),
+    "clip-qwen2.5": dict(text="qwen2", text_extra=dict(num_key_value_heads=2, rms_norm_eps=1e-6)),
+    "siglip2-mistral": dict(text="mistral", vision="siglip2", vision_feature_select_strategy="full"),
     "siglip-qwen3-biases": dict(
         text="qwen3",
         vision="siglip",
@@ -89,8 +98,7 @@ def tiny_config(
 ) -> transformers.LlavaConfig:
     """The config of a tiny LLaVA."""
     text_class, text_sizes = _TEXTS[text]
-    vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[vision]
-    vision_sizes = {"clip": _CLIP, "siglip": _SIGLIP}[vision]
+    vision_class, vision_sizes = _TOWERS[vision]
     if projector == "linear":
         extra.update(projector_hidden_act="linear", mm_projector_type="linear")
     return transformers.LlavaConfig(

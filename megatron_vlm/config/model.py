@@ -12,87 +12,16 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
+from megatron_vlm.config.families import (
+    LLAVA_DEFAULT_TOWER,
+    TOWERS,
+    TextFamily,
+    check_keys,
+    check_rope_type,
+    check_text,
+    check_tower,
+)
 from megatron_vlm.config.lora import LoRAConfig
-
-# What transformers' config classes assume for a key that config.json does not hold.
-_TEXT_DEFAULTS: Dict[str, Dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-    },
-}
-# Qwen3's defaults are Qwen2's, but for these.
-_TEXT_DEFAULTS["qwen3"] = {**_TEXT_DEFAULTS["qwen2"], "head_dim": 128, "attention_bias": False}
-_VISION_DEFAULTS: Dict[str, Dict[str, Any]] = {
-    "clip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-}
-# transformers' LlavaConfig builds this tower when config.json has no vision_config.
-_LLAVA_DEFAULT_TOWER: Dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 336,
-}
-_DEFAULT_ROPE_THETA = 10000.0
 
 TEXT_ACTIVATIONS = ("silu",)
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -167,7 +96,7 @@ class RopeScaling:
 class LanguageConfig:
     """A decoder-only language model."""
 
-    family: str  # "llama", "mistral", "qwen2" or "qwen3"
+    family: str  # a key of families.TEXT_FAMILIES
     hidden_size: int
     ffn_hidden_size: int
     num_layers: int
@@ -233,7 +162,8 @@ class ModelConfig:
                 f"config.json: model_type is {config.get('model_type')!r}; supported: 'llava' "
                 "(build one with scripts/convert/build_llava_jp.py)"
             )
-        vision = _vision_config(config.get("vision_config") or dict(_LLAVA_DEFAULT_TOWER))
+        check_keys(config)
+        vision = _vision_config(config.get("vision_config") or dict(LLAVA_DEFAULT_TOWER))
         language = _language_config(config.get("text_config") or {"model_type": "llama"}, config)
         layer = config.get("vision_feature_layer", -2)
         layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
@@ -390,8 +320,8 @@ def _square(key: str, value: Any) -> int:
 
 def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
     kind = raw.get("model_type", "clip_vision_model")
-    _choice("vision_config.model_type", kind, tuple(_VISION_DEFAULTS))
-    get = {**_VISION_DEFAULTS[kind], **raw}
+    check_tower(raw)
+    get = {**TOWERS[kind], **raw}
     _choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)
     image_size = _square("vision_config.image_size", get["image_size"])
     patch_size = _square("vision_config.patch_size", get["patch_size"])
@@ -411,8 +341,8 @@ def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
 
 def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConfig:
     kind = raw.get("model_type", "llama")
-    _choice("text_config.model_type", kind, tuple(_TEXT_DEFAULTS))
-    get = {**_TEXT_DEFAULTS[kind], **raw}
+    family = check_text(raw)
+    get = {**family.defaults, **raw}
     _choice("text_config.hidden_act", get["hidden_act"], TEXT_ACTIVATIONS)
     if get.get("pretraining_tp", 1) not in (None, 1):
         raise ValueError(f"config.json: text_config.pretraining_tp is {get['pretraining_tp']}; supported: 1")
@@ -421,8 +351,8 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
     if rope.get("partial_rotary_factor", get.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ValueError("config.json: text_config partial_rotary_factor is not 1; supported: 1")
     heads = get["num_attention_heads"]
-    # Qwen2 and Mistral have no such switch: it would be read but not obeyed.
-    attention_bias = kind in ("llama", "qwen3") and bool(get["attention_bias"])
+    # A family without such a switch would read it but not obey it.
+    attention_bias = family.attention_bias and bool(get["attention_bias"])
     return LanguageConfig(
         family=kind,
         hidden_size=get["hidden_size"],
@@ -436,22 +366,22 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
         max_position_embeddings=get["max_position_embeddings"],
         activation=get["hidden_act"],
         norm_epsilon=get["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or get.get("rope_theta") or _DEFAULT_ROPE_THETA),
+        rope_theta=float(rope.get("rope_theta") or get["rope_theta"]),
         tie_word_embeddings=bool(
             llava.get("tie_word_embeddings", False) or raw.get("tie_word_embeddings", False)
         ),
-        qkv_bias=kind == "qwen2" or attention_bias,
+        qkv_bias=family.qkv_bias or attention_bias,
         attention_output_bias=attention_bias,
-        mlp_bias=kind == "llama" and bool(get["mlp_bias"]),
-        qk_norm=kind == "qwen3",
+        mlp_bias=family.mlp_bias and bool(get["mlp_bias"]),
+        qk_norm=family.qk_norm,
         rope_scaling=_rope_scaling(rope, get),
-        sliding_window=_sliding_window(kind, get),
+        sliding_window=_sliding_window(family, get),
     )
 
 
 def _rope_scaling(rope: Dict[str, Any], text: Dict[str, Any]) -> Optional[RopeScaling]:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _choice("text_config rope's rope_type", kind, ("default", "linear", "llama3"))
+    check_rope_type(kind)
     if kind == "default":
         return None
     factor = _rope_number(rope, "factor")
@@ -478,10 +408,10 @@ def _rope_number(rope: Dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def _sliding_window(kind: str, text: Dict[str, Any]) -> Optional[int]:
-    if kind == "mistral":
+def _sliding_window(family: TextFamily, text: Dict[str, Any]) -> Optional[int]:
+    if family.window == "all":
         return text["sliding_window"]
-    if kind == "llama" or not text["use_sliding_window"]:
+    if family.window == "none" or not text["use_sliding_window"]:
         return None
     types = text.get("layer_types")
     some = "sliding_attention" in types if types else text["max_window_layers"] < text["num_hidden_layers"]

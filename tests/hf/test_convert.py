@@ -22,7 +22,7 @@ from megatron_vlm.hf import Difference, folder, native, streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.verify import verify
-from tests.tiny import FAMILIES, save_tiny_llava, tiny_llava
+from tests.tiny import FAMILIES, save_tiny_llava, tiny_config, tiny_llava
 
 KILLS = int(os.environ.get("KILLS", "5"))
 OTHER_FILES = {
@@ -95,8 +95,12 @@ def llava(tmp_path: Path) -> Path:
     return make(tmp_path / "llava", "clip-llama")
 
 
-# The Llamas of tests/tiny.py have two key-value groups.
-LAYOUTS = [(family, tp) for family in FAMILIES for tp in (1, 2, 4) if tp < 4 or "qwen2" in family]
+LAYOUTS = [
+    (family, tp)
+    for family in FAMILIES
+    for tp in (1, 2, 4)
+    if tiny_config(**FAMILIES[family]).text_config.num_key_value_heads % tp == 0
+]
 
 
 @pytest.mark.parametrize("family, tp", LAYOUTS)

@@ -1,0 +1,248 @@
+"""The families of text models and towers: an entry each, and the reason where there can be none.
+
+An entry holds what transformers' config class assumes for a key that config.json leaves out, and which
+parts the family has. A ``model_type`` or a value that these models can't express is refused with the reason
+and with what works instead, before anything is read but config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Collection, Dict, Mapping, Optional
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """What sets a family apart from the others.
+
+    Attributes:
+        defaults: values of keys that config.json leaves out.
+        qkv_bias: queries, keys and values always have a bias.
+        attention_bias: the config's key of that name is obeyed.
+        mlp_bias: the config's key of that name is obeyed.
+        qk_norm: an RMSNorm over each query head and each key head, before RoPE.
+        window: which layers attend to ``sliding_window`` tokens: "all"; "some", as ``use_sliding_window`` and
+            what belongs to it say; or "none", whatever the config has.
+    """
+
+    defaults: Mapping[str, Any]
+    qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: str = "none"
+
+
+_COMMON: Dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_LLAMA: Dict[str, Any] = {
+    **_COMMON,
+    "intermediate_size": 11008,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_MISTRAL: Dict[str, Any] = {
+    **_COMMON,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_QWEN2: Dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_QWEN3: Dict[str, Any] = {**_QWEN2, "head_dim": 128, "attention_bias": False}
+
+TEXT_FAMILIES: Dict[str, TextFamily] = {
+    "llama": TextFamily(_LLAMA, attention_bias=True, mlp_bias=True),
+    "mistral": TextFamily(_MISTRAL, window="all"),
+    "qwen2": TextFamily(_QWEN2, qkv_bias=True, window="some"),
+    "qwen3": TextFamily(_QWEN3, attention_bias=True, qk_norm=True, window="some"),
+}
+
+_TOWER: Dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
+# The fixed-resolution checkpoints of SigLIP 2 are of SigLIP's type too.
+TOWERS: Dict[str, Dict[str, Any]] = {
+    "clip_vision_model": {
+        **_TOWER,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        **_TOWER,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
+# transformers' LlavaConfig builds this tower when config.json has no vision_config.
+LLAVA_DEFAULT_TOWER: Dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+_SCALED_NORM = "its norms multiply by 1 + weight and its embeddings are scaled"
+_PARTIAL_ROTARY = "it turns only a part of each head by its position (partial_rotary_factor)"
+_MLA = "it has multi-head latent attention (kv_lora_rank)"
+_SHARED = "it has experts (moe_intermediate_size)"
+_NO_ROPE = "some of its layers have no positions (no_rope_layers)"
+_LEARNED = "its positions are not rotary"
+_PARALLEL = "attention and MLP of a layer run beside each other"
+# Types that no one has looked at are refused too, but without a reason.
+_REFUSED_TEXT: Dict[str, str] = {
+    "arcee": "its MLP has no gate",
+    "bloom": _LEARNED,
+    "cohere": f"{_PARALLEL} and its logits are scaled (logit_scale)",
+    "cohere2": f"{_PARALLEL} and its logits are scaled (logit_scale)",
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "exaone4": "its norms come after attention and MLP, and layers differ in their windows (layer_types)",
+    "falcon": f"{_PARALLEL} (parallel_attn)",
+    "gemma": _SCALED_NORM,
+    "gemma2": "it soft-caps attention scores and logits (attn_logit_softcapping, final_logit_softcapping)",
+    "gemma3_text": "its layers differ in window and in rotary base (layer_types)",
+    "glm": _PARTIAL_ROTARY,
+    "glm4": _PARTIAL_ROTARY,
+    "gpt2": _LEARNED,
+    "gpt_neox": _PARTIAL_ROTARY,
+    "gpt_oss": "its attention has sinks and its experts clamp what they compute (swiglu_limit)",
+    "granite": "it scales embeddings, residuals, scores and logits (residual_multiplier)",
+    "llama4_text": "its layers differ in attention (attention_chunk_size) and some have no positions",
+    "mamba": "its layers are not attention (state_size)",
+    "ministral": "its layers differ in their windows (layer_types)",
+    "mpt": _LEARNED,
+    "nemotron": f"{_PARTIAL_ROTARY} and its MLP has no gate",
+    "olmo": "its norms have no weights",
+    "olmo2": "its norms come after attention and MLP",
+    "olmo3": "its norms come after attention and MLP, and layers differ in their windows (layer_types)",
+    "opt": _LEARNED,
+    "phi": _PARTIAL_ROTARY,
+    "phi3": "its checkpoints hold fused projections, for which there is no table",
+    "phimoe": "its router is not a softmax over the chosen experts and its norms are LayerNorms with biases",
+    "qwen2_moe": f"{_SHARED}, and a shared one",
+    "qwen3_moe": _SHARED,
+    "qwen3_next": "most of its layers have linear attention (linear_conv_kernel_dim)",
+    "smollm3": _NO_ROPE,
+    "stablelm": _PARTIAL_ROTARY,
+    "starcoder2": "its MLP has no gate",
+}
+_WHOLE = "that is a whole model: vision_config has to be its vision_config"
+_PATCHES = "it takes images of any shape as sequences of patches, and a tower here squares of one size"
+_REFUSED_TOWERS: Dict[str, str] = {
+    "clip": _WHOLE,
+    "dinov2": "it scales what each block adds (layerscale_value)",
+    "dinov3_vit": "its positions are rotary (rope_theta)",
+    "idefics3_vision": _PATCHES,
+    "internvl_vision": "it scales what each block adds (layer_scale_init_value)",
+    "mllama_vision_model": "its blocks attend over all tiles of an image (max_num_tiles)",
+    "pixtral": f"{_PATCHES} with rotary positions",
+    "qwen2_5_vl_vision": _PATCHES,
+    "siglip": _WHOLE,
+    "siglip2_vision_model": (
+        f"this is NaFlex: {_PATCHES}; SigLIP 2's fixed-resolution checkpoints, such as "
+        "google/siglip2-so400m-patch14-384, work: their type is siglip_vision_model"
+    ),
+}
+_WITHOUT = "a model that was scaled later can do without, up to the length it was trained on"
+_REFUSED_ROPE: Dict[str, str] = {
+    "dynamic": f"its frequencies depend on each text's length; {_WITHOUT}",
+    "longrope": "it has a factor for each frequency and scales attention",
+    "yarn": f"it scales attention, too; {_WITHOUT}",
+}
+# Keys that change what a model computes, wherever they stand.
+_REFUSED_KEYS: Dict[str, str] = {
+    "attn_logit_softcapping": "attention here has no soft cap on its scores",
+    "final_logit_softcapping": "the loss here has no soft cap on its logits",
+    "quantization_config": "the weights are quantised; convert the checkpoint that they were made from",
+}
+
+
+def check_text(text: Mapping[str, Any], where: str = "config.json: text_config.") -> TextFamily:
+    """The family of a text model.
+
+    Args:
+        text: its config, as JSON has it.
+        where: begins the message.
+
+    Raises:
+        ValueError: it can't be expressed; the line says why, and what is supported.
+    """
+    kind = text.get("model_type", "llama")
+    _check_type(where, kind, TEXT_FAMILIES, _REFUSED_TEXT)
+    check_keys(text, where)
+    return TEXT_FAMILIES[kind]
+
+
+def check_tower(vision: Mapping[str, Any], where: str = "config.json: vision_config.") -> None:
+    """As :func:`check_text`, of a tower."""
+    _check_type(where, vision.get("model_type", "clip_vision_model"), TOWERS, _REFUSED_TOWERS)
+
+
+def check_keys(config: Mapping[str, Any], where: str = "config.json: ") -> None:
+    """Check that a config asks for nothing that is not there, in keys that any family may have.
+
+    Raises:
+        ValueError: it does; the line says why.
+    """
+    for key, reason in _REFUSED_KEYS.items():
+        if config.get(key):
+            raise ValueError(f"{where}{key} is set: {reason}")
+
+
+def check_rope_type(kind: Any) -> None:
+    """Check how rotary frequencies are scaled.
+
+    Raises:
+        ValueError: in a way that is not supported.
+    """
+    if kind not in ROPE_TYPES:
+        raise ValueError(
+            f"config.json: text_config rope's rope_type is {kind!r}{_because(_REFUSED_ROPE.get(kind))}; "
+            f"supported: {_quoted(ROPE_TYPES)}"
+        )
+
+
+def _check_type(where: str, kind: Any, known: Collection[str], refused: Mapping[str, str]) -> None:
+    if kind in known:
+        return
+    raise ValueError(
+        f"{where}model_type is {kind!r}{_because(refused.get(kind))}; supported: {_quoted(known)}"
+    )
+
+
+def _because(reason: Optional[str]) -> str:
+    return f" ({reason})" if reason else ""
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,128 @@
+"""What is refused from config.json alone, with transformers' own config classes as input."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import transformers
+
+from megatron_vlm.config import families
+from megatron_vlm.config.model import ModelConfig
+
+
+def config_of(kind: str, **values: Any) -> dict[str, Any]:
+    """As transformers writes it, all keys included."""
+    return transformers.AutoConfig.for_model(kind, **values).to_dict()
+
+
+def refusal(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **more: Any) -> str:
+    """The line that a LLaVA of these parts gives."""
+    config = {"model_type": "llava", "image_token_index": 7, **more}
+    config |= {"text_config": text} if text else {}
+    config |= {"vision_config": vision} if vision else {}
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", families._REFUSED_TEXT)
+def test_text_models(kind: str) -> None:
+    config = config_of(kind)
+    message = refusal(text=config)
+    assert message.startswith(f"config.json: text_config.model_type is '{kind}' (")
+    assert message.endswith("; supported: " + ", ".join(map(repr, families.TEXT_FAMILIES)))
+    check_keys_are_the_configs(message, config)
+
+
+@pytest.mark.parametrize("kind", families._REFUSED_TOWERS)
+def test_towers(kind: str) -> None:
+    config = config_of(kind)
+    message = refusal(vision=config)
+    assert message.startswith(f"config.json: vision_config.model_type is '{kind}' (")
+    assert message.endswith("; supported: 'clip_vision_model', 'siglip_vision_model'")
+    check_keys_are_the_configs(message, config)
+
+
+def check_keys_are_the_configs(message: str, config: dict[str, Any]) -> None:
+    """A reason that names keys names such as are there, so it is about this model."""
+    reason = message[message.index("(") + 1 : message.rindex(");")]
+    keys = {**config, **(config.get("rope_parameters") or {})}
+    for inner in re.findall(r"\(([a-z_, ]+)\)", reason):
+        assert all(key in keys for key in inner.split(", ")), inner
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (config_of("gemma2"), "soft-caps attention scores and logits"),
+        (config_of("phi3"), "no table"),
+        (config_of("phi"), "only a part of each head"),
+        (config_of("deepseek_v3"), "multi-head latent attention"),
+        (config_of("llama", attn_logit_softcapping=50.0), "attn_logit_softcapping is set"),
+        (config_of("qwen2", partial_rotary_factor=0.5), "partial_rotary_factor is not 1"),
+        (
+            config_of("qwen2", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
+            "'yarn' (it scales attention, too; a model that was scaled later can do without",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]},
+            },
+            "'longrope' (it has a factor for each frequency and scales attention); supported: 'default', ",
+        ),
+        (
+            config_of("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "its frequencies depend on each text's length",
+        ),
+        (config_of("llama", hidden_act="gelu"), "hidden_act is 'gelu'; supported: 'silu'"),
+        (config_of("llama", pretraining_tp=2), "pretraining_tp is 2; supported: 1"),
+        ({"model_type": "internlm2"}, "is 'internlm2'; supported: 'llama'"),
+    ],
+)
+def test_what_is_said(text: dict[str, Any], words: str) -> None:
+    assert words in refusal(text=text)
+
+
+def test_quantised_weights_are_refused_wherever_the_config_says_so() -> None:
+    quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    words = "quantization_config is set: the weights are quantised; convert the checkpoint"
+    assert words in refusal(**quantised)
+    assert words in refusal(text={**config_of("llama"), **quantised})
+
+
+# As the configs of google/siglip2-base-patch16-512 and google/siglip2-so400m-patch14-384 have it.
+SIGLIP2 = [
+    {"image_size": 512, "model_type": "siglip_vision_model"},
+    {
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+]
+
+
+@pytest.mark.parametrize("config", SIGLIP2, ids=["base-512", "so400m-384"])
+def test_siglip_2_at_a_fixed_resolution(config: dict[str, Any]) -> None:
+    llava = {"model_type": "llava", "vision_config": config, "vision_feature_select_strategy": "full"}
+    vision = ModelConfig.from_hf({**llava, "image_token_index": 7}).vision
+    expected = transformers.AutoConfig.for_model(**config)
+    assert (vision.family, vision.has_class_token) == ("siglip", False)
+    assert (vision.hidden_size, vision.ffn_hidden_size) == (expected.hidden_size, expected.intermediate_size)
+    assert (vision.image_size, vision.patch_size) == (expected.image_size, expected.patch_size)
+    assert (vision.num_layers, vision.norm_epsilon) == (expected.num_hidden_layers, expected.layer_norm_eps)
+    assert vision.activation == expected.hidden_act
+    embeddings = transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings(expected)
+    assert vision.sequence_length == embeddings.num_positions
+
+
+def test_siglip_2_with_native_aspect_ratios_says_what_works() -> None:
+    message = refusal(vision=config_of("siglip2_vision_model"))
+    assert "NaFlex" in message and "google/siglip2-so400m-patch14-384, work" in message
