@@ -52,10 +52,10 @@ def measure(flags: Sequence[str], model: ModelConfig) -> Measured:
         small = 1, model.image_tokens + 16
         full = config.training.micro_batch_size, config.data.seq_length
         rates = [config.optimizer.lr] * len(config.trained)
-        train_step(models, optimizer, _batch(config, model, layout, *small), layout, small[0], rates)
+        train_step(models, optimizer, _batch(config, model, layout, *small), layout, rates)
         batch = _batch(config, model, layout, *full)
         with record_function(_LAST_STEP):
-            train_step(models, optimizer, batch, layout, full[0], rates)
+            train_step(models, optimizer, batch, layout, rates)
     weights = _storages(p.data for m in models for p in m.parameters())
     gradients = _storages(p.main_grad for m in models for p in m.parameters() if p.requires_grad)
     state = _storages(_tensors_of(optimizer))

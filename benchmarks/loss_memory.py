@@ -92,7 +92,7 @@ def step(path: str, folder: Path, workload: Workload) -> dict[str, Any]:
         positions = find_image_positions(ids, len(ids), model)
         batch = Batch(ids, labels, mask, given["pixels"] / 255.0, positions)
         one = GlobalBatch([batch], workload.sequence)
-        losses.append(train_step(models, optimizer, one, layout, len(ids), [OPTIMIZER["lr"]]).loss)
+        losses.append(train_step(models, optimizer, one, layout, [OPTIMIZER["lr"]]).loss)
     seconds = time.process_time() - started
     parallel.finalize()
     return {"peak_mib": peak_memory(), "losses": losses, "cpu_seconds": seconds}

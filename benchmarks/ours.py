@@ -60,7 +60,7 @@ def from_memory(
     for _ in range(workload.warmup + workload.iterations):
         start = time.perf_counter()
         batch = reader.next()
-        result = train_step(models, optimizer, batch, layout, workload.micro_batch, [OPTIMIZER["lr"]])
+        result = train_step(models, optimizer, batch, layout, [OPTIMIZER["lr"]])
         seconds.append(time.perf_counter() - start)
         losses.append(result.loss)
         tokens.append(batch.tokens)

@@ -23,6 +23,7 @@ from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
+from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
@@ -62,14 +63,17 @@ class Layout:
 def global_batch(
     microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int
 ) -> GlobalBatch:
-    """Microbatches of ``input_ids``, ``labels`` and ``pixel_values``, as the model takes them."""
+    """Microbatches of ``input_ids``, ``labels`` and ``pixel_values``, as the model takes them.
+
+    One with ``lengths`` is a single row of samples that long.
+    """
     length = -(-max(m["input_ids"].shape[1] for m in microbatches) // multiple) * multiple
     batches = []
     for m in microbatches:
         missing = length - m["input_ids"].shape[1]
         ids = torch.nn.functional.pad(m["input_ids"], (0, missing))
         labels = torch.nn.functional.pad(m["labels"], (0, missing), value=-100)
-        pixels = m["pixel_values"]
+        pixels, packed = m["pixel_values"], m.get("lengths")
         batches.append(
             Batch(
                 input_ids=ids,
@@ -77,6 +81,7 @@ def global_batch(
                 loss_mask=labels != -100,
                 pixel_values=pixels if len(pixels) else None,
                 image_positions=find_image_positions(ids, len(pixels), model) if len(pixels) else None,
+                packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, ids.device),
             )
         )
     return GlobalBatch(batches, length)
@@ -106,7 +111,7 @@ def logits_and_gradients(
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
     batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1)
-    loss, _ = compute_gradients(models, batch, layout, len(microbatches[0]["input_ids"]))
+    loss, _ = compute_gradients(models, batch, layout)
 
     pieces = []
     entries = sharded_weights(chunks)
@@ -119,10 +124,13 @@ def logits_and_gradients(
     if sizes.pp == 1:
         with torch.no_grad():
             logits = [
-                chunks[0](b.input_ids, b.pixel_values, b.image_positions).clone() for b in batch.microbatches
+                chunks[0](
+                    b.input_ids, b.pixel_values, b.image_positions, packed_seq_params=b.packed_seq_params
+                ).clone()
+                for b in batch.microbatches
             ]
     else:
-        logits = _pipeline_logits(models, batch, layout, len(microbatches[0]["input_ids"]))
+        logits = _pipeline_logits(models, batch)
     return loss, logits, pieces
 
 
@@ -137,12 +145,17 @@ def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layou
         return chunks[0].eval()(batch.input_ids, batch.pixel_values, batch.image_positions).clone()
 
 
-def _pipeline_logits(models: Any, batch: GlobalBatch, layout: Any, micro_batch_size: int) -> Any:
+def _pipeline_logits(models: Any, batch: GlobalBatch) -> Any:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward(batches: Any, model: Any) -> Any:
         b = next(batches)
-        output = model(input_ids=b.input_ids, pixel_values=b.pixel_values, image_positions=b.image_positions)
+        output = model(
+            input_ids=b.input_ids,
+            pixel_values=b.pixel_values,
+            image_positions=b.image_positions,
+            packed_seq_params=b.packed_seq_params,
+        )
         return output, lambda logits: (logits.sum(), torch.tensor(1), logits.detach().clone())
 
     return get_forward_backward_func()(
@@ -151,7 +164,7 @@ def _pipeline_logits(models: Any, batch: GlobalBatch, layout: Any, micro_batch_s
         model=models,
         num_microbatches=len(batch.microbatches),
         seq_length=batch.sequence_length,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=len(batch.microbatches[0].input_ids),
         forward_only=True,
     )
 
@@ -189,7 +202,7 @@ def train_on(
         own = microbatches[layout.dp_rank :: layout.dp]
         batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1)
         rates = [curve.at(iteration) for curve in schedules]
-        losses.append(train_step(models, updates, batch, layout, len(own[0]["input_ids"]), rates).loss)
+        losses.append(train_step(models, updates, batch, layout, rates).loss)
     return losses, table(regime, [curve.lr for curve in schedules], optimizer["weight_decay"])
 
 
@@ -217,7 +230,7 @@ def train_adapters(
     for iteration in range(iterations):
         mine = batches[iteration % len(batches)][layout.dp_rank :: layout.dp]
         batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1)
-        result = train_step(models, optimizer, batch, layout, len(mine[0]["input_ids"]), [lr, lr])
+        result = train_step(models, optimizer, batch, layout, [lr, lr])
         losses.append(result.loss)
     return losses
 

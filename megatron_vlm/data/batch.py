@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass
 class Microbatch:
-    """Samples padded on the right to the longest of them.
+    """Samples padded on the right to the longest of them, or ``packed``: one after the other in one row.
 
     Attributes:
         input_ids: int64 ``[b, s]``; each image is ``ModelConfig.image_tokens`` placeholders.
@@ -38,6 +38,7 @@ class Microbatch:
         counts: samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on the way from the same
             worker's previous microbatch to this one.
         worker: global id of the loader worker that made it.
+        packed: ``b`` is 1, and the row holds all samples, as long as ``lengths`` says, without padding.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class Microbatch:
     keys: List[str]
     counts: Dict[str, int] = field(default_factory=dict)
     worker: int = 0
+    packed: bool = False
 
     def pin_memory(self) -> Microbatch:
         """Called by torch's DataLoader; returns itself with its tensors in page-locked memory."""

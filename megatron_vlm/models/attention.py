@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -23,11 +24,12 @@ class ScaledDotProductAttention(MegatronModule):
     Stands where megatron-core's ``DotProductAttention`` would: same arguments, same result, but no
     ``[b, heads, s, s]`` scores in memory. The mask is what ``attn_mask_type`` says, ``causal`` or
     ``no_mask``. Batches are padded on the right, so that a causal mask keeps padding away from
-    every real token and no padding mask is needed. While a model generates, its language model's layers
-    share a ``cache``.
+    every real token and no padding mask is needed. Of packed samples each is attended to on its own, so
+    that no score between two of them is ever computed. While a model generates, its language model's
+    layers share a ``cache``.
 
     Raises:
-        ValueError: a mask type other than these two, or an explicit mask, bias or packing.
+        ValueError: a mask type other than these two, or an explicit mask or bias.
     """
 
     def __init__(
@@ -58,19 +60,26 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            query: ``[s, b, heads / tp, head_dim]``.
-            key, value: ``[s, b, key-value heads / tp, head_dim]``.
+            query: ``[s, b, heads / tp, head_dim]``; ``[t, heads / tp, head_dim]`` of packed samples.
+            key, value: ``[s, b, key-value heads / tp, head_dim]``; packed as ``query``.
+            packed_seq_params: where the samples begin, see :func:`~megatron_vlm.models.packing.boundaries`.
 
         Returns:
-            ``[s, b, heads / tp * head_dim]``.
+            ``[s, b, heads / tp * head_dim]``; ``[t, heads / tp * head_dim]`` of packed samples.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("this attention takes no explicit mask, bias or packed sequences")
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("this attention takes no explicit mask or bias")
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            # [t, n, d] -> [1, n, s, d] of each sample
+            samples = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value))
+            contexts = [self._attend(*one) for one in zip(*samples, strict=True)]
+            return torch.cat(contexts, dim=2).squeeze(0).transpose(0, 1).flatten(1)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
@@ -78,12 +87,16 @@ class ScaledDotProductAttention(MegatronModule):
             if not self.cache.first_pass:
                 context = self._attend_to_cache(query, key, value, self.cache.visible)
                 return context.permute(2, 0, 1, 3).flatten(2)
+        # [b, n, s, d] -> [s, b, n * d]
+        return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             # Not enable_gqa: torch's CPU kernel for it is the one that keeps the scores in memory.
             key = key.repeat_interleave(groups, dim=1)
             value = value.repeat_interleave(groups, dim=1)
-        context = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -91,8 +104,6 @@ class ScaledDotProductAttention(MegatronModule):
             is_causal=self.is_causal,
             scale=self.softmax_scale,
         )
-        # [b, n, s, d] -> [s, b, n * d]
-        return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_to_cache(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """One query per sequence and head. Those that share a key-value head stand in the sequence

@@ -56,6 +56,7 @@ def transformer_configs(
     layers_per_stage: Sequence[int] | None = None,
     recompute: str = "none",
     recompute_num_layers: int | None = None,
+    fused_rope: bool = False,
 ) -> TransformerConfigs:
     """The configs of a model on this layout.
 
@@ -66,6 +67,8 @@ def transformer_configs(
         layers_per_stage: see :func:`megatron_vlm.config.pipeline.deal_layers`; None for an even deal.
         recompute: which activations the backward pass computes again: "none", "selective" or "full".
         recompute_num_layers: with "full", the layers of each stage, and of the tower; None for all.
+        fused_rope: rotate queries and keys with Transformer Engine's kernel. Without it, packed samples
+            make the host wait for the GPU twice in each layer.
     """
     on_gpu = layout.device.type == "cuda"
     common: dict[str, Any] = dict(
@@ -136,6 +139,7 @@ def transformer_configs(
             batch_p2p_comm=on_gpu and layout.vpp == 1,
             overlap_p2p_comm=layout.vpp > 1,
             sequence_parallel=sequence_parallel,
+            apply_rope_fusion=fused_rope,
             **recomputation,
             **common,
         ),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -65,6 +66,7 @@ class VisionLanguageModel(MegatronModule):
         image_positions: Tensor | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -76,6 +78,8 @@ class VisionLanguageModel(MegatronModule):
                 placeholder, row by row, as :func:`find_image_positions` makes them.
             labels: ``[b, s]``, the token to be predicted at each position.
             loss_mask: bool ``[b, s]``, True where a token is trained; needed with labels.
+            packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
+                they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
 
         Returns:
             On the last stage the summed loss of the trained tokens, a scalar in float32, or without
@@ -93,6 +97,7 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=embeddings,
             labels=labels,
             loss_mask=loss_mask,
+            packed_seq_params=packed_seq_params,
         )
 
     def next_token_logits(
@@ -189,6 +194,7 @@ def build_model(
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
         layers_per_stage, recompute, recompute_num_layers: see :func:`transformer_configs`.
     """
+    impl = choose_transformer_impl(layout.device.type, impl)
     configs = transformer_configs(
         model,
         layout,
@@ -198,8 +204,8 @@ def build_model(
         layers_per_stage,
         recompute,
         recompute_num_layers,
+        fused_rope=impl == "transformer_engine",
     )
-    impl = choose_transformer_impl(layout.device.type, impl)
     return [
         VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by, chunk).to(layout.device)
         for chunk in range(layout.vpp)

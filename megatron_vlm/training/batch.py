@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_vlm.config.flops import causal_pairs
@@ -20,6 +21,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
+from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
 
@@ -33,6 +35,7 @@ class Batch:
     loss_mask: Tensor  # bool [b, s], True where a token is trained
     pixel_values: Tensor | None = None  # [images, c, h, w], normalised; first stage only
     image_positions: Tensor | None = None  # int64 [2, placeholders]; first stage only
+    packed_seq_params: PackedSeqParams | None = None  # where b is 1 and the row holds several samples
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class GlobalBatch:
     sequence_length: int  # of the longest microbatch; of each, where there are pipeline stages
     # On the rank that reads; elsewhere empty.
     tokens: int = 0  # positions, padding left out
+    positions: int = 0  # with padding
     attention_pairs: int = 0  # pairs of a query and a key that it sees
     images: int = 0
     keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
@@ -110,6 +114,7 @@ class BatchReader:
             ],
             sequence_length=max(lengths),
             tokens=sum(int(m.lengths.sum()) for m in read),
+            positions=sum(len(m.input_ids) * length for m, length in zip(read, lengths, strict=False)),
             attention_pairs=sum(causal_pairs(m.lengths.tolist()) for m in read),
             images=sum(len(m.pixels) for m in read),
             keys=[m.keys for m in read],
@@ -128,25 +133,27 @@ class BatchReader:
     def _share(self, read: list[Microbatch]) -> list[_Shared]:
         """Hand what one rank read to all ranks of its model copy; images to the first stage only."""
         if dist.get_world_size(self.layout.model_group) == 1:
-            return [_Shared(m.input_ids, m.labels, len(m.pixels), m.pixels) for m in read]
+            return [_Shared(m.input_ids, m.labels, len(m.pixels), m.pixels, _packed(m)) for m in read]
         src, group, device = self.layout.model_src, self.layout.model_group, self.layout.device
-        sizes = torch.zeros(self.num_microbatches, 3, dtype=torch.int64)
+        sizes = torch.zeros(self.num_microbatches, 4, dtype=torch.int64)
         if read:
-            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels)] for m in read])
+            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels), len(_packed(m))] for m in read])
         sizes = sizes.to(device)
         dist.broadcast(sizes, src, group=group)
         shapes = sizes.tolist()
 
-        own_text = torch.cat([t.flatten() for m in read for t in (m.input_ids, m.labels)]) if read else None
+        own_text = torch.cat([numbers for m in read for numbers in _numbers(m)]) if read else None
         if own_text is not None:
             text = _to_device(own_text, device)
         else:
-            text = torch.empty(sum(2 * b * s for b, s, _ in shapes), dtype=torch.int64, device=device)
+            text = torch.empty(
+                sum(2 * b * s + samples for b, s, _, samples in shapes), dtype=torch.int64, device=device
+            )
         dist.broadcast(text, src, group=group)
         text = text.cpu() if own_text is None else own_text
 
         pixels = None
-        num_images = sum(images for _, _, images in shapes)
+        num_images = sum(images for _, _, images, _ in shapes)
         if self.layout.is_first_stage and num_images:
             if read:
                 pixels = _to_device(torch.cat([m.pixels for m in read]), device)
@@ -157,11 +164,14 @@ class BatchReader:
             dist.broadcast(pixels, src, group=self.layout.tp_group)
 
         shared, at, image_at = [], 0, 0
-        for b, s, images in shapes:
+        for b, s, images, samples in shapes:
             ids, labels = text[at : at + 2 * b * s].view(2, b, s)
+            at += 2 * b * s
+            packed = text[at : at + samples].tolist()
+            at += samples
             own = None if pixels is None else pixels[image_at : image_at + images]
-            shared.append(_Shared(ids, labels, images, own))
-            at, image_at = at + 2 * b * s, image_at + images
+            image_at += images
+            shared.append(_Shared(ids, labels, images, own, packed))
         return shared
 
     def _on_device(self, part: _Shared, length: int) -> Batch:
@@ -179,7 +189,19 @@ class BatchReader:
             loss_mask=_to_device(labels.ne(IGNORE_INDEX), device),
             pixel_values=pixel_values,
             image_positions=None if pixel_values is None else _to_device(positions, device),
+            packed_seq_params=boundaries(part.packed, length, device) if part.packed else None,
         )
+
+
+def _packed(microbatch: Microbatch) -> list[int]:
+    """Lengths of the samples that share a row; empty where each has its own."""
+    return microbatch.lengths.tolist() if microbatch.packed else []
+
+
+def _numbers(microbatch: Microbatch) -> list[Tensor]:
+    """What every rank has to know of a microbatch, one-dimensional."""
+    packed = torch.tensor(_packed(microbatch), dtype=torch.int64)
+    return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -197,3 +219,4 @@ class _Shared:
     labels: Tensor  # int64 [b, s], on the CPU
     num_images: int
     pixels: Tensor | None  # uint8 [num_images, c, h, w]; first stage only
+    packed: list[int]  # lengths of the samples that share a row; empty where each has its own

@@ -110,9 +110,7 @@ class Evaluator:
             for _ in range(self.rounds):
                 batch = self.reader.next()
                 try:
-                    loss, trained = sum_losses(
-                        models, batch, self.layout, self.micro_batch_size, forward_only=True, stop=stop
-                    )
+                    loss, trained = sum_losses(models, batch, self.layout, forward_only=True, stop=stop)
                 except NonFiniteError as error:
                     names = ", ".join(sample_names(error.microbatches, batch, self.layout))
                     raise ValueError(

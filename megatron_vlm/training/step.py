@@ -65,6 +65,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
         image_positions=batch.image_positions,
         labels=batch.labels,
         loss_mask=batch.loss_mask,
+        packed_seq_params=batch.packed_seq_params,
     )
     return output, partial(token_loss, batch.loss_mask)
 
@@ -73,7 +74,6 @@ def compute_gradients(
     models: list[DistributedDataParallel],
     global_batch: GlobalBatch,
     layout: Layout,
-    micro_batch_size: int,
     stop: StopRequest | None = None,
 ) -> tuple[float, int]:
     """Forward and backward over a global batch; gradients end reduced and divided by trained tokens.
@@ -85,9 +85,7 @@ def compute_gradients(
         NonFiniteError: on every rank, if any microbatch's loss is NaN or infinite.
         ValueError: a trained parameter gets no gradient while reduction overlaps the backward pass.
     """
-    loss_sum, trained = sum_losses(
-        models, global_batch, layout, micro_batch_size, forward_only=False, stop=stop
-    )
+    loss_sum, trained = sum_losses(models, global_batch, layout, forward_only=False, stop=stop)
     return loss_sum / max(trained, 1), trained
 
 
@@ -95,7 +93,6 @@ def sum_losses(
     models: list[DistributedDataParallel],
     global_batch: GlobalBatch,
     layout: Layout,
-    micro_batch_size: int,
     forward_only: bool,
     stop: StopRequest | None = None,
 ) -> tuple[float, int]:
@@ -117,7 +114,7 @@ def sum_losses(
             model=models,
             num_microbatches=len(global_batch.microbatches),
             seq_length=global_batch.sequence_length,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=len(global_batch.microbatches[0].input_ids),
             forward_only=forward_only,
         )
     except AssertionError as error:
@@ -155,7 +152,6 @@ def train_step(
     optimizer: Optimizer,
     global_batch: GlobalBatch,
     layout: Layout,
-    micro_batch_size: int,
     rates: Sequence[float],
     inspect: Callable[[], None] | None = None,
     stop: StopRequest | None = None,
@@ -170,7 +166,7 @@ def train_step(
         NonFiniteError: a loss or the gradient norm is NaN or infinite; the weights are as before.
     """
     optimizer.zero_grad()
-    loss, trained = compute_gradients(models, global_batch, layout, micro_batch_size, stop)
+    loss, trained = compute_gradients(models, global_batch, layout, stop)
     norm = optimizer.gradient_norm()
     if inspect is not None:
         inspect()

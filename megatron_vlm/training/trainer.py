@@ -391,7 +391,6 @@ class Trainer:
                 self.optimizer,
                 global_batch,
                 self.layout,
-                self.config.training.micro_batch_size,
                 [schedule.at(self.state.iteration + 1) for schedule in self.schedules],
                 self.debugger.show_gradients if self.debugger is not None else None,
                 self.stop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,34 @@ def make_global_batch(model: ModelConfig) -> list[dict[str, torch.Tensor]]:
 
 
 class Reference:
-    """A tiny Hugging Face model, its results on the global batch, and its converted checkpoint."""
+    """A tiny Hugging Face model, its results on the global batch, and its converted checkpoint.
 
-    def __init__(self, family: str, folder: Path) -> None:
+    Args:
+        make: the global batch; samples that share a row (``lengths``) are given to it one by one.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        folder: Path,
+        make: Callable[[ModelConfig], list[dict[str, torch.Tensor]]] = make_global_batch,
+    ) -> None:
         net = save_tiny_llava(folder / "hf", family)
         self.model = ModelConfig.from_hf_dir(str(folder / "hf"))
-        self.batch = make_global_batch(self.model)
+        self.batch = make(self.model)
         import_hf(folder / "hf", folder / "megatron", tp=2, pp=1)
         self.checkpoint = str(folder / "megatron" / "release")
 
         self.logits = []
         loss, trained = torch.zeros(()), 0
         for microbatch in self.batch:
-            pixels = microbatch["pixel_values"]
-            logits = net(
-                input_ids=microbatch["input_ids"], pixel_values=pixels if len(pixels) else None
-            ).logits
+            logits = torch.cat(
+                [
+                    net(input_ids=ids, pixel_values=pixels if len(pixels) else None).logits
+                    for ids, pixels in self._apart(microbatch)
+                ],
+                dim=1,
+            )
             self.logits.append(logits.detach())
             labels = microbatch["labels"].flatten()
             loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
@@ -81,6 +94,13 @@ class Reference:
         (loss / trained).backward()
         self.loss = float(loss.detach()) / trained
         self.gradients = self._native_gradients(net, folder / "hf")
+
+    def _apart(self, microbatch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        ids, pixels = microbatch["input_ids"], microbatch["pixel_values"]
+        for sample in ids.split(microbatch.get("lengths", torch.tensor([ids.shape[1]])).tolist(), dim=1):
+            images = int((sample == self.model.image_token_id).sum()) // self.model.image_tokens
+            yield sample, pixels[:images]
+            pixels = pixels[images:]
 
     def _native_gradients(self, net: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
         names = HFFolder(folder).tensors
