@@ -63,17 +63,19 @@ def main(argv: List[str]) -> int:
     # What matters of its warnings is an error here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    build_llava(
-        args.save_dir,
-        args.text_model,
-        args.vision_model,
-        projector_type=args.projector_type,
-        vocab_size_padding=args.vocab_size_padding,
-        lang=args.lang,
-        seed=args.seed,
-        dtype=args.dtype,
-        force=args.force,
-    )
+    with cli.ProgressBar() as progress:
+        build_llava(
+            args.save_dir,
+            args.text_model,
+            args.vision_model,
+            projector_type=args.projector_type,
+            vocab_size_padding=args.vocab_size_padding,
+            lang=args.lang,
+            seed=args.seed,
+            dtype=args.dtype,
+            force=args.force,
+            progress=progress,
+        )
     print(f"{args.save_dir}: next, scripts/convert/convert_hf_to_megatron.py --hf-dir {args.save_dir}")
     return 0
 

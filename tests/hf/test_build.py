@@ -1,21 +1,35 @@
 """build_llava: what it joins, what it adds, and that transformers takes it as it is."""
 
+import io
+import json
 import logging
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf import Difference
 from megatron_vlm.hf.build import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.verify import verify
+from megatron_vlm.hf.verify import check_manifest, verify
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SIZES = dict(
@@ -106,6 +120,15 @@ def test_parts_are_copied_and_new_rows_are_the_mean(
     source = getattr(transformers, f"{vision}VisionModel").from_pretrained(tmp_path / "tower")
     for name, tensor in source.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], tensor), name
+
+    words = torch.randint(rows, (2, 9))
+    with torch.no_grad():
+        hidden, logits = model.model(words)[0], original(words).logits
+        assert torch.equal(hidden, original.model(words)[0])
+        assert torch.equal(torch.nn.functional.linear(hidden, model.lm_head.weight[:rows]), logits)
+        # With all rows of the head a sum may be taken in another order.
+        atol = 1e-6 * logits.abs().max().item()
+        torch.testing.assert_close(model(words).logits[..., :rows], logits, rtol=0, atol=atol)
 
     config = ModelConfig.from_hf_dir(str(built))
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
@@ -200,29 +223,307 @@ def test_a_template_that_places_images_is_kept(tmp_path: Path, text: Path, tower
     assert AutoProcessor.from_pretrained(tmp_path / "llava").chat_template == own
 
 
-def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
-    def build(text_model: object, vision_model: object) -> None:
-        build_llava(tmp_path / "llava", str(text_model), str(vision_model))
+def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Put a ``tokenizer.model`` in a folder in place of its tokenizer; returns the reference."""
+    text = ["Which digit is this? What is in the picture?", "これは画像です。何が写っていますか。"] * 20
+    text += ["The quick brown fox jumps over the lazy dog 0123456789.", "猫が窓の外を見ている。"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
-    with pytest.raises(ValueError, match=r"--text-model .*nowhere: cannot be loaded"):
-        build(tmp_path / "nowhere", tower)
-    with pytest.raises(ValueError, match=r"--vision-model .*text: model_type is 'llama'; supported"):
-        build(text, text)
-    with pytest.raises(ValueError, match=r"--text-model .*tower: model_type is 'clip_vision_model'"):
-        build(tower, tower)
-    transformers.CLIPImageProcessor(
-        size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}
-    ).save_pretrained(tower)
-    with pytest.raises(ValueError, match="makes 64 image tokens of 40 x 40 pixels, the tower 16"):
-        build(text, tower)
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),  # Llama
+        dict(model_type="unigram"),  # with NFKC and no double spaces, as Japanese models have it
+        dict(
+            model_type="unigram",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n", "<mask>"],
+        ),
+        dict(model_type="bpe", pad_id=3, user_defined_symbols=["<image>"]),
+    ],
+)
+def test_sentencepiece_alone(tmp_path: Path, tower: Path, options: dict[str, Any]) -> None:
+    """Token ids equal sentencepiece's own, which transformers' conversion misses for all but the first."""
+    text = make_text(tmp_path / "text", extra_rows=300)
+    reference = sentencepiece_model(text, **options)
+    (text / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    assert (built / "tokenizer.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    for line in (
+        "Which digit is this, 1234?",
+        "これは猫です。ＡＢＣ①ﾊﾝｶｸ\u3000何が写っていますか",
+        "  two  spaces  ",
+        "a\nb\n\nc\td",
+        "🙂 ﬁ ½ кот",
+    ):
+        assert tokenizer(line).input_ids == [reference.bos_id(), *reference.encode(line)]
+        assert tokenizer.decode(reference.encode(line)) == reference.decode(reference.encode(line))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids = tokenizer("a<image>b", add_special_tokens=False).input_ids
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert ids.count(image) == 1 and ids[: ids.index(image)] == reference.encode("a")
+    if "pad_id" in options:  # both were there already, so nothing is added
+        assert len(tokenizer) == reference.vocab_size()
+
+
+def test_a_sentencepiece_model_that_cannot_be_converted(tmp_path: Path, tower: Path) -> None:
+    """It removes double spaces, but for those on either side of a symbol: no normalizer does that."""
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text, user_defined_symbols=["\n"])
+    with pytest.raises(ValueError, match=r"--text-model .*no tokenizer\.json can stand for .* instead of"):
+        build_llava(tmp_path / "llava", str(text), str(tower))
+
+
+def test_sentencepiece_is_not_installed(tmp_path: Path, tower: Path, monkeypatch) -> None:
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ModuleNotFoundError) as error:  # cli.run says what to do
+        build_llava(tmp_path / "llava", str(text), str(tower))
+    assert error.value.name == "sentencepiece"
+
+
+def test_a_padding_token_that_is_the_end_token(tmp_path: Path, tower: Path) -> None:
+    text = make_text(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(text)
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    assert tokenizer.pad_token == "<pad>"
+    config = LlavaConfig.from_pretrained(built)
+    generation = transformers.GenerationConfig.from_pretrained(built)
+    assert config.text_config.pad_token_id == generation.pad_token_id == tokenizer.pad_token_id
+    assert generation.eos_token_id == tokenizer.eos_token_id == 1
+
+
+def test_a_special_token_that_the_embedding_lacks(tmp_path: Path, tower: Path) -> None:
+    """Some tokenizers got a padding token after training: its row is new too."""
+    text = make_text(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(text)
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    old = transformers.AutoModelForCausalLM.from_pretrained(text).get_input_embeddings().weight
+    new = LlavaForConditionalGeneration.from_pretrained(built).get_input_embeddings().weight
+    assert AutoTokenizer.from_pretrained(built).pad_token == "[PAD]" and len(new) == rows + 2 == len(old) + 2
+    torch.testing.assert_close(new[rows:], old.mean(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_mean_is_rounded_once(tmp_path: Path, tower: Path, dtype: str) -> None:
+    text = make_text(tmp_path / "text")
+    model = transformers.AutoModelForCausalLM.from_pretrained(text, dtype=getattr(torch, dtype))
+    model.save_pretrained(text)
+    new = LlavaForConditionalGeneration.from_pretrained(
+        build_llava(tmp_path / "llava", str(text), str(tower)), dtype="auto"
+    )
+    old = model.get_output_embeddings().weight.detach()
+    assert new.dtype == old.dtype
+    # Rounding once what is nearly the exact mean: off by at most one step where it lies between two.
+    expected = old.double().mean(0).to(old.dtype)
+    torch.testing.assert_close(new.get_output_embeddings().weight[-1], expected, rtol=2**-7, atol=1e-7)
+    assert (new.get_output_embeddings().weight[-1] == expected).float().mean() > 0.9
+
+
+def test_parts_of_larger_models(tmp_path: Path, text: Path) -> None:
+    """A whole CLIP as tower; and a LLaVA's language model and tower, under either generation of names."""
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(SIZES, vocab_size=50), vision_config=TOWER, projection_dim=16
+        )
+    )
+    clip.save_pretrained(tmp_path / "clip")
+    built = build_llava(tmp_path / "llava", str(text), str(tmp_path / "clip"), lang="en")
+    model = LlavaForConditionalGeneration.from_pretrained(built)
+    for name, tensor in clip.vision_model.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name], tensor), name
+
+    state = {f"{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    running = tmp_path / "running"
+    shutil.copytree(built, running)
+    save_file(state, running / "model.safetensors", {"format": "pt"})
+    for source in (built, running):
+        again = build_llava(tmp_path / f"again-{source.name}", str(source), str(source), lang="jp")
+        other = LlavaForConditionalGeneration.from_pretrained(again).state_dict()
+        assert other.keys() == state.keys()
+        for name, tensor in state.items():
+            if "projector" not in name:
+                assert torch.equal(other[name], tensor), name
+        assert len(AutoTokenizer.from_pretrained(again)) == len(AutoTokenizer.from_pretrained(built))
+
+
+def test_generation_config_of_a_greedy_model(tmp_path: Path, text: Path, tower: Path, caplog) -> None:
+    """Llama 2's says temperature without do_sample, which transformers warns of and refuses to write."""
+    path = text / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": [7, 8]}))
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    generation = transformers.GenerationConfig.from_pretrained(built)
+    assert generation.eos_token_id == [1, 7, 8]
+    generation.validate(strict=True)
+
+
+def test_a_tag_in_the_hubs_cache(tmp_path: Path, text: Path, tower: Path, monkeypatch) -> None:
+    cache = tmp_path / "cache"
+    for name, folder in (("org/text", text), ("org/tower", tower), ("org/half", tower)):
+        repository = cache / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc" / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    built = build_llava(tmp_path / "llava", "org/text", "org/tower")
+    assert verify(built, build_llava(tmp_path / "again", str(text), str(tower)), weights_only=True)
+    for tag in ("org/half", "org/nothing"):
+        with pytest.raises(ValueError, match=f"--vision-model {tag}: .*hf download {tag}"):
+            build_llava(tmp_path / "other", "org/text", tag)
+
+
+def test_the_manifest_tells_of_damage(tmp_path: Path, text: Path, tower: Path) -> None:
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    assert check_manifest(built) > 50
+    with open(built / "model.safetensors", "r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\x11" * 4)
+    with pytest.raises(Difference, match="is not what was written"):
+        check_manifest(built)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
+    """Each is one line that names the flag, and nothing is written."""
+
+    def refused(message: str, text_model: object = text, vision_model: object = tower, **more: Any) -> None:
+        with pytest.raises(ValueError, match=message) as error:
+            build_llava(tmp_path / "llava", str(text_model), str(vision_model), **more)
+        assert "\n" not in str(error.value)
+        assert sorted(path.name for path in tmp_path.iterdir() if "llava" in path.name) == []
+
+    refused(r"--text-model .*nowhere: no such folder", tmp_path / "nowhere")
+    refused(r"--text-model .*config.json: a file; give the folder", text / "config.json")
+    refused(r"--text-model a b: no such folder, and no tag", "a b")
+    refused(r"--text-model .*: no config.json", tmp_path)
+    refused(r"--vision-model .*text: model_type is 'llama'; .*belongs behind --text-model", text, text)
+    refused(r"--text-model .*tower: model_type is 'clip_vision_model'; .*behind --vision-model", tower, tower)
+    with pytest.raises(ValueError, match="lie in each other"):
+        build_llava(text / "llava", str(text), str(tower), force=True)
+
+    def copy(folder: Path, number: int) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy{number}"))
+
+    changed = copy(text, 1)
+    edit_json(changed / "config.json", model_type="gemma2")
+    refused(r"--text-model .*model_type is 'gemma2'; supported: llama", changed)
+    edit_json(changed / "config.json", model_type="unheard-of")
+    refused(r"--text-model .*config.json cannot be used", changed)
+    (changed / "config.json").write_text("{")
+    refused(r"--text-model .*config.json cannot be used", changed)
+    edit_json_of = text / "config.json"
+    shutil.copyfile(edit_json_of, changed / "config.json")
+    edit_json(changed / "config.json", quantization_config={"quant_method": "fp8"})
+    refused(r"--text-model .*its weights are quantized", changed)
+    shutil.copyfile(edit_json_of, changed / "config.json")
+    edit_json(changed / "config.json", vocab_size=300)
+    refused(r"embed_tokens.weight has 258 rows, config.json says vocab_size 300", changed)
+    edit_json(changed / "config.json", vocab_size=258, num_hidden_layers=3)
+    refused(r"--text-model .*layers\.2\.\S+ is missing in its weights", changed)
+    edit_json(changed / "config.json", num_hidden_layers=1)
+    refused(r"--text-model .*layers\.1\.\S+ is no part of the model", changed)
+    edit_json(changed / "config.json", num_hidden_layers=2, intermediate_size=41)
+    refused(r"--text-model .*mlp\.\S+ has shape \[32, 40\]; config.json implies \[32, 41\]", changed)
+    edit_json(changed / "config.json", intermediate_size=40, tie_word_embeddings=True)
+    refused(r"lm_head.weight differs from the embedding, but config.json ties them", changed)
+
+    changed = copy(text, 2)
+    for file in changed.glob("*token*"):
+        file.unlink()
+    refused(r"--text-model .*: its tokenizer cannot be loaded", changed)
+    (changed / "tokenizer.model").write_bytes(b"not a model")
+    refused(r"--text-model .*: its tokenizer cannot be loaded .*not a sentencepiece model", changed)
+    (changed / "tokenizer.json").write_text("{}")
+    refused(r"--text-model .*: its tokenizer cannot be loaded", changed)
+    shutil.copyfile(text / "tokenizer.json", changed / "tokenizer.json")
+    (changed / "tokenizer_config.json").write_text("{}")
+    refused(r"--text-model .*: its tokenizer has no eos_token", changed)
+    changed = copy(text, 3)
+    state = load_file(changed / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][:200].contiguous()
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    edit_json(changed / "config.json", vocab_size=200)
+    refused(r"its tokenizer has 258 tokens .*its embedding 200 rows; the tokenizer is another", changed)
+    changed = copy(text, 4)
+    state = load_file(changed / "model.safetensors")
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    refused(r"model.norm.weight holds NaN", changed)
+    state["model.norm.weight"][3] = 70000.0
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    refused(r"model.norm.weight has values beyond 65504, float16's largest", changed, dtype="float16")
+    del state["lm_head.weight"]
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    refused(r"lm_head.weight is missing; give a causal language model", changed)
+    refused(r"its weights have no embed_tokens.weight", with_weights_of(text, tower, tmp_path / "mixed"))
+
+    CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}).save_pretrained(
+        tower
+    )
+    refused("makes 64 image tokens of 40 x 40 pixels, the tower 16")
     (tower / "preprocessor_config.json").unlink()
     weights = load_file(tower / "model.safetensors")
     del weights["encoder.layers.0.mlp.fc1.bias"]
     save_file(weights, tower / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"--vision-model .*layers\.0\.mlp\.fc1\.bias is missing"):
-        build(text, tower)
-    assert not (tmp_path / "llava").exists()
+    refused(r"--vision-model .*layers\.0\.mlp\.fc1\.bias is missing")
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava" / "x").touch()
-    with pytest.raises(ValueError, match="--force"):
-        build(text, tower)
+    for force, message in ((False, "--force"), (True, "no Hugging Face folder; --force doesn't replace")):
+        with pytest.raises(ValueError, match=message):
+            build_llava(tmp_path / "llava", str(text), str(tower), force=force)
+
+
+def with_weights_of(folder: Path, other: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    shutil.copyfile(other / "model.safetensors", target / "model.safetensors")
+    return target
+
+
+def test_too_little_room(tmp_path: Path, text: Path, tower: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"its file system has 0\.0 GB left"):
+        build_llava(tmp_path / "llava", str(text), str(tower))
+    assert not (tmp_path / "llava").exists()
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, text: Path, tower: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_llava(tmp_path / "llava", str(text), str(tower), progress=fail)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "tower"]
+    seen: list[tuple[int, int]] = []
+    build_llava(tmp_path / "llava", str(text), str(tower), progress=lambda *now: seen.append(now))
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 10_000 and len(seen) > 50

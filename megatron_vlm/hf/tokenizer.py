@@ -1,0 +1,140 @@
+"""A text model's tokenizer as a LLaVA needs it: one ``tokenizer.json``, with ``<image>`` and padding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.hf.spm import fast_tokenizer
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.model", "spm.model")
+_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# One turn after the other; an image stands in front of its turn's text. Content is a string or a
+# list of parts. The generation marks tell transformers which tokens the assistant said.
+_CHAT_TEMPLATE = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% endfor %}"
+    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{% endmacro %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}"
+    "{% generation %}{{ ' ' + text(message['content']) + eos_token }}{% endgeneration %}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + text(message['content']) + 'BREAK' }}"
+    "{% else %}{{ text(message['content']) + 'BREAK' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_CHAT_WORDS = {
+    "en": {"USER": "USER", "ASSISTANT": "ASSISTANT", "BREAK": " "},  # as Vicuna and LLaVA-1.5
+    "jp": {"USER": "ユーザー", "ASSISTANT": "アシスタント", "BREAK": "\\n"},
+}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as its files have it.
+
+    ``tokenizer.json`` is taken as it is: AutoTokenizer may put together another tokenizer from its
+    vocabulary, by what the class in ``tokenizer_config.json`` is called. Where there is only a sentencepiece
+    model, that is converted.
+
+    Raises:
+        ValueError: there is no tokenizer, or none that can be loaded.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model = next((folder / name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if model is not None:
+            return _from_sentencepiece(folder, model)
+        return AutoTokenizer.from_pretrained(folder)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain exceptions for damaged files
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"its tokenizer cannot be loaded ({reason})") from None
+
+
+def _from_sentencepiece(folder: Path, model: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, named = fast_tokenizer(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in _SETTINGS:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(temporary) / name)
+        tokenizer.save(str(Path(temporary) / "tokenizer.json"))
+        path = Path(temporary) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        # What a Llama tokenizer does unless told otherwise; other classes are told.
+        llama = "Llama" in settings.pop("tokenizer_class", "Llama")
+        settings.pop("auto_map", None)
+        path.write_text(json.dumps({**named, **settings}), encoding="utf-8")
+        loaded = PreTrainedTokenizerFast.from_pretrained(temporary)
+    loaded.add_bos_token = settings.get("add_bos_token", llama)
+    loaded.add_eos_token = settings.get("add_eos_token", False)
+    return loaded
+
+
+def add_tokens(tokenizer: Any, rows: int) -> list[int]:
+    """Give a tokenizer ``<image>`` and, where it has none of its own, a padding token.
+
+    A padding token that is the end or the start token too doesn't count: what is trained on, or masked,
+    by its id would be the other as well.
+
+    Args:
+        rows: of the text model's embedding.
+
+    Returns:
+        The ids whose rows in the embedding mean nothing yet: those of the tokens added here, and of special
+        tokens that the text model's tokenizer has and its embedding lacks.
+
+    Raises:
+        ValueError: there is no end token, or the tokenizer is another model's.
+    """
+    from transformers import AddedToken
+
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "its tokenizer has no eos_token to end an answer with; name one in tokenizer_config.json"
+        )
+    known = tokenizer.get_vocab()
+    beyond = {token: i for token, i in known.items() if i >= rows}
+    strange = sorted(set(beyond) - {str(token) for token in tokenizer.added_tokens_decoder.values()})
+    if strange:
+        raise ValueError(
+            f"its tokenizer has {max(known.values()) + 1} tokens (such as {strange[0]!r}), its embedding "
+            f"{rows} rows; the tokenizer is another model's"
+        )
+    own_pad = tokenizer.pad_token not in (None, tokenizer.eos_token, tokenizer.bos_token)
+    wanted = [IMAGE_TOKEN] if own_pad else [IMAGE_TOKEN, PAD_TOKEN]
+    # normalized=False: found in the text as it is, whatever the tokenizer does to other text.
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
+    if not own_pad:
+        tokenizer.pad_token = PAD_TOKEN
+    ids = tokenizer.get_vocab()
+    return sorted({i for token, i in ids.items() if token not in known or i >= rows})
+
+
+def chat_template(tokenizer: Any, lang: str) -> str:
+    """The tokenizer's own chat template if it places images, otherwise one in ``lang``."""
+    own = tokenizer.chat_template
+    if isinstance(own, str) and "image" in own:
+        return own
+    template = _CHAT_TEMPLATE
+    for word, replacement in {**_CHAT_WORDS[lang], "IMAGE": IMAGE_TOKEN}.items():
+        template = template.replace(word, replacement)
+    return template
