@@ -16,6 +16,7 @@ from megatron_vlm.config.flags import FlagParser, flag
 from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import ParallelSection
+from megatron_vlm.config.templates import TEMPLATES
 
 # Headings of --help, in order.
 MODEL = "Model"
@@ -48,7 +49,7 @@ class SourceSection:
         MODEL,
         None,
         "how a question becomes a prompt",
-        choices=("chat", "v1", "plain"),
+        choices=TEMPLATES,
         shown_default="the training run's, else chat if there is one, else v1",
     )
     lang: Optional[str] = flag(

@@ -21,6 +21,7 @@ from megatron_vlm.config.headings import (
     TOKENIZER,
     TRAINING,
 )
+from megatron_vlm.config.templates import TEMPLATES
 from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules, preset
 
 
@@ -207,10 +208,11 @@ class DataSection:
     template: Optional[str] = flag(
         DATA,
         None,
-        "how a conversation becomes text: chat is the tokenizer's own template, v1 Vicuna's",
-        choices=("chat", "plain", "v1"),
+        "how a conversation becomes text: chat is the tokenizer's own template, the others are built in",
+        choices=TEMPLATES,
         shown_default="chat where the tokenizer has one, else plain in --stage 1 and v1 otherwise",
     )
+    mask_thinking: bool = flag(DATA, False, "leave the <think>...</think> of answers out of the loss")
     lang: str = flag(TRAINING, "jp", "language of the prompts", choices=("jp", "en"))
     data_workers: Optional[int] = flag(
         DATA,
@@ -224,6 +226,8 @@ class DataSection:
 
     def __post_init__(self) -> None:
         positive(self, "seq_length", "data_workers")
+        if self.template == "llm_jp" and self.lang != "jp":
+            raise ValueError("--template llm_jp is Japanese, and --lang en is not; leave one of them out")
         not_negative(self, "shuffle_buffer_size")
         between(self, "max_corrupt_rate", 0.0, 1.0)
 

@@ -1,12 +1,13 @@
 """From prepared shards to microbatches.
 
-conversations.py  turns from JSON, and what is made of unusual ones
-templates.py   conversations to token ids, trained tokens known by construction
-images.py      image bytes to uint8 pixels, as the folder's own image processor makes them
-processing.py  both together: one raw sample to ids, labels and pixels
-dataset.py     folders that `energon prepare` has prepared, checked when opened
-encoder.py     energon's task encoder: what happens to samples that can't be used, counts
-batch.py       the microbatch, padding, a look at what the model sees
-loader.py      worker processes, data order over data-parallel ranks, exact resume
-state.py       energon's state as JSON
+conversations.py   turns from JSON, and what is made of unusual ones
+templates.py       conversations to token ids, trained tokens known by construction
+chat_templates.py  the built-in templates, system prompts and questions for captions
+images.py          image bytes to uint8 pixels, as the folder's own image processor makes them
+processing.py      both together: one raw sample to ids, labels and pixels
+dataset.py         folders that `energon prepare` has prepared, checked when opened
+encoder.py         energon's task encoder: what happens to samples that can't be used, counts
+batch.py           the microbatch, padding, a look at what the model sees
+loader.py          worker processes, data order over data-parallel ranks, exact resume
+state.py           energon's state as JSON
 """

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, List, Sequence
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
+from megatron_vlm.data.chat_templates import caption_prompt
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.images import ImageTransform
-from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn, caption_prompt
+from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn
 
 if TYPE_CHECKING:
     from megatron_vlm.config.run import RunConfig
@@ -143,6 +144,7 @@ def build_processing(config: RunConfig, model: ModelConfig, hf_dir: str | None =
         stage=config.training.stage,
         lang=config.data.lang,
         overlong=config.data.overlong,
+        mask_thinking=config.data.mask_thinking,
         image_token_id=config.model.image_token_id,
         pad_token_id=config.model.pad_token_id,
     )
@@ -158,6 +160,7 @@ def load_processing(
     stage: int | None = None,
     lang: str = "jp",
     overlong: str = "truncate",
+    mask_thinking: bool = False,
     image_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> Processing:
@@ -166,8 +169,9 @@ def load_processing(
     Args:
         tokenizer_dir: Hugging Face folder with a tokenizer.
         image_processor_dir: folder with the image processor; the tokenizer's if not given.
-        template: ``chat``, ``v1`` or ``plain``. If not given: ``chat`` where the folder has a chat
+        template: one of ``config.templates.TEMPLATES``. If not given: ``chat`` where the folder has a chat
             template, else ``plain`` in stage 1 and ``v1`` otherwise.
+        mask_thinking: see :class:`ChatTemplate`.
         image_token_id, pad_token_id: override the model's and the tokenizer's.
     """
     from transformers import AutoTokenizer
@@ -197,7 +201,7 @@ def load_processing(
         template = "chat" if jinja is not None else "plain" if stage == 1 else "v1"
     return Processing(
         tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer, template, image_token, jinja, lang),
+        template=ChatTemplate(tokenizer, template, image_token, jinja, lang, mask_thinking),
         images=ImageTransform.from_dir(
             image_processor_dir or tokenizer_dir, model.vision.image_size, model.vision.num_channels
         ),

@@ -7,50 +7,19 @@ from the lengths of what is rendered before and after it, so text that looks lik
 
 from __future__ import annotations
 
-import zlib
+import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Sequence, Tuple
 
 from jinja2 import TemplateError
 
+from megatron_vlm.config.templates import TEMPLATES, unfit
+from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS
+
 IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token
 _PROBE = "PROBE-ANSWER"
 
-# Jinja, so that every template takes the same way. bos_token is left to the tokenizer.
-BUILTIN_TEMPLATES: Dict[str, str] = {
-    # LLaVA's "plain": the image, then its caption and a newline; the question is left out.
-    "plain": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endif %}{% endfor %}",
-    # LLaVA's "v1", from Vicuna.
-    "v1": "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-}
-TEMPLATES = ("chat", *BUILTIN_TEMPLATES)
-
-SYSTEM_PROMPTS: Dict[str, str] = {
-    "en": "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "jp": "これは好奇心旺盛なユーザーと人工知能アシスタントの会話です。"
-    "アシスタントはユーザーの質問に、親切に、詳しく、丁寧に答えます。",
-}
-# Asked of an image that comes with an answer but no question.
-CAPTION_PROMPTS: Dict[str, Tuple[str, ...]] = {
-    "en": (
-        "Describe the image.",
-        "Provide a brief description of the given image.",
-        "What is in the image?",
-        "Summarize the visual content of the image.",
-    ),
-    "jp": (
-        "この画像を説明してください。",
-        "画像の内容を簡潔に説明してください。",
-        "この画像には何が写っていますか。",
-        "画像に見えるものを要約してください。",
-    ),
-}
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 class SampleError(Exception):
@@ -70,12 +39,6 @@ class Turn:
     loss: bool = True  # an answer's alone: whether it is trained
 
 
-def caption_prompt(key: str, lang: str) -> str:
-    """The question for a sample that has none: one of ``CAPTION_PROMPTS[lang]``, fixed by its key."""
-    prompts = CAPTION_PROMPTS[lang]
-    return prompts[zlib.crc32(key.encode()) % len(prompts)]
-
-
 class ChatTemplate:
     """Renders and tokenises conversations as transformers does.
 
@@ -86,17 +49,25 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer backed by the tokenizers library.
-        name: ``plain``, ``v1``, or ``chat`` for ``jinja``.
+        name: a built-in template's, or ``chat`` for ``jinja``.
         image_token: the tokenizer's token that stands for one image.
         jinja: the folder's own template, for ``chat``.
-        lang: ``jp`` or ``en``, the language of the system prompt that ``v1`` begins with.
+        lang: ``jp`` or ``en``, the language of the system prompt of a conversation that has none.
+        mask_thinking: an answer's ``<think>...</think>`` is not trained; one that isn't closed reaches to
+            the answer's end.
 
     Raises:
         ValueError: the template or the tokenizer can't be used; the message says why.
     """
 
     def __init__(
-        self, tokenizer: Any, name: str, image_token: str, jinja: str | None = None, lang: str = "jp"
+        self,
+        tokenizer: Any,
+        name: str,
+        image_token: str,
+        jinja: str | None = None,
+        lang: str = "jp",
+        mask_thinking: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer gives no character offsets; it needs a tokenizer.json")
@@ -106,18 +77,29 @@ class ChatTemplate:
             raise ValueError(
                 "--template chat: the tokenizer folder has no chat template; use --template v1 or plain"
             )
-        if name == "v1" and tokenizer.eos_token is None:
-            raise ValueError("--template v1: the tokenizer has no end token (eos_token)")
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        problem = unfit(name, special, tokenizer.bos_token, tokenizer.eos_token)
+        if problem:
+            raise ValueError(problem)
         self.name = name
         self._tokenizer = tokenizer
         self._jinja = jinja if name == "chat" else BUILTIN_TEMPLATES[name]
         self._image_token = image_token
-        self._system = SYSTEM_PROMPTS[lang] if name == "v1" else None
+        self._system = SYSTEM_PROMPTS[name][lang] if name in SYSTEM_PROMPTS else None
+        self._mask_thinking = mask_thinking
         self._content_parts = name == "chat" and self._takes_content_parts()
-        self._suffix, end = self._probe_suffix()
+        self._suffix, end_token = self._probe_suffix()
         # How much of what follows an answer is trained: up to and with its end token.
-        self._trained_suffix = end if end else len(self._suffix)
-        self._append_eos = name == "chat" and not end and tokenizer.eos_token_id is not None
+        written = self._suffix.find(end_token) + len(end_token)
+        self._trained_suffix = written if end_token else len(self._suffix)
+        self._append_eos = name == "chat" and not end_token and tokenizer.eos_token_id is not None
+        self.end_token_id: int | None = (
+            tokenizer.convert_tokens_to_ids(end_token)
+            if end_token
+            else tokenizer.eos_token_id
+            if self._append_eos
+            else None
+        )
 
     def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
         """Token ids, one image token per image, and which of them are trained.
@@ -134,16 +116,19 @@ class ChatTemplate:
         turns = self._with_system(turns)
         messages = self._messages(turns, num_images)
         text = self._render(messages)
+        if turns[0].role == "system" and self.name != "plain" and turns[0].text.strip() not in text:
+            raise SampleError("the chat template leaves its system turn out")
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.loss]
-        spans = [self._answer_span(text, messages, i) for i in answers]
         encoding = self._tokenize(text)
         ids: List[int] = list(encoding["input_ids"])
         trained = [False] * len(ids)
-        for begin, end in spans:
-            # A token that holds any of the span's characters, and all tokens between two of them.
-            inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if b > begin and a < end]
-            if inside:
-                trained[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+        for answer in answers:
+            begin, said, end = self._answer_span(text, messages, answer)
+            inside = _tokens_between(encoding["offset_mapping"], begin, end)
+            trained[inside.start : inside.stop] = [True] * len(inside)
+            for thought in _THOUGHT.finditer(text, begin, said) if self._mask_thinking else ():
+                inside = _tokens_between(encoding["offset_mapping"], *thought.span())
+                trained[inside.start : inside.stop] = [False] * len(inside)
         if self._append_eos and answers and answers[-1] == len(turns) - 1:
             ids.append(self._tokenizer.eos_token_id)
             trained.append(True)
@@ -191,8 +176,8 @@ class ChatTemplate:
         if found != num_images:
             raise SampleError(f"its text has {found} image markers, but {num_images} images belong to it")
 
-    def _answer_span(self, text: str, messages: List[Dict[str, Any]], answer: int) -> Tuple[int, int]:
-        """Characters of ``text`` that message ``answer`` trains: what it says and its end token."""
+    def _answer_span(self, text: str, messages: List[Dict[str, Any]], answer: int) -> Tuple[int, int, int]:
+        """Where in ``text`` an answer begins, where what it says ends, and where its end token does."""
         prompt = self._render(messages[:answer], add_generation_prompt=True)
         # The same conversation with another answer: what follows it is the same, also where a template
         # renders earlier turns differently once there are later ones.
@@ -209,7 +194,7 @@ class ChatTemplate:
             and end >= len(prompt)
         ):
             raise SampleError("the chat template rewrites its turns, so that the answer can't be found")
-        return len(prompt), end + self._trained_suffix
+        return len(prompt), end, end + self._trained_suffix
 
     def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         if self._system is None or turns[0].role == "system":
@@ -275,8 +260,8 @@ class ChatTemplate:
             "use --template v1 or plain"
         )
 
-    def _probe_suffix(self) -> Tuple[str, int]:
-        """What the template writes after an answer, and where in it the first special token ends."""
+    def _probe_suffix(self) -> Tuple[str, str]:
+        """What the template writes after an answer, and the first special token in it."""
         messages = self._messages(self._with_system([Turn("user", "?"), Turn("assistant", _PROBE)]), 1)
         try:
             prompt = self._render(messages[:-1], add_generation_prompt=True)
@@ -290,6 +275,12 @@ class ChatTemplate:
                 "writes before an answer changes with the answer); use --template v1 or plain"
             )
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        starts = [(suffix.index(token), -len(token)) for token in special if token in suffix]
-        start, negative_length = min(starts, default=(0, 0))  # the first; of two that begin there, the longer
-        return suffix, start - negative_length
+        found_tokens = [token for token in special if token in suffix]
+        # The first; of two that begin there, the longer.
+        return suffix, min(found_tokens, key=lambda token: (suffix.index(token), -len(token)), default="")
+
+
+def _tokens_between(offsets: Sequence[Tuple[int, int]], begin: int, end: int) -> range:
+    """The tokens that hold any of the characters from ``begin`` to ``end``, and all between two of them."""
+    inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < end]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)

@@ -102,6 +102,9 @@ class Questions:
         run = _training_config(config, checkpoint, self.positions)
         self.processing = build_processing(run, model, str(checkpoint / HF_FOLDER))
         self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer)
+        own_end = self.processing.template.end_token_id
+        if own_end is not None and own_end not in self.end_tokens:  # of a template that isn't the folder's
+            self.end_tokens.append(own_end)
         self.questions = read_questions(config.prompts)
         self.input_ids = [self._encode(question) for question in self.questions]
         self.max_new_tokens = self._max_new_tokens(config.sampling.max_new_tokens)

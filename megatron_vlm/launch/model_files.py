@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.templates import unfit
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -31,8 +32,9 @@ def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> It
         yield f"{folder}: holds no tokenizer; give the Hugging Face folder of the model"
         return
     settings = _read(folder, "tokenizer_config.json")
-    yield from _special_tokens(folder, _added_tokens(folder, settings), settings, model, config)
-    yield from _template(folder, settings, config)
+    added = _added_tokens(folder, settings)
+    yield from _special_tokens(folder, added, settings, model, config)
+    yield from _template(folder, added, settings, config)
 
 
 def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
@@ -135,7 +137,9 @@ def _special_tokens(
         yield f"{source} is the image token; choose another with --pad-token-id"
 
 
-def _template(folder: str, settings: Dict[str, Any], config: RunConfig) -> Iterator[str]:
+def _template(
+    folder: str, added: Dict[int, str], settings: Dict[str, Any], config: RunConfig
+) -> Iterator[str]:
     """The rules of data/processing.py and data/templates.py, as far as files tell."""
     has_chat = (
         os.path.isfile(os.path.join(folder, "chat_template.jinja"))
@@ -148,8 +152,10 @@ def _template(folder: str, settings: Dict[str, Any], config: RunConfig) -> Itera
     if name == "chat" and not has_chat:
         yield (f"--template chat: {folder} has no chat template; use --template v1 or plain, or leave it out")
     special = _read(folder, "special_tokens_map.json")
-    if name == "v1" and not (_text(settings.get("eos_token")) or _text(special.get("eos_token"))):
-        yield f"--template v1: the tokenizer of {folder} has no end token (eos_token); name one in its files"
+    bos, eos = (_text(settings.get(key)) or _text(special.get(key)) for key in ("bos_token", "eos_token"))
+    problem = unfit(name, added.values(), bos, eos)
+    if problem and (added or name == "v1"):  # a tokenizer.model alone doesn't tell
+        yield f"{problem} ({folder})"
 
 
 def _added_tokens(folder: str, settings: Dict[str, Any]) -> Dict[int, str]:

@@ -237,6 +237,8 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--skip-train-iteration-range", "110-100"], ["110-100", "such as 100-110"]),
         (["--skip-train-iteration-range", "1-2", "0-5"], ["0-5", "from 1 on"]),
         (["--skip-train-iteration-range", "100"], ["100", "such as 100-110"]),
+        (["--template", "llm_jp", "--lang", "en"], ["--template llm_jp is Japanese", "--lang en"]),
+        (["--template", "alpaca"], ["--template", "'alpaca'", "llama_3"]),
         (["--eval-iters", "2"], ["--eval-iters", "--eval-interval"]),
         (["--early-stopping-patience", "2"], ["--early-stopping-patience", "--eval-interval"]),
         (["--eval-interval", "5", "--early-stopping-min-delta", "0.1"], ["--early-stopping-patience"]),

@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.processing import Processing, load_processing
-from megatron_vlm.data.templates import SYSTEM_PROMPTS, ChatTemplate, SampleError, Turn
+from megatron_vlm.data.templates import ChatTemplate, SampleError, Turn
 from tests.data.tiny_data import CHATML_TEMPLATE, LLAVA_TEMPLATE, asked, jpeg, llama_tokenizer, qwen_tokenizer
 
 QUESTIONS = [
@@ -91,26 +91,6 @@ def test_folder_template_equals_transformers(
             for token, label in zip(sample.input_ids[1:], sample.labels, strict=False)
             if label != IGNORE_INDEX
         ]
-
-
-@pytest.mark.parametrize("lang", ["en", "jp"])
-def test_builtin_templates_equal_llavas_text(
-    lang: str, folders: dict[str, Path], models: dict[str, ModelConfig]
-) -> None:
-    """LLaVA's conversation.py writes these strings for `v1` and `plain`."""
-    image = "<image>" * models["bare"].image_tokens
-    texts = {
-        "v1": (f"{SYSTEM_PROMPTS[lang]} USER: {image}\nWhat? ASSISTANT:", " A cat.</s>"),
-        "plain": (image, "A cat.\n"),
-    }
-    assert SYSTEM_PROMPTS["en"].startswith("A chat between a curious user and an artificial intelligence")
-    for name, (prompt, answer) in texts.items():
-        processing = processing_for("bare", folders, models, template=name, lang=lang)
-        sample = processing.encode("key", asked("What?", "A cat."), [jpeg(1)])
-        prompt_ids = processing.tokenizer(prompt)["input_ids"]
-        assert sample.input_ids == processing.tokenizer(prompt + answer)["input_ids"]
-        assert trained_ids(sample) == sample.input_ids[len(prompt_ids) :]
-        assert sample.input_ids[: len(prompt_ids)] == prompt_ids
 
 
 def test_default_template(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:

@@ -51,10 +51,10 @@ def test_a_prompt_equals_the_processors(checkpoint: Path) -> None:
     torch.testing.assert_close(prompt.pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("template", ["chat", "v1", "plain"])
+@pytest.mark.parametrize("template", ["chat", "v1", "plain", "llama_2", "mistral", "llm_jp"])
 def test_a_prompt_is_how_a_training_sample_begins(checkpoint: Path, template: str) -> None:
     flags = ["--image", str(checkpoint / "a.jpg"), "--prompt", "What is this?", "--template", template]
-    questions = ask(checkpoint, *flags, "--lang", "en")
+    questions = ask(checkpoint, *flags, "--lang", "jp" if template == "llm_jp" else "en")
     sample = questions.processing.encode("key", asked("What is this?", "It is 7."), [jpeg(1)])
     first_trained = next(i for i, label in enumerate(sample.labels) if label >= 0) + 1
     (prompt,) = questions.encode([0])
@@ -74,6 +74,15 @@ def test_what_training_was_told_is_the_default(checkpoint: Path, tmp_path: Path)
     assert ids == ask(checkpoint, *said, "--template", "v1", "--lang", "en").input_ids
     assert ids != ask(checkpoint, *said).input_ids
     assert ask(trained, *said, "--template", "chat").input_ids == ask(checkpoint, *said).input_ids
+
+
+def test_a_templates_own_end_token_ends_an_answer(checkpoint: Path, tmp_path: Path) -> None:
+    """Also where the folder's files name another."""
+    trained = tmp_path / "iter_0000001"
+    shutil.copytree(checkpoint, trained)
+    (trained / "hf" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    questions = ask(trained, "--prompt", "Hello", "--template", "v1")
+    assert questions.end_tokens == [7, questions.processing.tokenizer.eos_token_id]
 
 
 def test_raw_prompts_get_nothing_but_the_start_token(checkpoint: Path) -> None:

@@ -101,6 +101,11 @@ def test_templates(llava) -> None:
     assert problems(llava) == [] and not training_refuses(llava)
     (problem,) = problems(llava, None, "--template", "chat")
     assert "has no chat template" in problem and training_refuses(llava, None, "--template", "chat")
+    (problem,) = problems(llava, None, "--template", "llama_3")
+    assert "--template llama_3: the tokenizer lacks <|start_header_id|>, " in problem
+    assert training_refuses(llava, None, "--template", "llama_3")
+    assert problems(llava, None, "--template", "llama_2") == []
+    assert not training_refuses(llava, None, "--template", "llama_2")
     change(llava / "tokenizer_config.json", eos_token=None)
     (problem,) = problems(llava)
     assert "--template v1" in problem and training_refuses(llava)
