@@ -140,6 +140,11 @@ def resolve_checkpoint(path: PathLike) -> Path:
     )
 
 
+def is_checkpoint(path: PathLike) -> bool:
+    """Whether ``path`` is what :func:`resolve_checkpoint` takes, rather than a Hugging Face folder."""
+    return any((Path(path) / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
+
+
 def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[Path]:
     """The folders that make up the checkpoint that ``path`` means, the one with all weights first.
 

@@ -1,4 +1,4 @@
-"""Joins a text model and a vision tower into a new Hugging Face LLaVA, its projector untrained.
+"""Joins a text model, a vision tower and a projector, new or trained, into a Hugging Face LLaVA.
 
 No model is built: tensors stream from the folders of the two into the new one. transformers reads and writes
 configs, tokenizers and image processors, and is imported where it is used.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import appearing_folder, check_absent
+from megatron_vlm.config.checkpoint import appearing_folder
+from megatron_vlm.config.families import TEXT_FAMILIES, TOWERS, check_keys, check_text, check_tower
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.convert import check_apart, write_conversion, write_weights
+from megatron_vlm.hf.convert import check_apart, check_target, write_conversion, write_weights
 from megatron_vlm.hf.folder import HFFolder, TensorInfo, cast, split_into_shards, write_index
 from megatron_vlm.hf.hub import locate
-from megatron_vlm.hf.mapping import LANGUAGE_TABLES, PREFIXES, build_table
+from megatron_vlm.hf.mapping import PREFIXES, build_table
+from megatron_vlm.hf.projector import MMProjector, read_projector
 from megatron_vlm.hf.streaming import Meter, Progress, check_finite, check_free_space, dtype_name, same_bits
 from megatron_vlm.hf.tokenizer import IMAGE_TOKEN, add_tokens, chat_template, load_tokenizer
 
@@ -73,13 +75,14 @@ def build_llava(
     save_dir: str | os.PathLike[str],
     text_model: str,
     vision_model: str,
-    projector_type: str = "mlp2x_gelu",
+    projector_type: str | None = None,
     vocab_size_padding: bool = False,
     lang: str = "jp",
     seed: int = 0,
     dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    projector: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a LLaVA folder that transformers loads.
 
@@ -93,15 +96,16 @@ def build_llava(
 
     Args:
         save_dir: the folder to make; must not hold anything unless ``force``.
-        text_model: folder or tag of a causal language model of a family in ``mapping.LANGUAGE_TABLES``, or of
+        text_model: folder or tag of a causal language model of a family in ``families.TEXT_FAMILIES``, or of
             a LLaVA, whose language model is taken.
         vision_model: folder or tag of a CLIP or SigLIP model or tower, or of a LLaVA.
-        projector_type: ``mlp2x_gelu`` or ``linear``.
+        projector_type: ``mlp2x_gelu`` or ``linear``; None: as ``projector``, or ``mlp2x_gelu``.
         vocab_size_padding: round the vocabulary up to a multiple of 128.
         lang: ``jp`` or ``en``, the chat template's language.
         seed: of the projector's weights.
         dtype: of all weights; None: as the text model is stored.
         progress: called with the bytes done and in all.
+        projector: a trained projector, as ``projector.read_projector`` takes it.
 
     Returns:
         ``save_dir``.
@@ -111,14 +115,15 @@ def build_llava(
             is too full, or the output is there already.
     """
     target = Path(save_dir)
-    text = _given("--text-model", text_model, "text_config", LANGUAGE_TABLES)
-    vision = _given("--vision-model", vision_model, "vision_config", _FAMILIES)
+    text = _given("--text-model", text_model, "text_config")
+    vision = _given("--vision-model", vision_model, "vision_config")
     for given in (text, vision):
         check_apart(given.folder, target)
-    if not force:
-        check_absent(target)
-    elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise ValueError(f"{target} is no Hugging Face folder; --force doesn't replace it")
+    check_target(target, force)
+    trained = read_projector(projector) if projector is not None else None
+    if trained is not None and projector_type not in (None, trained.kind):
+        raise ValueError(f"--projector {projector}: of type {trained.kind}, not {projector_type}")
+    kind = trained.kind if trained is not None else projector_type or "mlp2x_gelu"
     text_folder, vision_folder = HFFolder(text.folder), HFFolder(vision.folder)
     text_prefix = _prefix(text, text_folder, _TEXT_PREFIXES, _EMBEDDING)
     vision_prefix = _prefix(vision, vision_folder, _TOWER_PREFIXES, _PATCHES)
@@ -135,7 +140,7 @@ def build_llava(
     if vision.config.model_type == "siglip_vision_model":
         vision.config.vision_use_head = vision_prefix + "head.probe" in vision_folder.tensors
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config, model = _llava_config(text, vision, image_token_id, projector_type, stored)
+    config, model = _llava_config(text, vision, image_token_id, kind, stored)
     processor = _processor(vision, model, tokenizer, lang)
 
     extend = functools.partial(_extended, known=known, new=new, vocab_size=vocab_size, rows=rows)
@@ -145,6 +150,9 @@ def build_llava(
         **_copied(text_folder, text_prefix, _TARGET["text"], stored),
         **_head(text, text_folder, text_prefix, stored),
     }
+    if trained is not None:
+        trained.fit(model)
+        sources.update(_trained_projector(trained, stored))
     for name in (_TARGET["text"] + _EMBEDDING, _TARGET["head"] + "weight"):
         if name in sources:
             sources[name] = _with_rows(text, sources[name], rows, vocab_size, extend)
@@ -168,33 +176,33 @@ def build_llava(
     return target
 
 
-def _given(flag: str, name: str, part: str, supported: Iterable[str]) -> _Given:
+def _given(flag: str, name: str, part: str) -> _Given:
     """Find a model and read its config, or the part's config where it has several."""
     from transformers import AutoConfig
 
-    folder = locate(flag, name)
+    folder, where = locate(flag, name), f"{flag} {name}: "
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag} {name}: no config.json in it; give the folder of a Hugging Face model")
+        raise ValueError(f"{where}no config.json in it; give the folder of a Hugging Face model")
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own = raw[part] if isinstance(raw.get(part), dict) else raw
+        kind, tied = own.get("model_type"), bool(raw.get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where}its config.json cannot be read ({error})") from None
+    if kind in (TOWERS if part == "text_config" else TEXT_FAMILIES):
+        other = "--vision-model" if part == "text_config" else "--text-model"
+        raise ValueError(f"{where}model_type is {kind!r}; it belongs behind {other}")
+    check_keys(raw, where)
+    check = check_text if part == "text_config" else check_tower
+    check(own, where)
+    try:
         whole = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many types for a config that it doesn't take
         reason = " ".join(str(error).split())
-        raise ValueError(f"{flag} {name}: its config.json cannot be used ({reason})") from None
+        raise ValueError(f"{where}its config.json cannot be used ({reason})") from None
     config = getattr(whole, part, whole)
-    if config.model_type not in supported:
-        other = "--vision-model" if part == "text_config" else "--text-model"
-        kinds = _FAMILIES if part == "text_config" else LANGUAGE_TABLES
-        hint = f"; it belongs behind {other}" if config.model_type in kinds else ""
-        if whole.model_type == "siglip2":
-            hint = "; SigLIP 2's NaFlex towers take images of any shape, take one of a fixed resolution"
-        raise ValueError(
-            f"{flag} {name}: model_type is {config.model_type!r}; supported: {', '.join(supported)}{hint}"
-        )
-    if getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None):
-        raise ValueError(f"{flag} {name}: its weights are quantized; give the model that it was made from")
-    tied = bool(raw.get("tie_word_embeddings") or getattr(config, "tie_word_embeddings", False))
-    return _Given(f"{flag} {name}", folder, config, tied)
+    check({"model_type": config.model_type}, where)  # which JSON may leave to the whole model's class
+    return _Given(f"{flag} {name}", folder, config, tied or getattr(config, "tie_word_embeddings", False))
 
 
 def _prefix(given: _Given, folder: HFFolder, prefixes: tuple[str, ...], probe: str) -> str:
@@ -399,6 +407,15 @@ def _new_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[st
             tensor = parameter.detach().to(dtype)
             info = TensorInfo(name, dtype, tuple(tensor.shape))
             found[name] = _Source(info, tensor.detach)
+    return found
+
+
+def _trained_projector(projector: MMProjector, dtype: torch.dtype) -> dict[str, _Source]:
+    found = {}
+    for own, tensor in projector.tensors.items():
+        name = _TARGET["projector"] + own
+        info = TensorInfo(name, dtype, tuple(tensor.shape))
+        found[name] = _Source(info, functools.partial(cast, name, tensor, dtype))
     return found
 
 

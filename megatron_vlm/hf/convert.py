@@ -40,6 +40,7 @@ from megatron_vlm.hf.folder import (
     HFFolder,
     TensorInfo,
     WeightsWriter,
+    cast,
     copy_small_files,
     split_into_shards,
     write_dtype,
@@ -201,10 +202,7 @@ def export_hf(
     """
     target = Path(hf_dir)
     check_apart(resolve_checkpoint(checkpoint), target)
-    if not force:
-        check_absent(target)
-    elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise ValueError(f"{target} is no Hugging Face folder; --force doesn't replace it")
+    check_target(target, force)
     source = MegatronCheckpoint(checkpoint, base)
     if dtype is not None:
         source.convert_to(dtype)
@@ -244,6 +242,7 @@ def reshard(
     base: PathLike | None = None,
     verify: bool = False,
     classic: ClassicLayout | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint's weights as ``<megatron_dir>/release`` in another format or for another layout.
 
@@ -252,6 +251,7 @@ def reshard(
     Args:
         checkpoint: a checkpoint folder, a root, or a run folder.
         base: the checkpoint with all weights under one of trained weights only, if it has moved.
+        replaced: tensors that take the place of the checkpoint's, by their Hugging Face names.
 
     Others, returns and raises: as :func:`import_hf`; besides, a checkpoint with LoRA adapters is refused.
     """
@@ -286,6 +286,9 @@ def reshard(
             for before, row in zip(source.table.rows, table.rows, strict=True):
                 tensor = source.reader.read(row.native)
                 check_finite(row.native, tensor)
+                if replaced and row.hf[0][0] in replaced:
+                    parts = [replaced[name] for name, _ in row.hf]
+                    tensor = cast(row.native, before.op.to_native(parts), tensor.dtype)
                 if before.op != row.op:  # the vocabulary's padding
                     tensor = row.op.to_native(before.op.to_hf(tensor))
                 background.call(tensor.nbytes, write, row, tensor)
@@ -420,6 +423,14 @@ def _appearing_checkpoint(root: Path, replace: bool) -> Iterator[Path]:
         output.mkdir()
         yield output
         write_tracker(staging, RELEASE)
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Check that a Hugging Face folder can be written: nothing is there, or such a folder and ``force``."""
+    if not force:
+        check_absent(target)
+    elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(f"{target} is no Hugging Face folder; --force doesn't replace it")
 
 
 def check_apart(source: Path, target: Path) -> None:

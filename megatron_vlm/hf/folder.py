@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ class HFFolder:
                 raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
             infos = [_info(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
         else:
-            handle = _BinFile(path)
+            handle = BinFile(path)
             infos = [
                 _info(path, name, _CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
                 for name, t in handle.tensors.items()
@@ -142,12 +143,17 @@ class HFFolder:
                 raise ValueError(f"{self.path}: {file} holds {name}, which the index does not list")
 
 
-class _BinFile:
-    """A ``.bin`` file, memory-mapped; only tensors are unpickled."""
+class BinFile:
+    """A ``.bin`` file, memory-mapped unless it is of torch 1.5 or older; only tensors are unpickled.
+
+    Raises:
+        ValueError: it holds anything else, or is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # torch raises many types for what is not a file of weights
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: not a file of weights ({reason})") from None
@@ -156,6 +162,7 @@ class _BinFile:
         self.tensors: dict[str, Tensor] = loaded
 
     def get_tensor(self, name: str) -> Tensor:
+        """The tensor of that name."""
         return self.tensors[name]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import CHECKPOINTS, MANIFEST, TRACKER, read_manifest
+from megatron_vlm.config.checkpoint import is_checkpoint, read_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
 from megatron_vlm.hf.mapping import detect_prefixes
@@ -88,7 +88,7 @@ def check_manifest(path: PathLike) -> int:
         ValueError: it has no hashes (training writes none), or is damaged.
     """
     source: HFFolder | Any
-    if _is_megatron(path):
+    if is_checkpoint(path):
         promised, source = read_manifest(path)["tensors"], MegatronCheckpoint(path).reader
         present = set(source.names)
     else:
@@ -111,13 +111,8 @@ def check_manifest(path: PathLike) -> int:
     return len(promised)
 
 
-def _is_megatron(path: PathLike) -> bool:
-    path = Path(path)
-    return any((path / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
-
-
 def _open(path: PathLike) -> _Content:
-    if _is_megatron(path):
+    if is_checkpoint(path):
         checkpoint = MegatronCheckpoint(path)
         names, infos, files = checkpoint.names, checkpoint.tensors, checkpoint.hf
         return _Content(checkpoint.path, _canonical(names), _as_stored(checkpoint), _size(infos), files)

@@ -1,4 +1,4 @@
-"""Join a text model and a vision tower into a Hugging Face LLaVA with an untrained projector.
+"""Join a text model and a vision tower into a Hugging Face LLaVA, its projector new or from a file.
 
     python scripts/convert/build_llava_jp.py --save-dir llava --text-model text --vision-model tower --lang en
 
@@ -21,18 +21,18 @@ def main(argv: List[str]) -> int:
     """Build as ``argv`` says; returns the exit code."""
     parser = cli.Parser("Join a text model and a vision tower into a LLaVA.")
     parser.add_argument("--save-dir", required=True, help="folder to make")
-    parser.add_argument("--text-model", required=True, help="Llama, Mistral, Qwen2 or Qwen3 language model")
+    parser.add_argument("--text-model", required=True, help="language model, or a LLaVA's")
     parser.add_argument(
         "--vision-model",
         default="openai/clip-vit-large-patch14-336",
-        help="CLIP or SigLIP model or tower (default: %(default)s)",
+        help="CLIP or SigLIP model or tower, or a LLaVA's (default: %(default)s)",
     )
     parser.add_argument(
         "--projector-type",
         choices=("mlp2x_gelu", "linear"),
-        default="mlp2x_gelu",
-        help="default: %(default)s",
+        help="default: as --projector, or mlp2x_gelu",
     )
+    parser.add_argument("--projector", help="LLaVA's mm_projector.bin, or its folder (default: a new one)")
     parser.add_argument(
         "--vocab-size-padding",
         action="store_true",
@@ -53,7 +53,8 @@ def main(argv: List[str]) -> int:
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
-        models = [path for path in (args.text_model, args.vision_model) if os.path.exists(path)]
+        given = (args.text_model, args.vision_model, args.projector)
+        models = [path for path in given if path and os.path.exists(path)]
         return reenter([__file__, *argv], args.sif_path, args.bind, [args.save_dir, *models])
 
     from transformers.utils import logging
@@ -75,6 +76,7 @@ def main(argv: List[str]) -> int:
             dtype=args.dtype,
             force=args.force,
             progress=progress,
+            projector=args.projector,
         )
     print(f"{args.save_dir}: next, scripts/convert/convert_hf_to_megatron.py --hf-dir {args.save_dir}")
     return 0

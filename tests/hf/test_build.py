@@ -425,8 +425,8 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     refused(r"--text-model .*config.json: a file; give the folder", text / "config.json")
     refused(r"--text-model a b: no such folder, and no tag", "a b")
     refused(r"--text-model .*: no config.json", tmp_path)
-    refused(r"--vision-model .*text: model_type is 'llama'; .*belongs behind --text-model", text, text)
-    refused(r"--text-model .*tower: model_type is 'clip_vision_model'; .*behind --vision-model", tower, tower)
+    refused(r"--vision-model .*text: model_type is 'llama'; it belongs behind --text-model", text, text)
+    refused(r"--text-model .*tower: model_type is 'clip_vision_model'; it belongs behind", tower, tower)
     with pytest.raises(ValueError, match="lie in each other"):
         build_llava(text / "llava", str(text), str(tower), force=True)
 
@@ -435,16 +435,19 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
 
     changed = copy(text, 1)
     edit_json(changed / "config.json", model_type="gemma2")
-    refused(r"--text-model .*model_type is 'gemma2'; supported: llama", changed)
+    refused(r"--text-model .*copy1: model_type is 'gemma2' \(it soft-caps .*; supported: 'llama'", changed)
+    refused(r"--vision-model .*copy1: model_type is 'gemma2'; supported: 'clip_vis", text, changed)
     edit_json(changed / "config.json", model_type="unheard-of")
+    refused(r"--text-model .*model_type is 'unheard-of'; supported", changed)
+    (changed / "config.json").write_text("{}")
     refused(r"--text-model .*config.json cannot be used", changed)
-    (changed / "config.json").write_text("{")
-    refused(r"--text-model .*config.json cannot be used", changed)
-    edit_json_of = text / "config.json"
-    shutil.copyfile(edit_json_of, changed / "config.json")
+    (changed / "config.json").write_text("[")
+    refused(r"--text-model .*config.json cannot be read", changed)
+    original = text / "config.json"
+    shutil.copyfile(original, changed / "config.json")
     edit_json(changed / "config.json", quantization_config={"quant_method": "fp8"})
-    refused(r"--text-model .*its weights are quantized", changed)
-    shutil.copyfile(edit_json_of, changed / "config.json")
+    refused(r"--text-model .*copy1: quantization_config is set: the weights are quantised", changed)
+    shutil.copyfile(original, changed / "config.json")
     edit_json(changed / "config.json", vocab_size=300)
     refused(r"embed_tokens.weight has 258 rows, config.json says vocab_size 300", changed)
     edit_json(changed / "config.json", vocab_size=258, num_hidden_layers=3)

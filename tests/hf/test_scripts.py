@@ -102,7 +102,7 @@ def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "error: --text-model ./nowhere: no such folder\n"
 
 
-def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
+def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     """They hand over their own flags, and what has to be bound, before anything needs torch."""
     seen = []
     monkeypatch.setattr(
@@ -122,8 +122,21 @@ def test_all_three_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
             [str(trained), "b", str(base), "c"],
         ),
         "build_llava_jp": (
-            ["--save-dir", "a", "--text-model", str(text), "--vision-model", "org/tag"],
-            ["a", str(text)],
+            [
+                "--save-dir",
+                "a",
+                "--text-model",
+                str(text),
+                "--vision-model",
+                "org/tag",
+                "--projector",
+                str(base),
+            ],
+            ["a", str(text), str(base)],
+        ),
+        "projector": (
+            ["import", "--projector", "p", "--checkpoint", str(trained), "--save-dir", "a"],
+            [str(trained), "a", "p", str(base)],
         ),
     }
     for script, (flags, paths) in cases.items():

@@ -1,0 +1,315 @@
+"""LLaVA's projector files, ``mm_projector.bin``: read, put into a checkpoint, and written from one.
+
+    mlp2x_gelu   model.mm_projector.0.weight, .0.bias, .2.weight, .2.bias: Sequential(Linear, GELU, Linear)
+    linear       model.mm_projector.weight, .bias: Linear
+
+Whatever stands before ``mm_projector`` is accepted: ``base_model.model.`` of files that LoRA runs write,
+``module.`` of DeepSpeed's.
+
+Source: LLaVA ``multimodal_projector/builder.py``; ``train.py``, ``safe_save_model_for_hf_trainer``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_vlm.config.checkpoint import appearing_folder, is_checkpoint, read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.convert import check_apart, check_target, reshard, write_conversion, write_weights
+from megatron_vlm.hf.folder import (
+    BinFile,
+    HFFolder,
+    SafetensorsFile,
+    TensorInfo,
+    cast,
+    copy_small_files,
+    split_into_shards,
+    write_index,
+)
+from megatron_vlm.hf.mapping import build_table, detect_prefixes
+from megatron_vlm.hf.megatron import MegatronCheckpoint
+from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.streaming import Meter, Progress, check_finite, check_free_space
+
+FILE = "mm_projector"
+_NAME = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
+# LLaVA's names behind "mm_projector.", and transformers'.
+_LAYERS = {
+    "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
+    "linear": {"": "linear_1"},
+}
+_SHARD_BYTES = 5 * 10**9
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class MMProjector:
+    """A projector file's content.
+
+    Attributes:
+        kind: ``mlp2x_gelu`` or ``linear``.
+        tensors: by transformers' names behind the prefix, ``linear_1.weight`` and so on.
+        others: names in the file that are no projector's.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, Tensor]
+    others: tuple[str, ...]
+
+    def fit(self, model: ModelConfig) -> None:
+        """Check that this can be a model's projector.
+
+        Raises:
+            ValueError: it is of another kind or shape.
+        """
+        if self.kind != model.projector.kind:
+            raise ValueError(
+                f"{self.path}: a projector of type {self.kind}, the model's is {model.projector.kind}; build "
+                "the model anew with scripts/convert/build_llava_jp.py --projector"
+            )
+        _check_activation(model)
+        expected = _shapes(model)
+        for name in sorted(expected.keys() ^ self.tensors.keys()):
+            where = "the model has no such" if name in self.tensors else "the file lacks the"
+            raise ValueError(f"{self.path}: {where} {_llava_name(self.kind, name)}")
+        for name, shape in expected.items():
+            found = tuple(self.tensors[name].shape)
+            if found != shape:
+                raise ValueError(
+                    f"{self.path}: {_llava_name(self.kind, name)} has shape {list(found)}, the model's "
+                    f"{list(shape)}; it was trained with another tower or language model"
+                )
+
+
+def read_projector(path: PathLike) -> MMProjector:
+    """Read ``mm_projector.bin``, ``non_lora_trainables.bin``, a ``.safetensors`` file, or a folder with one.
+
+    Raises:
+        ValueError: it isn't there, isn't a file of weights, or holds no projector of a supported type.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / f"{FILE}{suffix}" for suffix in (".safetensors", ".bin")]
+        path = next((file for file in found if file.is_file()), found[-1])
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    names, read = _open(path)
+    own: dict[str, str] = {}
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match and own.setdefault(match[1], name) != name:
+            raise ValueError(f"{path}: {name} and {own[match[1]]} are the same tensor of a projector")
+    if not own:
+        raise ValueError(
+            f"{path}: holds no mm_projector; its first tensor is {next(iter(names), 'not there')}"
+        )
+    layers = {key.rpartition(".")[0] for key in own}
+    kind = next((kind for kind, known in _LAYERS.items() if layers == known.keys()), None)
+    strange = [key for key in own if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
+    if kind is None or strange:
+        depth = max((int(layer) for layer in layers if layer.isdecimal()), default=0) // 2 + 1
+        what = f"with {strange[0]}" if strange else f"of type mlp{depth}x_gelu"
+        raise ValueError(f"{path}: a projector {what}; supported: {', '.join(_LAYERS)}")
+    tensors = {}
+    for key, name in own.items():
+        layer, _, part = key.rpartition(".")
+        tensor = tensors[f"{_LAYERS[kind][layer]}.{part}"] = read(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, not floating point")
+        check_finite(f"{path}: {name}", tensor)
+    return MMProjector(path, kind, tensors, tuple(name for name in names if name not in own.values()))
+
+
+def import_projector(
+    projector: PathLike,
+    checkpoint: PathLike,
+    save_dir: PathLike,
+    force: bool = False,
+    progress: Progress | None = None,
+    base: PathLike | None = None,
+    verify: bool = False,
+) -> MMProjector:
+    """Write a checkpoint with another projector: a Hugging Face folder as a Hugging Face folder, a Megatron
+    checkpoint in the native format, cut as the one given.
+
+    Every other tensor keeps its bits; the projector's take the dtype of those that they replace.
+
+    Args:
+        projector: as :func:`read_projector` takes it.
+        checkpoint: a Hugging Face folder, a checkpoint folder, a root, or a run folder.
+        save_dir: the folder or root to make; must not hold anything unless ``force``.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
+        verify: read every tensor back from the files written, and compare.
+
+    Returns:
+        What was imported.
+
+    Raises:
+        ValueError: the file is no projector of this model, one of the two cannot be read, the disk is too
+            full, or the output is there already.
+        Difference: what was read back is not what was written.
+    """
+    file = read_projector(projector)
+    if is_checkpoint(checkpoint):
+        source = MegatronCheckpoint(checkpoint, base)
+        file.fit(source.model)
+        new = {source.prefixes["projector"] + name: tensor for name, tensor in file.tensors.items()}
+        layout = read_manifest(source.path)["layout"]
+        tp, pp = layout["tp"], layout["pp"]
+        reshard(checkpoint, save_dir, tp, pp, force, progress, base, verify, replaced=new)
+        return file
+    folder, target = HFFolder(checkpoint), Path(save_dir)
+    file.fit(ModelConfig.from_hf_dir(str(checkpoint)))
+    check_apart(folder.path, target)
+    check_target(target, force)
+    prefix = detect_prefixes(folder.tensors)["projector"]
+    new = {prefix + name: tensor for name, tensor in file.tensors.items()}
+
+    def read(name: str) -> Tensor:
+        if name in new:
+            return cast(name, new[name], folder.tensors[name].dtype)
+        tensor = folder.read(name)
+        check_finite(name, tensor)
+        return tensor
+
+    files, metadata = folder.files, folder.metadata
+    if not folder.is_safetensors:
+        files = split_into_shards(list(folder.tensors.values()), _SHARD_BYTES)
+        metadata = {name: {"format": "pt"} for name in files}
+    size = sum(info.nbytes for info in folder.tensors.values())
+    check_free_space(target, size)
+    with appearing_folder(target, replace=force) as output:
+        copy_small_files(folder.path, output)
+        names = [info.name for infos in files.values() for info in infos]
+        written = write_weights(output, files, metadata, names, read, Meter(size, progress), verify)
+        if len(files) > 1 and not folder.is_safetensors:
+            write_index(output, files)
+        write_conversion(output, {"source": str(folder.path), "projector": str(file.path)}, written)
+    return file
+
+
+def export_projector(
+    checkpoint: PathLike,
+    save_dir: PathLike,
+    as_bin: bool = False,
+    force: bool = False,
+    base: PathLike | None = None,
+) -> Path:
+    """Write a checkpoint's projector as LLaVA does: ``mm_projector.safetensors`` and ``config.json``.
+
+    Args:
+        checkpoint: a Hugging Face folder, a checkpoint folder, a root, or a run folder.
+        save_dir: the folder to make; must not hold anything unless ``force``.
+        as_bin: ``mm_projector.bin``, which is what LLaVA itself reads.
+        base: the checkpoint with all weights under one of trained weights only, if it has moved.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is no such checkpoint, its projector is not one that LLaVA has, or the output is
+            there already.
+    """
+    read: Callable[[str], Tensor]
+    if is_checkpoint(checkpoint):
+        source = MegatronCheckpoint(checkpoint, base)
+        config_dir, model, prefixes, read = source.hf, source.model, source.prefixes, source.read
+    else:
+        folder = HFFolder(checkpoint)
+        config_dir, model, read = folder.path, ModelConfig.from_hf_dir(str(checkpoint)), folder.read
+        prefixes = detect_prefixes(folder.tensors)
+    _check_activation(model)
+    for carry in build_table(model, model.language.vocab_size, prefixes).carries:
+        if carry.check is not None:  # the identity behind a linear projector
+            for name, _ in carry.hf:
+                carry.check(name, read(name))
+    tensors = {}
+    for name in _shapes(model):
+        tensor = read(prefixes["projector"] + name)
+        check_finite(name, tensor)
+        tensors[f"model.{_llava_name(model.projector.kind, name)}"] = tensor
+    target = Path(save_dir)
+    if force and target.is_dir() and any(target.iterdir()) and not any(target.glob(f"{FILE}.*")):
+        raise ValueError(f"{target} holds no {FILE}; --force doesn't replace it")
+    with appearing_folder(target, replace=force) as output:
+        if as_bin:
+            # A view would take the whole storage behind it along.
+            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, output / f"{FILE}.bin")
+        else:
+            infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+            writer = SafetensorsFile(output / f"{FILE}.safetensors", infos, {"format": "pt"})
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.close()
+        text = json.dumps(_llava_config(config_dir, model), indent=2, ensure_ascii=False)
+        (output / "config.json").write_text(text + "\n", encoding="utf-8")
+    return target / f"{FILE}{'.bin' if as_bin else '.safetensors'}"
+
+
+def _open(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
+    """A file's names, and how its tensors are read."""
+    if path.suffix != ".safetensors":
+        bin_file = BinFile(path)
+        return list(bin_file.tensors), bin_file.get_tensor
+    try:
+        file = safe_open(path, "pt")
+        return list(file.keys()), file.get_tensor
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _shapes(model: ModelConfig) -> dict[str, Shape]:
+    """What a model's projector is trained with, by transformers' names behind the prefix."""
+    prefixes = detect_prefixes([])
+    rows = build_table(model, model.language.vocab_size, prefixes).rows
+    prefix = prefixes["projector"]
+    return {n.removeprefix(prefix): s for row in rows for n, s in row.hf if n.startswith(prefix)}
+
+
+def _llava_name(kind: str, name: str) -> str:
+    """``mm_projector.0.weight`` for ``linear_1.weight``."""
+    layer, _, part = name.partition(".")
+    number = next((number for number, own in _LAYERS[kind].items() if own == layer), layer)
+    return ".".join(filter(None, (FILE, number, part)))
+
+
+def _check_activation(model: ModelConfig) -> None:
+    activation = model.projector.activation
+    if model.projector.kind == "mlp2x_gelu" and activation != "gelu":
+        raise ValueError(
+            f"config.json: projector_hidden_act is {activation!r}; LLaVA's mm_projector has 'gelu', so the "
+            "same weights would be another function"
+        )
+
+
+def _llava_config(config_dir: Path, model: ModelConfig) -> dict[str, Any]:
+    """LLaVA's ``config.json`` beside a projector: the language model's, and what the projector goes with."""
+    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
+    vision = config.get("vision_config") or {}
+    values = {
+        **(config.get("text_config") or {}),
+        "model_type": f"llava_{model.language.family}",
+        "hidden_size": model.language.hidden_size,
+        "mm_hidden_size": model.projector.input_size,
+        "mm_projector_type": model.projector.kind,
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "patch" if model.feature_strategy == "default" else "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": True,
+        "use_mm_proj": True,
+    }
+    tower = vision.get("_name_or_path")
+    return {**values, "mm_vision_tower": tower} if tower else values

@@ -1,0 +1,260 @@
+"""mm_projector.bin: what LLaVA writes and reads, against torch's own Sequential."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from megatron_vlm.hf.build import build_llava
+from megatron_vlm.hf.classic import ClassicLayout
+from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.projector import export_projector, import_projector, read_projector
+from megatron_vlm.hf.verify import check_manifest, verify
+from tests.hf.test_build import make_text, make_tower
+from tests.hf.test_scripts import run
+from tests.tiny import save_tiny_llava
+
+INNER, OUTER = 32, 48  # of tests/tiny.py
+
+
+def build_vision_projector(projector_type: str, inner: int = INNER, outer: int = OUTER) -> nn.Module:
+    """Written after LLaVA's ``multimodal_projector/builder.py``."""
+    if projector_type == "linear":
+        return nn.Linear(inner, outer)
+    match = re.match(r"^mlp(\d+)x_gelu$", projector_type)
+    assert match
+    modules: list[nn.Module] = [nn.Linear(inner, outer)]
+    for _ in range(1, int(match[1])):
+        modules += [nn.GELU(), nn.Linear(outer, outer)]
+    return nn.Sequential(*modules)
+
+
+def llava_file(path: Path, projector: nn.Module, prefix: str = "model.mm_projector.", **more: Tensor) -> Path:
+    """As ``safe_save_model_for_hf_trainer`` writes it."""
+    state = {prefix + name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    torch.save({**state, **more}, path)
+    return path
+
+
+def projected(checkpoint: Path, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        return LlavaForConditionalGeneration.from_pretrained(checkpoint).model.multi_modal_projector(features)
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    save_tiny_llava(tmp_path / "llava", "clip-llama")
+    return tmp_path / "llava"
+
+
+def forms(llava: Path, folder: Path, name: str) -> Path:
+    """The model in one of the formats that a projector can come from."""
+    if name == "native":
+        import_hf(llava, folder / name, 2, 1)
+    elif name == "classic":
+        import_hf(llava, folder / name, 2, 2, classic=ClassicLayout(2, 2, 1, (1, 3)))
+    elif name == "hf":
+        return llava
+    elif name == "bin":
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text((llava / "config.json").read_text())
+        torch.save(load_file(llava / "model.safetensors"), folder / name / "pytorch_model.bin")
+    return folder / name
+
+
+@pytest.mark.parametrize("form", ["hf", "bin", "native", "classic"])
+def test_import_and_export(tmp_path: Path, llava: Path, form: str) -> None:
+    """The function is LLaVA's, every other tensor stays, and what comes out is what went in, bit for bit."""
+    torch.manual_seed(3)
+    projector = build_vision_projector("mlp2x_gelu")
+    file = llava_file(tmp_path / "mm_projector.bin", projector)
+    done = import_projector(file, forms(llava, tmp_path, form), tmp_path / "new", verify=True)
+    assert (done.kind, done.others) == ("mlp2x_gelu", ())
+    check_manifest(tmp_path / "new")
+    back = tmp_path / "new"
+    if form not in ("hf", "bin"):
+        back = export_hf(tmp_path / "new", tmp_path / "back")
+
+    features = torch.randn(7, INNER)
+    with torch.no_grad():
+        assert torch.equal(projected(back, features), projector(features))
+    before, after = (LlavaForConditionalGeneration.from_pretrained(p).state_dict() for p in (llava, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) == ("projector" not in n) for n in before)
+
+    for as_bin in (False, True):
+        out = export_projector(tmp_path / "new", tmp_path / f"out{as_bin}", as_bin)
+        again = torch.load(out, weights_only=True) if as_bin else load_file(out)
+        expected = torch.load(file, weights_only=True)
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_a_trained_checkpoint_in_another_dtype_keeps_it(tmp_path: Path, llava: Path) -> None:
+    """In float32 under a model that was imported in bfloat16, the projector is as exact as its file."""
+    import_hf(llava, tmp_path / "native", 1, 1, dtype=torch.bfloat16)
+    projector = build_vision_projector("mlp2x_gelu")
+    import_projector(
+        llava_file(tmp_path / "mm_projector.bin", projector), tmp_path / "native", tmp_path / "new"
+    )
+    out = load_file(export_projector(tmp_path / "new", tmp_path / "out"))
+    assert torch.equal(out["model.mm_projector.2.bias"], projector.state_dict()["2.bias"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "mm_projector.",
+        "base_model.model.model.mm_projector.",
+        "module.base_model.model.model.mm_projector.",
+    ],
+)
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+def test_names_that_trainers_write(tmp_path: Path, prefix: str, kind: str) -> None:
+    projector = build_vision_projector(kind)
+    extra = {"base_model.model.lm_head.weight": torch.ones(2)}
+    found = read_projector(llava_file(tmp_path / "non_lora_trainables.bin", projector, prefix, **extra))
+    assert found.kind == kind and found.others == tuple(extra)
+    renamed = {"0": "linear_1", "2": "linear_2"} if kind != "linear" else {"": "linear_1"}
+    for name, tensor in projector.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        assert torch.equal(found.tensors[f"{renamed[layer]}.{part}"], tensor)
+
+
+def test_linear(tmp_path: Path) -> None:
+    save_tiny_llava(tmp_path / "llava", "clip-llama-linear")
+    projector = build_vision_projector("linear", inner=2 * INNER)  # the features of two layers
+    import_projector(
+        llava_file(tmp_path / "mm_projector.bin", projector), tmp_path / "llava", tmp_path / "new"
+    )
+    features = torch.randn(5, 2 * INNER)
+    with torch.no_grad():
+        assert torch.equal(projected(tmp_path / "new", features), projector(features))
+    out = load_file(export_projector(tmp_path / "new", tmp_path / "out"))
+    assert {name.removeprefix("model.mm_projector."): t.shape for name, t in out.items()} == {
+        name: t.shape for name, t in projector.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+def test_build_with_a_projector(tmp_path: Path, kind: str) -> None:
+    """A file written before torch 1.6 too, which can't be mapped."""
+    text, tower = make_text(tmp_path / "text"), make_tower(tmp_path / "tower")
+    projector = build_vision_projector(kind, 24, 32)
+    file = tmp_path / "mm_projector.bin"
+    torch.save(
+        {f"model.mm_projector.{n}": t for n, t in projector.state_dict().items()},
+        file,
+        _use_new_zipfile_serialization=False,
+    )
+    built = build_llava(tmp_path / "llava", str(text), str(tower), projector=tmp_path)
+    features = torch.randn(5, 24)
+    with torch.no_grad():
+        # The identity behind a linear one multiplies by one and adds zeros: exact.
+        assert torch.equal(projected(built, features), projector(features))
+    other = "linear" if kind == "mlp2x_gelu" else "mlp2x_gelu"
+    with pytest.raises(ValueError, match=f"--projector .*: of type {kind}, not {other}"):
+        build_llava(tmp_path / "other", str(text), str(tower), other, projector=file)
+
+
+def test_the_config_beside_it(tmp_path: Path, llava: Path) -> None:
+    out = export_projector(llava, tmp_path / "out")
+    assert out == tmp_path / "out" / "mm_projector.safetensors"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llava_llama"
+    expected = dict(
+        mm_projector_type="mlp2x_gelu",
+        mm_hidden_size=INNER,
+        hidden_size=OUTER,
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_use_im_start_end=False,
+    )
+    assert {key: config[key] for key in expected} == expected
+    with pytest.raises(ValueError, match="there already"):
+        export_projector(llava, tmp_path / "out")
+    export_projector(llava, tmp_path / "out", as_bin=True, force=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "mm_projector.bin"]
+    with pytest.raises(ValueError, match=r"llava holds no mm_projector; --force doesn't replace it"):
+        export_projector(shutil.copytree(llava, tmp_path / "copy"), llava, force=True)
+
+
+def test_errors(tmp_path: Path, llava: Path) -> None:
+    def refused(message: str, state: Any, name: str = "mm_projector.bin") -> None:
+        file = tmp_path / name
+        if state is not None:
+            save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
+        with pytest.raises(ValueError, match=message) as error:
+            import_projector(file, llava, tmp_path / "new")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "new").exists()
+
+    good = {
+        f"model.mm_projector.{n}": t for n, t in build_vision_projector("mlp2x_gelu").state_dict().items()
+    }
+    refused("no such file", None, "nowhere.bin")
+    (tmp_path / "text.bin").write_text("no weights")
+    refused("text.bin: not a file of weights", None, "text.bin")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    refused("text.safetensors: not a whole safetensors file", None, "text.safetensors")
+    refused("holds something else than named tensors", {"a": 1})
+    refused("not a file of weights", {"a": Path("/")})  # a class that weights_only doesn't admit
+    refused(r"holds no mm_projector; its first tensor is lm_head\.weight", {"lm_head.weight": torch.ones(2)})
+    refused("holds no mm_projector; its first tensor is not there", {})
+    refused("are the same tensor of a projector", {**good, "mm_projector.0.bias": torch.zeros(OUTER)})
+    deep = build_vision_projector("mlp3x_gelu").state_dict()
+    refused(
+        "of type mlp3x_gelu; supported: mlp2x_gelu, linear", {f"mm_projector.{n}": t for n, t in deep.items()}
+    )
+    refused(r"a projector with 0\.query; supported", {**good, "mm_projector.0.query": torch.ones(2)})
+    refused(
+        "a projector of type linear, the model's is mlp2x_gelu; build",
+        {"mm_projector.weight": torch.ones(2, 2)},
+    )
+    first = "model.mm_projector.0.weight"
+    refused(
+        r"mm_projector\.0\.weight has shape \[2, 3\], the model's \[48, 32\]",
+        {**good, first: torch.ones(2, 3)},
+    )
+    refused(
+        r"the file lacks the mm_projector\.2\.bias",
+        {n: t for n, t in good.items() if not n.endswith("2.bias")},
+    )
+    refused("holds NaN", {**good, first: torch.full((OUTER, INNER), float("nan"))})
+    refused("int64, not floating point", {**good, first: torch.ones(OUTER, INNER, dtype=torch.int64)})
+    save_tiny_llava(tmp_path / "bent", "siglip-qwen2")
+    with pytest.raises(ValueError, match="projector_hidden_act is 'linear'; LLaVA's mm_projector has 'gelu'"):
+        export_projector(tmp_path / "bent", tmp_path / "new")
+
+
+def test_the_script(tmp_path: Path, llava: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    projector = build_vision_projector("mlp2x_gelu")
+    llava_file(tmp_path / "mm_projector.bin", projector, more=torch.ones(2))
+    flags = ["--checkpoint", "llava", "--save-dir"]
+    assert run(monkeypatch, "projector", "import", *flags, "new", "--projector", "mm_projector.bin") == 0
+    shown = capsys.readouterr()
+    assert "1 other tensors are left out, such as more" in shown.out and "B/s" in shown.err
+    assert run(monkeypatch, "projector", "export", "--checkpoint", "new", "--save-dir", "out", "--bin") == 0
+    assert capsys.readouterr().out == "out/mm_projector.bin\n"
+    again = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
+    assert torch.equal(again["model.mm_projector.2.weight"], projector.state_dict()["2.weight"])
+    for wrong in (
+        ["import", *flags, "x"],
+        ["import", *flags, "x", "--projector", "mm_projector.bin", "--bin"],
+        ["export", *flags, "x", "--projector", "mm_projector.bin"],
+        ["export", "--checkpoint", "nowhere", "--save-dir", "x"],
+        ["merge", *flags, "x"],
+    ):
+        assert run(monkeypatch, "projector", *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+    assert verify(tmp_path / "llava", llava)
