@@ -37,7 +37,7 @@ $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	@echo "make: installing $(CONSTRAINTS) into $(VENV); this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools
-	$(PIP) --no-build-isolation --editable '.[demo,dev]'
+	$(PIP) --no-build-isolation --editable '.[data,demo,dev]'
 	@touch $@
 
 demo: setup

@@ -26,6 +26,7 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
+        "data": ["pyarrow>=17"],  # Parquet and Arrow, for scripts/data/prepare.py
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
         "dev": [
             "hypothesis>=6.100",

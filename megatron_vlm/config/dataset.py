@@ -10,6 +10,8 @@ import tarfile
 from typing import Dict, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
+PREPARED = "prepare.json"  # in .nv-meta: samples, bytes and hash of each shard, by scripts/data/prepare.py
+TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 
 
 def prepare_command(path: str, ratio: str = "9,1,0") -> str:

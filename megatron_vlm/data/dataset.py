@@ -19,11 +19,9 @@ from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stat
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
-from megatron_vlm.config.dataset import FIELD_MAP, prepare_command
+from megatron_vlm.config.dataset import FIELD_MAP, PREPARED, TEXT_ONLY_KEY, prepare_command
 from megatron_vlm.data.conversations import read_conversation, read_json
 from megatron_vlm.data.templates import SampleError, Turn
-
-TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 
 
 @dataclass
@@ -92,14 +90,15 @@ class PreparedDataset:
                 "whole shards); write more shards, or prepare again: "
                 + prepare_command(path, "1,0,0" if split == "train" else "9,1,0")
             )
-        shards = tuple(_checked_shard(path, name, counts) for name in names)
+        sizes = _prepared_sizes(path)
+        shards = tuple(_checked_shard(path, name, counts, sizes) for name in names)
         uuid_file = os.path.join(meta, "index.uuid")
         uuid = ""
         if os.path.isfile(uuid_file):
             with open(uuid_file, encoding="utf-8") as file:
                 uuid = file.read().strip()
         digest = hashlib.sha256(repr((uuid, split, shards)).encode()).hexdigest()
-        return cls(path, split, shards, _field_map(path), digest[:16])
+        return cls(path, split, shards, read_field_map(path), digest[:16])
 
     def load(self, worker_config: WorkerConfig, **kwargs: Any) -> LoadedDataset:
         """The split for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
@@ -167,7 +166,16 @@ def _split_shards(path: str, split: str) -> List[str]:
         ) from None
 
 
-def _checked_shard(path: str, name: str, counts: Mapping[str, int]) -> Shard:
+def _prepared_sizes(path: str) -> Dict[str, int]:
+    """Bytes of each shard, where scripts/data/prepare.py has made the folder."""
+    try:
+        with open(os.path.join(path, ".nv-meta", PREPARED), encoding="utf-8") as file:
+            return {name: shard["bytes"] for name, shard in json.load(file)["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _checked_shard(path: str, name: str, counts: Mapping[str, int], sizes: Mapping[str, int]) -> Shard:
     """A shard that is there and reaches as far as the index that prepare wrote beside it."""
     file_name = os.path.join(path, name)
     try:
@@ -187,10 +195,15 @@ def _checked_shard(path: str, name: str, counts: Mapping[str, int]) -> Shard:
             f"--data-path {path}: shard {name} is truncated ({size} bytes; its samples reach to {end}); "
             f"restore it, or run: {prepare_command(path)}"
         )
+    if size != sizes.get(name, size):
+        raise ValueError(
+            f"--data-path {path}: shard {name} is not the one that was prepared ({size} bytes, it had "
+            f"{sizes[name]}); restore it. scripts/data/prepare.py --check {path} names all that is wrong"
+        )
     return Shard(name, counts[name], size)
 
 
-def _field_map(path: str) -> Dict[str, str] | None:
+def read_field_map(path: str) -> Dict[str, str] | None:
     """Which file holds what: from ``dataset.yaml``, read as data, never run. None where it has none."""
     file_name = os.path.join(path, ".nv-meta", "dataset.yaml")
     config: Dict[str, Any] = {}

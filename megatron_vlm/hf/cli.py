@@ -59,20 +59,27 @@ class Parser(argparse.ArgumentParser):
 
 
 class ProgressBar:
-    """Bytes done, speed and time left, as a bar on stderr; in a log it moves every ten seconds."""
+    """Bytes done, speed and time left, as a bar on stderr; in a log it moves every ten seconds.
 
-    def __init__(self) -> None:
+    Args:
+        what: stands before the bar.
+        unit: what is counted.
+    """
+
+    def __init__(self, what: str | None = None, unit: str = "B") -> None:
         self._bar: Any = None
+        self._what, self._unit = what, unit
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes are done."""
+        """Show that ``done`` of ``total`` are done."""
         if self._bar is None:
             from tqdm import tqdm
 
             terminal = sys.stderr.isatty()
             self._bar = tqdm(
                 total=total,
-                unit="B",
+                desc=self._what,
+                unit=self._unit,
                 unit_scale=True,
                 mininterval=0.2 if terminal else 10,
                 ncols=None if terminal else 80,

@@ -1,0 +1,13 @@
+"""From people's files to a prepared dataset; scripts/data/prepare.py is its command.
+
+build.py     the way through, restarts, the finished folder
+sources.py   containers: JSON, JSON lines, Parquet, Arrow, tars, cut into units
+records.py   shapes: LLaVA, ShareGPT, OpenAI, Alpaca, question and answer, to messages and images
+stage.py     first pass: units to conversations that can be read in any order
+plan.py      duplicates, split, order, shards
+pictures.py  images looked through, made smaller where asked
+shards.py    second pass: planned samples to tars
+workers.py   the processes of both passes
+counts.py    reasons and histograms; report.py makes the report of them
+check.py     a prepared folder looked through before training
+"""

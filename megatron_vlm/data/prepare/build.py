@@ -1,0 +1,315 @@
+"""The whole way from people's files to a dataset: two passes, energon's own prepare, a report.
+
+Everything is made in ``<save_dir>.partial`` and gets its name when it is whole. That folder also holds what
+is finished, so that the same command goes on where it was killed:
+
+    settings.json        what was asked for; other settings don't go on with it
+    units/, shards/      the first pass's units, and a file for each finished shard
+    dataset/             what becomes <save_dir>
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.config.dataset import PREPARED
+from megatron_vlm.data.prepare.counts import EXAMPLES, Dropped
+from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
+from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
+from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
+from megatron_vlm.data.prepare.records import SHAPES
+from megatron_vlm.data.prepare.report import Names, make_report, to_markdown
+from megatron_vlm.data.prepare.shards import HASH, ShardFacts, finished
+from megatron_vlm.data.prepare.sources import Unit, find_units
+from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
+from megatron_vlm.data.prepare.workers import Workers
+
+VERSION = 1  # of what is written; a folder begun by another version is not gone on with
+MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for
+_SPARE = 1.05  # of the space that is needed: index, block sizes
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`prepare` is asked for. The flags of scripts/data/prepare.py are these, by name.
+
+    Attributes:
+        image_root: where relative paths of images begin; None for the folder of the file that has them.
+        format: the only shape that records may have, of ``SHAPES``; None for any.
+        split: shares of train, val and test; those left out are 0.
+        duplicates: what is left out, see :func:`~megatron_vlm.data.prepare.plan.duplicates`.
+        shard_samples, shard_bytes: the most in one shard.
+        max_side, encode, quality: see :class:`~megatron_vlm.data.prepare.pictures.Encoding`.
+        force: replace a finished dataset, and what other settings have begun.
+    """
+
+    input: tuple[str, ...]
+    save_dir: str
+    image_root: str | None = None
+    format: str | None = None
+    split: tuple[float, ...] = (0.98, 0.01, 0.01)
+    seed: int = 0
+    workers: int = 1
+    duplicates: str = "content"
+    shard_samples: int = 5000
+    shard_bytes: int = 1_000_000_000
+    max_side: int | None = None
+    encode: str | None = None
+    quality: int = 92
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("--format", self.format, SHAPES)
+        _check_choice("--duplicates", self.duplicates, DUPLICATES)
+        _check_choice("--encode", self.encode, ENCODINGS)
+        if not 1 <= len(self.split) <= len(SPLITS) or min(self.split) < 0 or not self.split[0] > 0:
+            raise ValueError("--split: give the shares of train, val and test, such as 0.98,0.01,0.01")
+        if not 1 <= self.shard_samples < MOST_SAMPLES:
+            raise ValueError(f"--shard-samples {self.shard_samples}: give 1 to {MOST_SAMPLES - 1}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality {self.quality}: give 1 to 100")
+        if self.image_root is not None and not os.path.isdir(self.image_root):
+            raise ValueError(f"--image-root {self.image_root}: no such folder")
+
+    @property
+    def partial(self) -> str:
+        return self.save_dir.rstrip("/") + ".partial"
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(self.max_side, self.encode, self.quality)
+
+
+def prepare(options: Options, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+    """Make a dataset, or finish one that was begun.
+
+    Returns:
+        the report.
+
+    Raises:
+        ValueError: the inputs can't be read, nothing of them can be used, there is too little space, or the
+            folder is in the way; the message says what would work.
+    """
+    _check_target(options)
+    with Workers(options.workers) as workers, contextlib.ExitStack() as stack:
+        units: list[Unit] = workers.call(find_units, options.input)
+        stack.enter_context(_locked(options.partial))
+        _check_settings(options, units)
+        _first_pass(options, units, workers, progress)
+        staged, plans, dropped = _plan(options, units)
+        _second_pass(options, plans, workers, progress)
+        facts = [_finished(options, plan) for plan in plans]
+        for shard in facts:
+            dropped.merge(shard.dropped, shard.examples)
+        shards = [shard for shard in facts if shard.samples]
+        if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
+            shutil.rmtree(options.partial)
+            raise ValueError(f"nothing is left to train on; {_why(dropped)}")
+        report = make_report(_settings(options, units), staged, dropped, shards)
+        _finish(options, shards, report)
+    return report
+
+
+def _check_choice(flag: str, value: str | None, choices: Any) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{flag} {value}: unknown; choose from {', '.join(choices)}")
+
+
+def _check_target(options: Options) -> None:
+    target = options.save_dir
+    if not os.path.isdir(os.path.dirname(os.path.abspath(target))):
+        raise ValueError(f"--save-dir {target}: the folder to make it in is not there")
+    if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
+        return
+    if not os.path.isdir(os.path.join(target, ".nv-meta")):
+        raise ValueError(f"--save-dir {target}: it is there, and no prepared dataset; give another name")
+    if not options.force:
+        if not os.path.isdir(os.path.join(options.partial, "dataset")):
+            shutil.rmtree(options.partial, ignore_errors=True)  # killed after it was finished
+        raise ValueError(f"--save-dir {target}: already prepared; --force makes it anew")
+
+
+@contextlib.contextmanager
+def _locked(partial: str) -> Iterator[None]:
+    os.makedirs(partial, exist_ok=True)
+    with open(os.path.join(partial, "lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{partial}: another prepare.py is at work there") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _settings(options: Options, units: Sequence[Unit]) -> dict[str, Any]:
+    """All that the result depends on."""
+    settings = asdict(options)
+    for name in ("workers", "force", "save_dir"):
+        del settings[name]
+    files = {unit.path: os.stat(unit.path) for unit in units}
+    settings["files"] = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files.items()]
+    return {"version": VERSION, **settings, "split": list(options.split), "input": list(options.input)}
+
+
+def _check_settings(options: Options, units: Sequence[Unit]) -> None:
+    path = os.path.join(options.partial, "settings.json")
+    settings, begun = _settings(options, units), read_json(path)
+    if begun is not None and begun != settings:
+        if not options.force and os.listdir(os.path.join(options.partial, "shards")):
+            names = [name for name in settings if settings[name] != begun.get(name)]
+            what = "changed input files" if names == ["files"] else "another --" + names[0].replace("_", "-")
+            raise ValueError(
+                f"{options.partial}: begun with {what}; give the same again, or --force to begin anew"
+            )
+        for name in ("units", "shards", "dataset"):
+            shutil.rmtree(os.path.join(options.partial, name), ignore_errors=True)
+    for name in ("units", "shards", "dataset"):
+        os.makedirs(os.path.join(options.partial, name), exist_ok=True)
+    write_json(path, settings)
+
+
+def _unit_path(options: Options, number: int) -> str:
+    return os.path.join(options.partial, "units", str(number))
+
+
+def _first_pass(options: Options, units: Sequence[Unit], workers: Workers, progress: Progress) -> None:
+    left = [i for i in range(len(units)) if unit_facts(_unit_path(options, i)) is None]
+    # Text is copied, and so are images that came inside of it; those of tars and files stay where they are.
+    _check_space(options, sum(units[i].size for i in left if units[i].kind != "tar"))
+    total = sum(unit.size for unit in units)
+    reading = Reading(options.format, options.image_root)
+    begun = total - sum(units[i].size for i in left)
+    workers.stage([(units[i], _unit_path(options, i), reading) for i in left], begun, total, progress)
+
+
+def _plan(options: Options, units: Sequence[Unit]) -> tuple[dict[str, Any], list[ShardPlan], Dropped]:
+    """The first pass's counts, the shards to write, and what was dropped so far."""
+    facts = [unit_facts(_unit_path(options, i)) or {} for i in range(len(units))]
+    indices = [unit_index(_unit_path(options, i)) for i in range(len(units))]
+    positions = [fact["positions"] for fact in facts]
+    bases = np.cumsum([0, *positions]).tolist()
+    staged: dict[str, Any] = {"read": sum(fact["read"] for fact in facts), "notes": {}, "shapes": {}}
+    staged["names"] = Names([unit.path for unit in units], bases)
+    dropped = Dropped()
+    for fact, base in zip(facts, bases, strict=False):
+        moved = {
+            reason: [[base + position, *more] for position, *more in examples]
+            for reason, examples in fact["examples"].items()
+        }
+        dropped.merge(fact["dropped"], moved)
+        for kind in ("notes", "shapes"):
+            for name, count in fact[kind].items():
+                staged[kind][name] = staged[kind].get(name, 0) + count
+    rows = sample_rows(indices, positions)
+    ids, contents = (np.concatenate([index[name] for index in indices]) for name in ("id", "content"))
+    repeats, same_id = duplicates(ids, contents, options.duplicates)
+    for number, row in enumerate(rows[repeats]):
+        named = number < EXAMPLES
+        dropped.add("duplicate id", int(row["ordinal"]), _id_of(options, row) if named else None, "")
+    if same_id:
+        staged["notes"]["same id as an earlier sample, other content"] = same_id
+    if repeats.all():
+        shutil.rmtree(options.partial)
+        raise ValueError(f"nothing that can be used in {', '.join(options.input)}; {_why(dropped, staged)}")
+    plans = plan_shards(
+        rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
+    )
+    return staged, plans, dropped
+
+
+def _id_of(options: Options, row: np.void) -> Any:
+    with open(_unit_path(options, int(row["unit"])) + ".jsonl", "rb") as file:
+        file.seek(int(row["offset"]))
+        return json.loads(file.readline())["extra"].get("id")
+
+
+def _done(options: Options, plan: ShardPlan) -> str:
+    return os.path.join(options.partial, "shards", plan.name + ".json")
+
+
+def _dataset(options: Options) -> str:
+    return os.path.join(options.partial, "dataset")
+
+
+def _finished(options: Options, plan: ShardPlan) -> ShardFacts:
+    facts = finished(plan, _dataset(options), _done(options, plan))
+    assert facts is not None, f"{plan.name} was written and is gone"
+    return facts
+
+
+def _second_pass(options: Options, plans: Sequence[ShardPlan], workers: Workers, progress: Progress) -> None:
+    left = [plan for plan in plans if finished(plan, _dataset(options), _done(options, plan)) is None]
+    _check_space(options, sum(int((plan.rows["bytes"] + plan.rows["length"] + 2048).sum()) for plan in left))
+    total = sum(len(plan.rows) for plan in plans)
+    folders = (_dataset(options), os.path.join(options.partial, "units"))
+    workers.write(
+        [(plan, *folders, _done(options, plan), options.encoding) for plan in left],
+        total - sum(len(plan.rows) for plan in left),
+        total,
+        progress,
+    )
+
+
+def _check_space(options: Options, needed: int) -> None:
+    free = shutil.disk_usage(options.partial).free
+    if needed * _SPARE > free:
+        raise ValueError(
+            f"--save-dir {options.save_dir}: {free / 1e9:.1f} GB are free there, about "
+            f"{needed * _SPARE / 1e9:.1f} GB are needed; make room and run the same command again"
+        )
+
+
+def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, Any]) -> None:
+    dataset = _dataset(options)
+    _energon_prepare(dataset, options.workers)
+    meta = os.path.join(dataset, ".nv-meta")
+    # energon draws a new one each time; the same data has the same here.
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(f"{shard.name} {shard.hash}\n" for shard in shards))
+    write_bytes(os.path.join(meta, "index.uuid"), str(identity).encode())
+    listed = {s.name: {"samples": s.samples, "bytes": s.bytes, "hash": s.hash} for s in shards}
+    write_json(os.path.join(meta, PREPARED), {"version": VERSION, "hash": HASH, "shards": listed}, indent=1)
+    write_json(os.path.join(dataset, "report.json"), report, indent=1)
+    write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="backslashreplace"))
+    if os.path.isdir(options.save_dir):
+        os.rename(options.save_dir, os.path.join(options.partial, f"replaced-{uuid.uuid4()}"))
+    os.rename(dataset, options.save_dir)
+    shutil.rmtree(options.partial)
+
+
+def _energon_prepare(dataset: str, workers: int) -> None:
+    import click
+    from megatron.energon.tools.prepare import command
+
+    names = os.listdir(dataset)
+    arguments = ["--non-interactive", "--force-overwrite", "--no-progress", "--num-workers", str(workers)]
+    arguments += ["--sample-type", "CrudeWebdataset"]
+    for split in SPLITS:
+        if any(name.startswith(f"{split}-") for name in names):
+            arguments += ["--split-parts", f"{split}:{split}-.*"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            command.main([*arguments, dataset], standalone_mode=False)
+    except (click.ClickException, SystemExit) as error:
+        last = (said.getvalue().strip().splitlines() or [str(error)])[-1]
+        raise RuntimeError(f"energon prepare failed on {dataset}: {last}") from error
+
+
+def _why(dropped: Dropped, staged: dict[str, Any] | None = None) -> str:
+    read = f"{staged['read']} records read; " if staged else ""
+    reasons = sorted(dropped.counts.items(), key=lambda item: -item[1])
+    return read + ("; ".join(f"{count} dropped: {reason}" for reason, count in reasons[:5]) or "no records")

@@ -1,0 +1,164 @@
+"""A prepared folder looked through before training: every shard, every sample, every image.
+
+Samples are read as the loader reads them. What is compared: shards with ``.nv-meta/.info.json``, their
+samples with energon's index, and, where prepare.py has made the folder, sizes and content hashes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sqlite3
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config.dataset import PREPARED, shard_counts, split_parts
+from megatron_vlm.data.conversations import trainable_turns
+from megatron_vlm.data.dataset import PreparedDataset, RawSample, read_field_map
+from megatron_vlm.data.prepare.files import read_json
+from megatron_vlm.data.prepare.pictures import Encoding
+from megatron_vlm.data.prepare.records import Rejected
+from megatron_vlm.data.prepare.shards import content_hash
+from megatron_vlm.data.prepare.sources import MEMBER, check_end
+from megatron_vlm.data.templates import SampleError
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A shard to look through. ``prepared`` is its entry in ``prepare.json``, None without one."""
+
+    dataset: PreparedDataset
+    name: str
+    number: int
+    samples: int
+    prepared: Mapping[str, Any] | None
+
+
+def check(
+    path: str, workers: int = 1, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> Iterator[str]:
+    """All that is wrong with a prepared folder, a line each, with the shard's and the sample's name.
+
+    Raises:
+        ValueError: it was never prepared, or what says what it holds is gone.
+    """
+    if not os.path.isdir(path):
+        raise ValueError(f"--check {path}: no such folder")
+    if not os.path.isdir(os.path.join(path, ".nv-meta")):
+        raise ValueError(f"--check {path}: not prepared, it has no .nv-meta")
+    counts = shard_counts(path)
+    listed = (read_json(os.path.join(path, ".nv-meta", PREPARED)) or {}).get("shards")
+    dataset = PreparedDataset(path, "train", (), read_field_map(path), "")
+    tasks = [
+        _Task(dataset, name, number, count, None if listed is None else listed.get(name))
+        for number, (name, count) in enumerate(counts.items())
+    ]
+    yield from _folder_problems(path, set(counts), None if listed is None else set(listed))
+    # Forked, so that energon is imported once; nothing here has started a thread.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for number, found in enumerate(pool.map(_shard_problems, tasks), 1):
+            yield from found
+            progress("checking", number, len(tasks))
+
+
+def _folder_problems(path: str, counted: set[str], listed: set[str] | None) -> Iterator[str]:
+    there = {
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name.endswith(".tar")
+    }
+    yield from (
+        f"{name}: in the folder, but not among the prepared shards" for name in sorted(there - counted)
+    )
+    if listed is not None:
+        yield from (
+            f"{name}: prepared, but .nv-meta/.info.json lacks it" for name in sorted(listed - counted)
+        )
+    parts = split_parts(path) or {}
+    for part, names in parts.items():
+        yield from (
+            f"{name}: of the {part} split, but never indexed" for name in names if name not in counted
+        )
+    if parts and not parts.get("train"):
+        yield "the train split is empty"
+
+
+def _shard_problems(task: _Task) -> list[str]:
+    path = os.path.join(task.dataset.path, task.name)
+    try:
+        return [f"{task.name}: {problem}" for problem in _problems(task, path)]
+    except OSError as error:
+        return [f"{task.name}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"]
+
+
+def _problems(task: _Task, path: str) -> Iterator[str]:
+    size = os.path.getsize(path)
+    if task.prepared is not None and size != task.prepared["bytes"]:
+        what = "cut off" if size < task.prepared["bytes"] else "another file"
+        yield f"{what}, {size} bytes in place of {task.prepared['bytes']}"
+    elif task.prepared is not None and content_hash(path) != task.prepared["hash"]:
+        yield "not the file that was prepared: its content hash differs"
+    indexed = _indexed(task)
+    found: list[tuple[str, int]] = []
+    seen: set[str] = set()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, offset, parts in _samples(tar):
+                found.append((key, offset))
+                if key in seen:
+                    yield f"sample {key}: its files don't stand together, or its key is another sample's too"
+                seen.add(key)
+                yield from (f"sample {key}: {problem}" for problem in _sample_problems(task, key, parts))
+            check_end(tar)
+    except tarfile.TarError as error:
+        yield f"cut off or damaged after {len(found)} of {task.samples} samples ({error})"
+        return
+    if indexed is not None and found != indexed:
+        yield "swapped or changed since it was prepared: its samples are not those of the index"
+    elif len(found) != task.samples:
+        yield f"{len(found)} samples in place of {task.samples}"
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    """Key, offset and files of each sample, cut as energon does."""
+    members = (member for member in tar if member.isreg())
+    named = ((match, member) for member in members if (match := MEMBER.fullmatch(member.name)))
+    for key, group in itertools.groupby(named, key=lambda item: item[0][1]):
+        parts, first = {}, -1
+        for match, member in group:
+            first = member.offset if first < 0 else first
+            content = tar.extractfile(member)
+            assert content is not None
+            parts[match[2]] = content.read()
+        yield key, first, parts
+
+
+def _sample_problems(task: _Task, key: str, parts: dict[str, bytes]) -> Iterator[str]:
+    try:
+        turns, images = task.dataset.read(RawSample(__key__=key, __restore_key__=(), parts=parts))
+        trainable_turns(turns)
+    except SampleError as error:
+        yield str(error)
+        return
+    for number, image in enumerate(images):
+        try:
+            Encoding()(image)
+        except Rejected as error:
+            yield f"image {number} can't be decoded ({error.detail})"
+
+
+def _indexed(task: _Task) -> list[tuple[str, int]] | None:
+    """Keys and offsets of the shard's samples when energon indexed it; None where there is no index."""
+    path = os.path.join(os.path.abspath(task.dataset.path), ".nv-meta", "index.sqlite")
+    query = "select sample_key, byte_offset from samples where tar_file_id = ? order by sample_index"
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as index:
+            return list(index.execute(query, (task.number,)))
+    except sqlite3.Error:
+        return None

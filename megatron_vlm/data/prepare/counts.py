@@ -1,0 +1,74 @@
+"""Counts that add up: what was dropped and why, and how long and how large samples are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+EXAMPLES = 10  # named in the report, for each reason
+_EXACT = 8  # up to here every value has a bin of its own
+
+
+@dataclass
+class Dropped:
+    """Records that became no sample, by reason, each with the first few of them."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+    def add(self, reason: str, *example: Any) -> None:
+        """Count one; ``example`` says which it was."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        named = self.examples.setdefault(reason, [])
+        if len(named) < EXAMPLES:
+            named.append(list(example))
+
+    def merge(self, counts: Mapping[str, int], examples: Mapping[str, Iterable[list[Any]]]) -> None:
+        """Add those of another, which come after."""
+        for reason, count in counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+        for reason, named in examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *named][:EXAMPLES]
+
+
+class Histogram:
+    """Values from 0 on, in bins of one up to 8 and of twice the width from there."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
+        self.total: int = state.get("total", 0)
+        self.low: int | None = state.get("min")
+        self.high: int | None = state.get("max")
+        self.bins: dict[int, int] = {int(top): count for top, count in state.get("bins", {}).items()}
+
+    def add(self, value: int) -> None:
+        """Count one value."""
+        top = value if value <= _EXACT else 1 << (value - 1).bit_length()
+        self.bins[top] = self.bins.get(top, 0) + 1
+        self.total += value
+        self.low = value if self.low is None else min(self.low, value)
+        self.high = value if self.high is None else max(self.high, value)
+
+    def merge(self, other: Histogram) -> None:
+        """Add another's values."""
+        for top, count in other.bins.items():
+            self.bins[top] = self.bins.get(top, 0) + count
+        self.total += other.total
+        self.low = min((low for low in (self.low, other.low) if low is not None), default=None)
+        self.high = max((high for high in (self.high, other.high) if high is not None), default=None)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON: number, sum, smallest, largest, and the count at each bin's upper end."""
+        return {
+            "count": sum(self.bins.values()),
+            "total": self.total,
+            "min": self.low,
+            "max": self.high,
+            "bins": {str(top): self.bins[top] for top in sorted(self.bins)},
+        }
+
+
+def bin_label(top: int) -> str:
+    """``9–16`` for the bin that ends at 16."""
+    return str(top) if top <= _EXACT else f"{top // 2 + 1}–{top}"

@@ -1,0 +1,145 @@
+"""First pass: every unit's records become conversations, laid down where any of them can be read again.
+
+A unit makes ``<n>.jsonl`` (a conversation a line), ``<n>.bin`` (images that came inside the records),
+``<n>.npy`` (an :data:`INDEX` row for each line) and, last of all, ``<n>.json``, without which the others
+don't count. Images that lie in files or tars stay there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.data.prepare.counts import Dropped
+from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.data.prepare.records import Conversation, Image, Rejected, TarPart, to_conversation
+from megatron_vlm.data.prepare.sources import Unit, read_unit
+
+INDEX = np.dtype(
+    [
+        ("position", "<i8"),  # in the unit, from 1 on
+        ("offset", "<i8"),  # of the line
+        ("length", "<i4"),
+        ("bytes", "<i8"),  # of the images
+        ("id", "<u8"),  # hashes: of the record's id, 0 without one; of messages and images
+        ("content", "<u8"),
+    ]
+)
+_REPORT_EVERY = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read: their shape (None: any), and where relative paths of images begin."""
+
+    shape: str | None
+    image_root: str | None
+
+
+def stage_unit(
+    unit: Unit, path: str, reading: Reading, progress: Callable[[int], None] = lambda size: None
+) -> None:
+    """Read a unit and lay its conversations down.
+
+    Args:
+        path: of the files to make, without their suffixes.
+        progress: told how many bytes more have been read.
+
+    Raises:
+        ValueError: the input is damaged.
+    """
+    dropped, notes, shapes = Dropped(), Counter[str](), Counter[str]()
+    read = last = reported = 0
+    rows: list[tuple[int, ...]] = []
+    root = reading.image_root or os.path.dirname(unit.path)
+    with open(path + ".jsonl.tmp", "wb") as lines, open(path + ".bin.tmp", "wb") as images:
+        for raw in read_unit(unit):
+            last = raw.position
+            if last % _REPORT_EVERY == 0:
+                progress(int(raw.done * unit.size) - reported)
+                reported = int(raw.done * unit.size)
+            if raw.fields is None and raw.problem is None:
+                continue
+            read += 1
+            try:
+                if raw.problem:
+                    raise raw.problem
+                assert raw.fields is not None
+                conversation = to_conversation(raw.fields, reading.shape, raw.images)
+                stored = [_store(image, images, root) for image in conversation.images]
+            except Rejected as error:
+                name = (raw.fields or {}).get("id")
+                dropped.add(error.reason, last, None if name is None else str(name)[:200], error.detail)
+                continue
+            shapes[conversation.shape] += 1
+            notes.update(conversation.notes)
+            offset = lines.tell()
+            line = _line(conversation, [reference for reference, _, _ in stored])
+            lines.write(line)
+            sizes = sum(size for _, size, _ in stored)
+            digests = [digest for _, _, digest in stored]
+            rows.append(
+                (last, offset, len(line), sizes, _id_hash(conversation), _content_hash(conversation, digests))
+            )
+    np.save(path + ".npy.tmp.npy", np.array(rows, dtype=INDEX))
+    for suffix, made in ((".jsonl", ".jsonl.tmp"), (".bin", ".bin.tmp"), (".npy", ".npy.tmp.npy")):
+        os.replace(path + made, path + suffix)
+    facts = {"positions": last, "read": read, "dropped": dropped.counts, "examples": dropped.examples}
+    write_json(path + ".json", {**facts, "notes": dict(notes), "shapes": dict(shapes)})
+    progress(unit.size - reported)
+
+
+def unit_facts(path: str) -> dict[str, Any] | None:
+    """What :func:`stage_unit` has counted; None if it has not come to its end."""
+    return read_json(path + ".json")
+
+
+def unit_index(path: str) -> np.ndarray:
+    """The unit's :data:`INDEX` rows."""
+    return np.load(path + ".npy", allow_pickle=False)
+
+
+def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
+    """How the second pass finds an image, its size, and what tells it from others.
+
+    Raises:
+        Rejected: its file isn't there.
+    """
+    if isinstance(image, bytes):
+        offset = images.tell()
+        images.write(image)
+        return ["", offset, len(image)], len(image), hashlib.blake2b(image, digest_size=16).hexdigest()
+    if isinstance(image, TarPart):
+        reference = [os.path.abspath(image.path), image.offset, image.size]
+        return reference, image.size, repr(reference)
+    path = os.path.abspath(os.path.join(root, image))
+    try:
+        return path, os.stat(path).st_size, path
+    except (OSError, ValueError):
+        raise Rejected("missing image", image[:200]) from None
+
+
+def _line(conversation: Conversation, images: list[Any]) -> bytes:
+    extra = {key: value for key, value in conversation.extra.items() if key not in ("messages", "images")}
+    value = {"messages": conversation.messages, "images": images, "extra": extra}
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _id_hash(conversation: Conversation) -> int:
+    identity = conversation.extra.get("id")
+    return 0 if identity is None else _hash(json.dumps(identity)) | 1
+
+
+def _content_hash(conversation: Conversation, images: list[str]) -> int:
+    return _hash(json.dumps([conversation.messages, images], sort_keys=True))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,105 @@
+"""Worker processes of both passes, and how far they are."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from megatron_vlm.data.prepare.shards import write_shard
+from megatron_vlm.data.prepare.stage import stage_unit
+
+_SECONDS = 0.2  # between two looks at how far they are
+
+
+class Workers:
+    """Processes that do the tasks of a pass side by side. Their number changes nothing of what they make.
+
+    Args:
+        number: of processes.
+    """
+
+    def __init__(self, number: int) -> None:
+        # Spawned, not forked: pyarrow and tokenizers have threads.
+        context = multiprocessing.get_context("spawn")
+        self._done = context.Value("q", 0)
+        self._pool = ProcessPoolExecutor(number, context, _start, (self._done, os.getpid()))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's result, from one of the processes."""
+        return self._pool.submit(function, *arguments).result()
+
+    def stage(self, tasks: Sequence[tuple[Any, ...]], begun: int, total: int, progress: Any) -> None:
+        """:func:`stage_unit` with each task's arguments; ``begun`` of ``total`` bytes are done already."""
+        self._run(_stage, tasks, "reading", begun, total, progress)
+
+    def write(self, tasks: Sequence[tuple[Any, ...]], begun: int, total: int, progress: Any) -> None:
+        """:func:`write_shard` with each task's arguments; ``begun`` of ``total`` samples are done already."""
+        self._run(_write, tasks, "writing", begun, total, progress)
+
+    def _run(
+        self,
+        task: Callable[..., None],
+        tasks: Sequence[Any],
+        what: str,
+        begun: int,
+        total: int,
+        progress: Any,
+    ) -> None:
+        self._done.value = begun
+        pending = {self._pool.submit(task, arguments) for arguments in tasks}
+        try:
+            while pending:
+                finished, pending = wait(pending, _SECONDS, FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                progress(what, min(self._done.value, total), total)
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, most often for want of memory; try fewer --workers. The same "
+                "command goes on from here"
+            ) from None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counter: Any = None
+
+
+def _start(counter: Any, parent: int) -> None:
+    """Runs first in each worker."""
+    global _counter
+    _counter = counter
+    # A killed parent takes its workers along (prctl(2): PR_SET_PDEATHSIG = 1), for the next start writes the
+    # same files.
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _advance(amount: int) -> None:
+    with _counter.get_lock():
+        _counter.value += amount
+
+
+def _stage(arguments: Any) -> None:
+    unit, path, reading = arguments
+    stage_unit(unit, path, reading, _advance)
+
+
+def _write(arguments: Any) -> None:
+    plan, folder, units, done, encoding = arguments
+    write_shard(plan, folder, units, done, encoding, None, _advance)

@@ -1,0 +1,203 @@
+"""``--check`` names every damage that training would meet, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.prepare.build import Options, prepare
+from megatron_vlm.data.prepare.check import check
+from tests.data.test_prepare import SCRIPT, llava, samples_of
+from tests.data.tiny_data import jpeg, write_shards
+from tests.data.tiny_data import prepare as energon_prepare
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 conversations with an image each, in 5 shards."""
+    root = tmp_path_factory.mktemp("check")
+    for i in range(60):
+        (root / f"{i}.jpg").write_bytes(jpeg(i))
+    (root / "a.jsonl").write_text("\n".join(json.dumps(llava(i, f"{i}.jpg")) for i in range(60)))
+    prepare(
+        Options(input=(str(root / "a.jsonl"),), save_dir=str(root / "data"), split=(9, 1), shard_samples=15)
+    )
+    return root / "data"
+
+
+@pytest.fixture
+def data(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def spoil(shard: Path, old: bytes, new: bytes, times: int = 1) -> None:
+    """Change bytes in place, as long as they were."""
+    assert len(old) == len(new) and shard.read_bytes().count(old) >= times
+    shard.write_bytes(shard.read_bytes().replace(old, new, times))
+
+
+def forget_hashes(data: Path) -> None:
+    (data / ".nv-meta/prepare.json").unlink()
+
+
+def test_nothing_is_wrong(whole: Path) -> None:
+    assert list(check(str(whole))) == []
+
+
+def test_every_corrupt_image_is_named(data: Path) -> None:
+    forget_hashes(data)  # without them too
+    names = {}
+    for identity in ("7", "30"):
+        sample = samples_of(data)[identity]
+        image = sample["data"][0]
+        spoil(data / sample["shard"], image, b"\0" * len(image))
+        names[sample["key"]] = sample["shard"]
+    assert sorted(check(str(data), workers=2)) == sorted(
+        f"{shard}: sample {key}: image 0 can't be decoded (in no format that PIL knows)"
+        for key, shard in names.items()
+    )
+
+
+def damaged(name: str) -> tuple[Callable[[Path], object], list[str]]:
+    first, second, third = (f"train-00000{i}.tar" for i in range(3))
+    return {
+        "cut off": (
+            lambda data: os.truncate(data / first, 9000),
+            [
+                f"{first}: cut off, 9000 bytes in place of",
+                f"{first}: sample # its image 0.jpg is missing",
+                f"{first}: cut off or damaged after 4 of 15 samples (no header at byte 8704, and no end)",
+            ],
+        ),
+        "a damaged header": (
+            lambda data: [forget_hashes(data), spoil(data / third, b".0.jpg\0", b".1.jpg\0")],
+            [f"{third}: sample # its image 0.jpg is missing", f"{third}: cut off or damaged after 1 of"],
+        ),
+        "missing": (lambda data: (data / second).unlink(), [f"{second}: missing"]),
+        "swapped for a shorter one": (
+            lambda data: shutil.copy(data / "val-000000.tar", data / first),
+            [f"{first}: cut off, ", f"{first}: swapped or changed since it was prepared"],
+        ),
+        "swapped with another": (
+            lambda data: [
+                os.rename(data / first, data / "x"),
+                os.rename(data / second, data / first),
+                os.rename(data / "x", data / second),
+            ],
+            [
+                f"{first}: not the file that was prepared: its content hash differs",
+                f"{first}: swapped or changed since it was prepared",
+                f"{second}: not the file that was prepared: its content hash differs",
+                f"{second}: swapped or changed since it was prepared",
+            ],
+        ),
+        "text changed, as long as it was": (
+            lambda data: spoil(data / first, b"Question", b"Answer??"),
+            [f"{first}: not the file that was prepared: its content hash differs"],
+        ),
+        "bad JSON": (
+            lambda data: [forget_hashes(data), spoil(data / third, b'{"messages"', b"{{messages'")],
+            [f"{third}: sample # its json can't be read (JSONDecodeError"],
+        ),
+        "a key is missing": (
+            lambda data: [forget_hashes(data), spoil(data / third, b'"messages"', b'"massages"')],
+            [f"{third}: sample # its json[question] can't be read"],
+        ),
+        "an image is missing": (
+            lambda data: [forget_hashes(data), spoil(data / third, b'["0.jpg"]', b'["9.jpg"]')],
+            [f"{third}: sample # its image 9.jpg is missing"],
+        ),
+        "another tar": (
+            lambda data: shutil.copy(data / first, data / "more.tar"),
+            ["more.tar: in the folder, but not among the prepared shards"],
+        ),
+        "not in the split": (
+            lambda data: (data / ".nv-meta/split.yaml").write_text(
+                "split_parts:\n  train: []\n  val:\n  - val-000000.tar\n  - gone.tar\n"
+            ),
+            ["gone.tar: of the val split, but never indexed", "the train split is empty"],
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cut off",
+        "a damaged header",
+        "missing",
+        "swapped for a shorter one",
+        "swapped with another",
+        "text changed, as long as it was",
+        "bad JSON",
+        "a key is missing",
+        "an image is missing",
+        "another tar",
+        "not in the split",
+    ],
+)
+def test_damage(name: str, data: Path) -> None:
+    keys = {sample["key"] for sample in samples_of(data).values()}
+    damage, expected = damaged(name)
+    damage(data)
+    found = list(check(str(data)))
+    assert len(found) == len(expected), found
+    for line, start in zip(found, expected, strict=True):
+        for key in keys:
+            line = line.replace(f"sample {key}:", "sample #")
+        assert line.startswith(start)
+
+
+def test_training_compares_sizes_when_it_starts(data: Path) -> None:
+    with open(data / "train-000001.tar", "ab") as file:
+        file.write(b"\0" * 512)
+    with pytest.raises(ValueError, match=r"train-000001\.tar is not the one that was prepared .* --check"):
+        PreparedDataset.open(str(data))
+    PreparedDataset.open(str(data), "val")
+
+
+def test_questions_and_answers_in_shards_of_ones_own(tmp_path: Path) -> None:
+    """The other layout, prepared with energon's command: checked by its index instead of hashes."""
+    samples: list[dict[str, bytes | str]] = [
+        {"key": f"{i:03d}", "jpg": jpeg(i), "json": b'{"question": "?"}', "txt": b"7"} for i in range(12)
+    ]
+    samples[2]["jpg"] = b"not a picture"
+    del samples[5]["txt"]
+    samples[7]["json"] = b'{"query": "?"}'
+    write_shards(tmp_path, samples, 3)
+    energon_prepare(prepare_command(str(tmp_path), ratio="1,0,0"))
+    sound = [
+        "000000.tar: sample 002: image 0 can't be decoded (in no format that PIL knows)",
+        "000001.tar: sample 005: it has no txt",
+        "000001.tar: sample 007: its json[question] can't be read (KeyError: 'question')",
+    ]
+    assert list(check(str(tmp_path))) == sound
+    shutil.copy(tmp_path / "000002.tar", tmp_path / "000001.tar")  # as many samples, of other keys
+    assert list(check(str(tmp_path))) == [
+        sound[0],
+        "000001.tar: swapped or changed since it was prepared: its samples are not those of the index",
+    ]
+
+
+def test_exit_codes(whole: Path, tmp_path: Path) -> None:
+    def run(path: Path) -> tuple[int, str, str]:
+        command = [sys.executable, str(SCRIPT), "--check", str(path), "--workers", "1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, said, _ = run(whole)
+    assert (code, said) == (0, f"{whole}: nothing is wrong\n")
+    data = Path(shutil.copytree(whole, tmp_path / "data"))
+    (data / "val-000000.tar").unlink()
+    code, said, _ = run(data)
+    assert (code, said) == (2, f"val-000000.tar: missing\n{data}: 1 problems\n")
+    assert run(tmp_path)[::2] == (2, f"error: --check {tmp_path}: not prepared, it has no .nv-meta\n")
