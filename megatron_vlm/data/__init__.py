@@ -1,5 +1,6 @@
-"""From prepared shards to microbatches.
+"""From people's files to shards, and from those to microbatches.
 
+prepare/           files of many formats to shards, and a look through them
 conversations.py   turns from JSON, and what is made of unusual ones
 templates.py       conversations to token ids, trained tokens known by construction
 chat_templates.py  the built-in templates, system prompts and questions for captions
