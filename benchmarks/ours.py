@@ -71,7 +71,8 @@ def _microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, :-1] = batch["labels"][:, 1:]
     rows, length = labels.shape
-    return Microbatch(batch["input_ids"], labels, torch.full((rows,), length), batch["pixels"], [""] * rows)
+    lengths, sizes = torch.full((rows,), length), torch.zeros(len(batch["pixels"]), 2, dtype=torch.int64)
+    return Microbatch(batch["input_ids"], labels, lengths, batch["pixels"], sizes, [""] * rows)
 
 
 def from_loader(workload: Workload, folder: Path, layout: parallel.Layout) -> dict[str, list[float]]:

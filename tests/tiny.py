@@ -87,21 +87,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Those that cut images into tiles, of 5 patches a side.
+for _name, _options in {
+    "next-clip-llama": dict(kind="llava_next", image_grid_pinpoints=[[20, 40], [40, 20], [40, 40], [60, 20]]),
+    "onevision-siglip-qwen2": dict(
+        kind="llava_onevision",
+        text="qwen2",
+        vision="siglip",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints=[[22 * rows, 22 * columns] for rows in range(1, 4) for columns in range(1, 4)],
+    ),
+}.items():
+    FAMILIES[_name] = {**_options, "text_extra": dict(max_position_embeddings=512)}
+# Of images, height and width: wide, tall, small, nearly square, and thin.
+SIZES = [(14, 41), (50, 33), (9, 8), (64, 70), (5, 97), (90, 21), (22, 44)]
+
+MODELS: dict[str, tuple[type, type]] = {
+    "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
+    "llava_next": (transformers.LlavaNextConfig, transformers.LlavaNextForConditionalGeneration),
+    "llava_onevision": (
+        transformers.LlavaOnevisionConfig,
+        transformers.LlavaOnevisionForConditionalGeneration,
+    ),
+}
+
 
 def tiny_config(
+    kind: str = "llava",
     text: str = "llama",
     vision: str = "clip",
     projector: str = "mlp2x_gelu",
     tie_word_embeddings: bool = False,
     text_extra: dict[str, Any] | None = None,
     **extra: Any,
-) -> transformers.LlavaConfig:
+) -> Any:
     """The config of a tiny LLaVA."""
     text_class, text_sizes = _TEXTS[text]
     vision_class, vision_sizes = _TOWERS[vision]
     if projector == "linear":
         extra.update(projector_hidden_act="linear", mm_projector_type="linear")
-    return transformers.LlavaConfig(
+    config_class, _ = MODELS[kind]
+    return config_class(
         text_config=text_class(
             **{**text_sizes, **copy.deepcopy(text_extra or {})},  # transformers writes into rope_parameters
             tie_word_embeddings=tie_word_embeddings,
@@ -113,11 +141,24 @@ def tiny_config(
     )
 
 
-def tiny_llava(family: str, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
+def build(config: Any) -> Any:
+    """transformers' model of a config, its weights as transformers initialises them."""
+    return MODELS[config.model_type][1](config)
+
+
+def transformers_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A microbatch of ``make_batch`` as transformers' models take it."""
+    if not len(batch["pixel_values"]):
+        return {"input_ids": batch["input_ids"]}
+    names = {"input_ids", "pixel_values", "image_sizes", "batch_num_images"} & batch.keys()
+    return {name: batch[name] for name in names}
+
+
+def tiny_llava(family: str, seed: int = 0) -> Any:
     """A tiny LLaVA whose every parameter is random, biases and norms included."""
     torch.manual_seed(seed)
     options = FAMILIES[family]
-    model = transformers.LlavaForConditionalGeneration(tiny_config(**options)).eval()
+    model = build(tiny_config(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -131,7 +172,7 @@ def tiny_llava(family: str, seed: int = 0) -> transformers.LlavaForConditionalGe
     return model
 
 
-def save_tiny_llava(folder: Path, family: str, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
+def save_tiny_llava(folder: Path, family: str, seed: int = 0) -> Any:
     """Save :func:`tiny_llava` as a Hugging Face folder and return it."""
     model = tiny_llava(family, seed)
     model.save_pretrained(folder)

@@ -25,6 +25,7 @@ from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
+from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
 from megatron_vlm.parallel import optimizer as optimizer_module
@@ -74,14 +75,17 @@ def global_batch(
         ids = torch.nn.functional.pad(m["input_ids"], (0, missing))
         labels = torch.nn.functional.pad(m["labels"], (0, missing), value=-100)
         pixels, packed = m["pixel_values"], m.get("lengths")
+        sizes = m.get("image_sizes", torch.zeros(len(pixels), 2))
+        index = index_features(sizes, model) if len(pixels) else None
         batches.append(
             Batch(
                 input_ids=ids,
                 labels=labels.clamp(min=0),
                 loss_mask=labels != -100,
                 pixel_values=pixels if len(pixels) else None,
-                image_positions=find_image_positions(ids, len(pixels), model) if len(pixels) else None,
+                image_positions=find_image_positions(ids, len(sizes), model, index) if len(pixels) else None,
                 packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, ids.device),
+                feature_index=index,
             )
         )
     return GlobalBatch(batches, length)
@@ -123,12 +127,7 @@ def logits_and_gradients(
     logits = None
     if sizes.pp == 1:
         with torch.no_grad():
-            logits = [
-                chunks[0](
-                    b.input_ids, b.pixel_values, b.image_positions, packed_seq_params=b.packed_seq_params
-                ).clone()
-                for b in batch.microbatches
-            ]
+            logits = [_logits(chunks[0], b).clone() for b in batch.microbatches]
     else:
         logits = _pipeline_logits(models, batch)
     return loss, logits, pieces
@@ -142,7 +141,17 @@ def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layou
     load_weights(Path(checkpoint), chunks)
     (batch,) = global_batch([microbatch], model, 1).microbatches
     with torch.no_grad():
-        return chunks[0].eval()(batch.input_ids, batch.pixel_values, batch.image_positions).clone()
+        return _logits(chunks[0].eval(), batch).clone()
+
+
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    return model(
+        input_ids=batch.input_ids,
+        pixel_values=batch.pixel_values,
+        image_positions=batch.image_positions,
+        packed_seq_params=batch.packed_seq_params,
+        feature_index=batch.feature_index,
+    )
 
 
 def _pipeline_logits(models: Any, batch: GlobalBatch) -> Any:
@@ -150,12 +159,7 @@ def _pipeline_logits(models: Any, batch: GlobalBatch) -> Any:
 
     def forward(batches: Any, model: Any) -> Any:
         b = next(batches)
-        output = model(
-            input_ids=b.input_ids,
-            pixel_values=b.pixel_values,
-            image_positions=b.image_positions,
-            packed_seq_params=b.packed_seq_params,
-        )
+        output = _logits(model, b)
         return output, lambda logits: (logits.sum(), torch.tensor(1), logits.detach().clone())
 
     return get_forward_backward_func()(

@@ -62,7 +62,7 @@ class Shape:
     """What the model is run on, and how.
 
     Attributes:
-        batch: samples of a micro batch, an image each.
+        batch: samples of a micro batch, an image each; the largest, where they are cut.
         sequence: tokens of each, those of the image included.
         element: bytes of a weight, and of an activation.
         device: "cuda" or "cpu"; on a GPU norms and SwiGLU keep their inputs only.
@@ -284,7 +284,7 @@ def _rms_norm(shape: Shape, hidden: int, trained: bool) -> int:
 
 def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Block], bool]:
     vision, a = model.vision, shape.element
-    n = shape.batch * vision.sequence_length
+    n = shape.batch * model.image_tiles * vision.sequence_length
     hidden, ffn = vision.hidden_size, vision.ffn_hidden_size // shape.tp
     stream, inner = n * hidden * a, n * hidden // shape.tp * a
     heads = n * vision.num_attention_heads // shape.tp * _FP32
@@ -318,8 +318,8 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
 
 def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Tuple[Block, bool]:
     a, hidden = shape.element, model.language.hidden_size
-    positions = shape.batch * model.vision.sequence_length
-    n = shape.batch * model.image_tokens
+    tiles = shape.batch * model.image_tiles
+    positions, n = tiles * model.vision.sequence_length, tiles * model.tile_tokens
     features, out = positions * model.projector.input_size * a, n * hidden * a
     linear = model.projector.kind == "linear"
     first = f"{PROJECTOR}encoder" if linear else f"{PROJECTOR}encoder.linear_fc1"
@@ -328,7 +328,8 @@ def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) ->
     middle = 0 if linear else out // shape.tp
     flows_out = flows or trained or second
     kept = features * trained + middle * ((flows or trained) + second)
-    peak = kept + features + 2 * middle + 2 * out
+    packed = 2 * out * (model.anyres is not None)  # tiles' features put together as images
+    peak = kept + features + 2 * middle + 2 * out + packed
     return Block(kept * flows_out, peak, (kept + 2 * out + 2 * middle) * flows_out, peak), flows_out
 
 
@@ -346,7 +347,7 @@ def _loss(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Bloc
     hidden = language.hidden_size
     columns = padded_vocab_size(language.vocab_size, shape.tp) // shape.tp
     output = EMBEDDING if language.tie_word_embeddings else OUTPUT_LAYER
-    trained = shape.batch * (shape.sequence - model.image_tokens)
+    trained = shape.batch * model.text_tokens(shape.sequence)
     norm = _rms_norm(shape, hidden, trains(f"{LANGUAGE}decoder.final_layernorm.weight")) * flows
     normed = shape.own_tokens * hidden * a + shape.tokens * hidden * a * shape.sequence_parallel
     rows = trained * hidden * a

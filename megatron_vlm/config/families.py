@@ -99,15 +99,45 @@ TOWERS: Dict[str, Dict[str, Any]] = {
         "layer_norm_eps": 1e-6,
     },
 }
-# transformers' LlavaConfig builds this tower when config.json has no vision_config.
-LLAVA_DEFAULT_TOWER: Dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 336,
+# What transformers' LlavaConfig and its like assume, by model_type: first the parts of a config without them.
+_LLAVA: Dict[str, Any] = {
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 336,
+    },
+    "text_config": {"model_type": "llama"},
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "image_token_index": 32000,
+}
+LLAVA_FAMILIES: Dict[str, Dict[str, Any]] = {
+    "llava": _LLAVA,
+    "llava_next": {
+        **_LLAVA,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    "llava_onevision": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 384,
+        },
+        "text_config": {"model_type": "qwen2"},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "image_token_index": 151646,
+        "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        "vision_aspect_ratio": "anyres_max_9",
+    },
 }
 ROPE_TYPES = ("default", "linear", "llama3")
 

@@ -48,13 +48,13 @@ class Work:
         tokens: positions in the language model, padding left out.
         trained_tokens: of these, the ones that carry loss.
         attention_pairs: pairs of a query and a key that it may see: :func:`causal_pairs`.
-        images: through the tower.
+        tiles: of images, through the tower; an image is one, where it isn't cut.
     """
 
     tokens: int
     trained_tokens: int
     attention_pairs: int
-    images: int
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, _Step]]:
 
 
 def _vision(model: ModelConfig, work: Work) -> Iterator[_Step]:
-    vision, images = model.vision, work.images
-    positions, hidden = images * vision.sequence_length, vision.hidden_size
+    vision, tiles = model.vision, work.tiles
+    positions, hidden = tiles * vision.sequence_length, vision.hidden_size
     pixels = vision.num_channels * vision.patch_size**2
-    yield [[("vision_model.conv1.weight", 2 * images * vision.num_patches * pixels * hidden)]]
+    yield [[("vision_model.conv1.weight", 2 * tiles * vision.num_patches * pixels * hidden)]]
     yield [[("vision_model.position_embeddings.weight", 0)]]
     for number in range(model.num_vision_layers_run):
         yield from _layer(
@@ -159,7 +159,7 @@ def _vision(model: ModelConfig, work: Work) -> Iterator[_Step]:
 
 
 def _projector(model: ModelConfig, work: Work) -> Iterator[_Step]:
-    features = work.images * model.image_tokens
+    features = work.tiles * model.tile_tokens
     projector, hidden = model.projector, model.language.hidden_size
     prefix = "vision_projection.encoder"
     if projector.kind == "linear":

@@ -61,7 +61,7 @@ class StageMemory:
 def estimate(
     config: RunConfig, model: ModelConfig, world_size: int, device: Optional[str] = None
 ) -> List[StageMemory]:
-    """Memory of each pipeline rank, for samples of one image and text that fill ``--seq-length``.
+    """Memory of each pipeline rank, for samples of the largest image and text that fill ``--seq-length``.
 
     Args:
         device: "cuda" or "cpu"; None for what ``--device`` says, and "cuda" if it says nothing.
@@ -138,7 +138,9 @@ def _state(
 def _inputs(model: ModelConfig, shape: Shape, microbatches: int, first: bool) -> int:
     """A whole global batch is on the device: tokens, labels and mask; on the first stage pixels too."""
     vision = model.vision
-    pixels = vision.num_channels * vision.image_size**2 * shape.element + 2 * 8 * model.image_tokens
+    tile = vision.num_channels * vision.image_size**2 * shape.element
+    index = (2 + (model.anyres is not None)) * 8 * model.image_tokens
+    pixels = model.image_tiles * tile + index
     return microbatches * (shape.tokens * (8 + 8 + 1) + shape.batch * pixels * first)
 
 

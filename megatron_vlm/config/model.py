@@ -12,8 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
+from megatron_vlm.config.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
 from megatron_vlm.config.families import (
-    LLAVA_DEFAULT_TOWER,
+    LLAVA_FAMILIES,
     TOWERS,
     TextFamily,
     check_keys,
@@ -124,7 +125,8 @@ class LanguageConfig:
 class ModelConfig:
     """A LLaVA model: tower, projector, language model, and how they are joined.
 
-    Source: transformers ``LlavaConfig`` and ``LlavaForConditionalGeneration``.
+    Source: transformers ``LlavaConfig`` and ``LlavaForConditionalGeneration``, and those of LLaVA-NeXT and
+    LLaVA-OneVision.
     """
 
     vision: VisionConfig
@@ -135,6 +137,7 @@ class ModelConfig:
     feature_strategy: str  # "default" drops the first position, "full" keeps all
     dtype: str  # of the weights as stored: "float32", "bfloat16" or "float16"
     lora: Optional[LoRAConfig] = None  # adapters that stand beside the weights
+    anyres: Optional[AnyRes] = None  # how images are cut into tiles; None: each is one tile
 
     @property
     def num_vision_layers_run(self) -> int:
@@ -142,9 +145,61 @@ class ModelConfig:
         return max(self.feature_layers)
 
     @property
-    def image_tokens(self) -> int:
-        """Visual tokens per image in the language model's sequence."""
+    def tile_tokens(self) -> int:
+        """Features of one tile of an image."""
         return self.vision.sequence_length - int(self.feature_strategy == "default")
+
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens per image in the language model's sequence; where images are cut, at most."""
+        return self._extremes[1]
+
+    @property
+    def min_image_tokens(self) -> int:
+        """Visual tokens of the image that has the fewest."""
+        return self._extremes[0]
+
+    @property
+    def image_tiles(self) -> int:
+        """Tiles per image, which go through the tower one by one; at most."""
+        return self._extremes[2]
+
+    def text_tokens(self, seq_length: int) -> int:
+        """What an image, the largest, leaves of a sequence."""
+        return max(0, seq_length - self.image_tokens)
+
+    @property
+    def _extremes(self) -> Tuple[int, int, int]:
+        if self.anyres is None:
+            return self.tile_tokens, self.tile_tokens, 1
+        return extremes(self.anyres, self.vision.image_size, self._tile_side)
+
+    @property
+    def _tile_side(self) -> int:
+        return self.vision.image_size // self.vision.patch_size
+
+    def count_tokens(self, size: Size) -> int:
+        """Visual tokens of an image.
+
+        Args:
+            size: as for :meth:`tiling`; of no account where images aren't cut.
+
+        Raises:
+            ValueError: it is too thin.
+        """
+        return self.tile_tokens if self.anyres is None else self.tiling(size).tokens
+
+    def tiling(self, size: Size) -> Tiling:
+        """How an image is cut; of models that cut images.
+
+        Args:
+            size: height and width in pixels, or ``UNCUT``.
+
+        Raises:
+            ValueError: it is too thin.
+        """
+        assert self.anyres is not None
+        return tile(size, self.anyres, self.vision.image_size, self._tile_side)
 
     @classmethod
     def from_hf(cls, config: Dict[str, Any]) -> ModelConfig:
@@ -157,15 +212,19 @@ class ModelConfig:
             ValueError: the model is of a kind that is not supported; the message names the key,
                 its value, and what is supported.
         """
-        if config.get("model_type") != "llava":
+        model_type = config.get("model_type")
+        if model_type not in LLAVA_FAMILIES:
+            supported = ", ".join(map(repr, LLAVA_FAMILIES))
             raise ValueError(
-                f"config.json: model_type is {config.get('model_type')!r}; supported: 'llava' "
+                f"config.json: model_type is {model_type!r}; supported: {supported} "
                 "(build one with scripts/convert/build_llava_jp.py)"
             )
         check_keys(config)
-        vision = _vision_config(config.get("vision_config") or dict(LLAVA_DEFAULT_TOWER))
-        language = _language_config(config.get("text_config") or {"model_type": "llama"}, config)
-        layer = config.get("vision_feature_layer", -2)
+        given = {key: value for key, value in config.items() if value not in (None, {})}
+        config = {**LLAVA_FAMILIES[model_type], **given}
+        vision = _vision_config(config["vision_config"])
+        language = _language_config(config["text_config"], config)
+        layer = config["vision_feature_layer"]
         layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
         num_states = vision.num_layers + 1
         for index in layers:
@@ -174,8 +233,14 @@ class ModelConfig:
                     f"config.json: vision_feature_layer {index} is outside the tower's {num_states} "
                     f"hidden states; use {-num_states} to {num_states - 1}"
                 )
-        strategy = config.get("vision_feature_select_strategy", "default")
+        strategy = config["vision_feature_select_strategy"]
         _choice("vision_feature_select_strategy", strategy, ("default", "full"))
+        if model_type in ANYRES and (strategy == "default") != vision.has_class_token:
+            square = "default" if vision.has_class_token else "full"
+            raise ValueError(
+                f"config.json: vision_feature_select_strategy is {strategy!r}; only with {square!r} do the "
+                f"features of a {vision.family} tower's tiles make a square, as {model_type} needs"
+            )
         activation = config.get("projector_hidden_act", "gelu")
         _choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
         kind = config.get("mm_projector_type", "mlp2x_gelu")
@@ -185,7 +250,7 @@ class ModelConfig:
                 "config.json: mm_projector_type 'linear' needs projector_hidden_act 'linear', "
                 f"not {activation!r}"
             )
-        image_token_id = config.get("image_token_id", config.get("image_token_index", 32000))
+        image_token_id = config.get("image_token_id", config["image_token_index"])
         if not 0 <= image_token_id < language.vocab_size:
             raise ValueError(
                 f"config.json: image_token_index {image_token_id} is outside the vocabulary of "
@@ -194,8 +259,8 @@ class ModelConfig:
         dtype = (
             config.get("dtype")
             or config.get("torch_dtype")
-            or (config.get("text_config") or {}).get("dtype")
-            or (config.get("text_config") or {}).get("torch_dtype")
+            or config["text_config"].get("dtype")
+            or config["text_config"].get("torch_dtype")
             or "float32"
         )
         _choice("dtype", dtype, ("float32", "bfloat16", "float16"))
@@ -212,6 +277,7 @@ class ModelConfig:
             feature_layers=tuple(index % num_states for index in layers),
             feature_strategy=strategy,
             dtype=dtype,
+            anyres=AnyRes.from_hf(config, vision.image_size) if model_type in ANYRES else None,
         )
 
     @classmethod
@@ -253,7 +319,7 @@ class ModelConfig:
         """
         try:
             values = dict(values)
-            lora = values.pop("lora", None)
+            lora, anyres = values.pop("lora", None), values.pop("anyres", None)
             language = dict(values.pop("language"))
             scaling = language.pop("rope_scaling", None)
             return cls(
@@ -262,6 +328,7 @@ class ModelConfig:
                 projector=ProjectorConfig(**values.pop("projector")),
                 language=LanguageConfig(rope_scaling=RopeScaling(**scaling) if scaling else None, **language),
                 feature_layers=tuple(values.pop("feature_layers")),
+                anyres=AnyRes(tuple(map(tuple, anyres.pop("grid_pinpoints"))), **anyres) if anyres else None,
                 **values,
             )
         except (KeyError, TypeError) as error:

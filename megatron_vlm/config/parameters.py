@@ -13,6 +13,7 @@ from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"
 OUTPUT_LAYER = f"{LANGUAGE}output_layer.weight"
+IMAGE_NEWLINE = f"{PROJECTOR}image_newline"
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def _vision_layer(vision: VisionConfig, tp: int) -> Iterator[Tuple[str, int]]:
 
 def _projector(model: ModelConfig, tp: int) -> Iterator[Parameter]:
     projector, hidden = model.projector, model.language.hidden_size
+    if model.anyres is not None:
+        yield Parameter(IMAGE_NEWLINE, hidden)
     prefix = f"{PROJECTOR}encoder"
     first = prefix if projector.kind == "linear" else f"{prefix}.linear_fc1"
     yield Parameter(f"{first}.weight", projector.input_size * hidden // tp)

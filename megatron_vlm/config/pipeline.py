@@ -24,7 +24,7 @@ class StageCosts:
 
 
 def stage_costs(model: ModelConfig, seq_length: int, trains: Callable[[str], bool]) -> StageCosts:
-    """Floating-point operations of a sample of one image and text, ``seq_length`` tokens in all.
+    """Floating-point operations of a sample of the largest image and text, ``seq_length`` tokens in all.
 
     All of the text counts as trained: the output layer runs for trained tokens only.
 
@@ -33,9 +33,10 @@ def stage_costs(model: ModelConfig, seq_length: int, trains: Callable[[str], boo
     """
 
     def flops(trained_tokens: int) -> Flops:
-        return training_flops(model, Work(seq_length, trained_tokens, causal_pairs([seq_length]), 1), trains)
+        work = Work(seq_length, trained_tokens, causal_pairs([seq_length]), model.image_tiles)
+        return training_flops(model, work, trains)
 
-    layers, all_parts = flops(0), flops(seq_length - model.image_tokens)
+    layers, all_parts = flops(0), flops(model.text_tokens(seq_length))
     return StageCosts(
         layer=layers.language // model.language.num_layers,
         first=layers.vision + layers.projector,

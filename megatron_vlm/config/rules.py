@@ -89,10 +89,11 @@ def _adapters(config: RunConfig) -> None:
 
 
 def _sequence(config: RunConfig, model: ModelConfig) -> None:
-    if config.data.seq_length <= model.image_tokens:
+    if config.data.seq_length <= model.min_image_tokens:
+        at_least = "" if model.anyres is None else "at least "
         raise ValueError(
-            f"--seq-length {config.data.seq_length} has no room for text: an image takes "
-            f"{model.image_tokens} tokens; use more"
+            f"--seq-length {config.data.seq_length} has no room for text: an image takes {at_least}"
+            f"{model.min_image_tokens} tokens; use more"
         )
     window = model.language.sliding_window
     if window is not None and config.data.seq_length > window:

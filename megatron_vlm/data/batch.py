@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vlm.config.anyres import Size
+
 IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
 
 
@@ -19,8 +21,9 @@ class Sample:
     key: str
     input_ids: List[int]
     labels: List[int]
-    pixels: List[Tensor]  # one uint8 [c, H, W] per image, in the order of their placeholders
+    pixels: List[Tensor]  # one uint8 [c, H, W] per tile, image by image in the order of their placeholders
     truncated: bool = False
+    image_sizes: List[Size] = field(default_factory=list)  # one per image: how it is cut, if it is
 
 
 @dataclass
@@ -28,12 +31,13 @@ class Microbatch:
     """Samples padded on the right to the longest of them, or ``packed``: one after the other in one row.
 
     Attributes:
-        input_ids: int64 ``[b, s]``; each image is ``ModelConfig.image_tokens`` placeholders.
+        input_ids: int64 ``[b, s]``; each image is ``ModelConfig.count_tokens`` placeholders.
         labels: int64 ``[b, s]``; ``labels[:, t]`` is the token to predict at position ``t``,
             ``IGNORE_INDEX`` where there is no loss.
         lengths: int64 ``[b]``; positions of each sample, padding left out.
-        pixels: uint8 ``[images, c, H, W]``, resized and cropped; ``images`` may be 0. The model takes
+        pixels: uint8 ``[tiles, c, H, W]``, resized and cropped; ``tiles`` may be 0. The model takes
             ``(pixels * rescale - mean) / std``, see :class:`~megatron_vlm.data.images.ImageTransform`.
+        image_sizes: int64 ``[images, 2]``; see :meth:`~megatron_vlm.data.images.ImageTransform.sizes`.
         keys: the samples' names, for messages.
         counts: samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on the way from the same
             worker's previous microbatch to this one.
@@ -45,6 +49,7 @@ class Microbatch:
     labels: Tensor
     lengths: Tensor
     pixels: Tensor
+    image_sizes: Tensor
     keys: List[str]
     counts: Dict[str, int] = field(default_factory=dict)
     worker: int = 0
@@ -72,12 +77,14 @@ def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[
     for row, sample in enumerate(samples):
         input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
-    pixels = [image for sample in samples for image in sample.pixels]
+    pixels = [tile for sample in samples for tile in sample.pixels]
+    sizes = [size for sample in samples for size in sample.image_sizes]
     return Microbatch(
         input_ids=input_ids,
         labels=labels,
         lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
         pixels=torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8),
+        image_sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         keys=[sample.key for sample in samples],
     )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from dataclasses import dataclass
-from typing import Any, Tuple
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from megatron_vlm.config.anyres import UNCUT, AnyRes, Size, best_resolution
 from megatron_vlm.data.templates import SampleError
 
 
@@ -23,9 +26,10 @@ class ImageTransform:
 
     Attributes:
         processor: a transformers image processor of the PIL backend.
-        shape: ``(c, H, W)`` of every image.
+        shape: ``(c, H, W)`` of every tile.
         rescale: factor from uint8 to the processor's range, usually 1/255.
         mean, std: one per channel, after rescaling.
+        anyres: how images are cut into tiles; None: each is one tile.
     """
 
     processor: Any
@@ -33,17 +37,21 @@ class ImageTransform:
     rescale: float
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
+    anyres: Optional[AnyRes] = None
 
     @classmethod
-    def from_dir(cls, directory: str, image_size: int, num_channels: int) -> ImageTransform:
+    def from_dir(
+        cls, directory: str, image_size: int, num_channels: int, anyres: AnyRes | None = None
+    ) -> ImageTransform:
         """Read the image processor of a Hugging Face folder.
 
         Args:
             directory: holds ``preprocessor_config.json`` or ``processor_config.json``.
             image_size, num_channels: what the vision tower takes.
+            anyres: how the model has images cut.
 
         Raises:
-            ValueError: there is no usable processor, or its images are not what the tower takes.
+            ValueError: there is no usable processor, or its images are not what the model takes.
         """
         from transformers import AutoImageProcessor
 
@@ -61,36 +69,65 @@ class ImageTransform:
             rescale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
             mean=_per_channel(processor.image_mean if processor.do_normalize else 0.0, num_channels),
             std=_per_channel(processor.image_std if processor.do_normalize else 1.0, num_channels),
+            anyres=anyres,
         )
         transform._check(directory)
         return transform
 
-    def __call__(self, data: bytes) -> Tensor:
-        """Decode, resize and crop.
+    def open(self, images: Sequence[bytes | Path]) -> List[Image.Image]:
+        """Read the headers of a sample's images.
 
         Args:
-            data: an encoded image, in any format that PIL reads.
-
-        Returns:
-            uint8 ``[c, H, W]``.
+            images: encoded, in any format that PIL reads; or files.
 
         Raises:
-            SampleError: it can't be decoded; of kind ``corrupt``.
+            SampleError: one is in no such format; of kind ``corrupt``.
         """
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = self._pixels(image)
-        except UnidentifiedImageError:
-            raise SampleError("its image is in no format that PIL knows", kind="corrupt") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...
-            raise SampleError(f"its image can't be decoded ({error})", kind="corrupt") from None
-        return torch.from_numpy(pixels)
+        with _decoding():
+            return [Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) for data in images]
+
+    def sizes(self, images: Sequence[Image.Image]) -> List[Size]:
+        """What tells how each image of a sample is cut: its height and width, or ``UNCUT``.
+
+        Raises:
+            SampleError: one is too thin.
+        """
+        if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
+            return [UNCUT] * len(images)
+        sizes = [(image.height, image.width) for image in images]
+        for size in sizes:
+            try:
+                best_resolution(size, self.anyres.grid_pinpoints)
+            except ValueError as error:
+                raise SampleError(str(error)) from None
+        return sizes
+
+    def tiles(self, images: Sequence[Image.Image]) -> List[Tensor]:
+        """Decode, resize, crop and cut the images of a sample.
+
+        Returns:
+            The tiles of all of them, image by image, uint8 ``[c, H, W]`` each.
+
+        Raises:
+            SampleError: one can't be decoded; of kind ``corrupt``.
+        """
+        with _decoding():
+            if self.anyres is None:
+                tiles = [self._pixels(image) for image in images]
+            elif self.anyres.several_uncut and len(images) > 1:
+                tiles = [pixels[0] for pixels in self._several(images)]
+            else:
+                tiles = [tile for image in images for tile in self._pixels(image)]
+        return [torch.from_numpy(np.ascontiguousarray(tile)) for tile in tiles]
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``[c, H, W]``, or ``[tiles, c, H, W]`` of an image that is cut."""
         output = self.processor(image, do_rescale=False, do_normalize=False)
-        return np.ascontiguousarray(output["pixel_values"][0])
+        return np.asarray(output["pixel_values"][0])
+
+    def _several(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """uint8 ``[images, 1, c, H, W]``, of a sample with several images that aren't cut."""
+        return np.stack(self.processor([images], do_rescale=False, do_normalize=False)["pixel_values"])
 
     def _check(self, directory: str) -> None:
         """Process one image both ways: an unusual processor must not train on other pixels unnoticed."""
@@ -98,11 +135,24 @@ class ImageTransform:
         ramp = np.arange((height + 9) * (width + 5) * 3).reshape(height + 9, width + 5, 3)
         image = Image.fromarray((ramp % 251).astype(np.uint8))
         pixels = self._pixels(image)
-        if pixels.shape != self.shape or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"{directory}: the image processor makes {pixels.dtype} images of {pixels.shape}, "
-                f"the vision tower takes uint8 {self.shape}; give the folder of the model being trained"
-            )
+        made: List[Tuple[np.ndarray, Tuple[int, ...]]] = [(pixels, self.shape)]
+        if self.anyres is not None:
+            pinpoints = tuple(map(tuple, getattr(self.processor, "image_grid_pinpoints", ())))
+            if pinpoints != self.anyres.grid_pinpoints:
+                raise ValueError(
+                    f"{directory}: the image processor's image_grid_pinpoints are not those of the model's "
+                    "config.json; give the folder of the model being trained"
+                )
+            area = best_resolution((image.height, image.width), pinpoints)
+            made = [(pixels, (1 + area[0] * area[1] // (height * width), *self.shape))]
+            if self.anyres.several_uncut:
+                made.append((self._several([image, image]), (2, 1, *self.shape)))
+        for array, shape in made:
+            if array.shape != shape or array.dtype != np.uint8:
+                raise ValueError(
+                    f"{directory}: the image processor makes {array.dtype} images of {array.shape}, the "
+                    f"vision tower takes uint8 {shape}; give the folder of the model being trained"
+                )
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
         finished = (pixels.astype(np.float32) * np.float32(self.rescale) - mean) / std
         expected = np.asarray(self.processor(image)["pixel_values"][0])
@@ -111,6 +161,19 @@ class ImageTransform:
                 f"{os.path.basename(directory)}: {type(self.processor).__name__} does more than resize, "
                 "crop, rescale and normalise; supported are the processors of CLIP, SigLIP and LLaVA"
             )
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """PIL's errors as those of a corrupt sample."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise SampleError("its image is in no format that PIL knows", kind="corrupt") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...
+        raise SampleError(f"its image can't be decoded ({error})", kind="corrupt") from None
 
 
 def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:

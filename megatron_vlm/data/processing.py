@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List, Sequence
 
+from megatron_vlm.config.anyres import Size
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
@@ -25,8 +26,9 @@ class Processing:
     Attributes:
         tokenizer: a transformers tokenizer.
         template: renders conversations.
-        images: decodes and resizes.
-        image_token_id: the placeholder's id; ``image_tokens`` of them stand for one image.
+        images: decodes, resizes and cuts.
+        model: says how many placeholders stand for an image.
+        image_token_id: the placeholder's id.
         pad_token_id: fills up short samples; carries no loss.
         seq_length: longest sample, in tokens, image tokens included.
         overlong: what happens to longer ones, ``truncate`` or ``drop``.
@@ -36,8 +38,8 @@ class Processing:
     tokenizer: Any
     template: ChatTemplate
     images: ImageTransform
+    model: ModelConfig
     image_token_id: int
-    image_tokens: int
     pad_token_id: int
     seq_length: int
     overlong: str
@@ -58,7 +60,9 @@ class Processing:
         """
         turns = self._asking(key, trainable_turns(turns), len(images))
         ids, trained = self.template.encode(turns, len(images))
-        ids, trained = self._expand_images(ids, trained)
+        opened = self.images.open(images)
+        sizes = self.images.sizes(opened)
+        ids, trained = self._expand_images(ids, trained, sizes)
         labels = [
             token if is_trained else IGNORE_INDEX
             for token, is_trained in zip(ids[1:], trained[1:], strict=True)
@@ -66,24 +70,25 @@ class Processing:
         truncated = len(ids) > self.seq_length
         if truncated:
             ids, labels = self._truncate(ids, labels)
-        return Sample(key, ids, labels, [self.images(data) for data in images], truncated)
+        return Sample(key, ids, labels, self.images.tiles(opened), truncated, sizes)
 
-    def encode_prompt(self, question: str, num_images: int, raw: bool = False) -> List[int]:
+    def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:
         """Token ids that a model answers, as :meth:`encode` would have them before the answer.
 
         Args:
             question: as for :meth:`encode`.
+            sizes: of its images, as :meth:`ImageTransform.sizes` has them.
             raw: it is the whole prompt, nothing is put around it; every image has to be marked.
 
         Raises:
             SampleError: markers and images differ in number, or the template refuses the question.
         """
         if raw:
-            ids = self.template.encode_text(question, num_images)
+            ids = self.template.encode_text(question, len(sizes))
         else:
-            question = self._question("", question, num_images)
-            ids = self.template.encode_prompt([Turn("user", question)], num_images)
-        return self._expand_images(ids, [False] * len(ids))[0]
+            question = self._question("", question, len(sizes))
+            ids = self.template.encode_prompt([Turn("user", question)], len(sizes))
+        return self._expand_images(ids, [False] * len(ids), sizes)[0]
 
     def _asking(self, key: str, turns: List[Turn], num_images: int) -> List[Turn]:
         """The turns; where images come without any question, the first one asks for a caption."""
@@ -97,13 +102,19 @@ class Processing:
             return question + caption_prompt(key, self.lang)
         return question
 
-    def _expand_images(self, ids: List[int], trained: List[bool]) -> tuple[List[int], List[bool]]:
+    def _expand_images(
+        self, ids: List[int], trained: List[bool], sizes: Sequence[Size]
+    ) -> tuple[List[int], List[bool]]:
+        counts = [self.model.count_tokens(size) for size in sizes]
         expanded: List[int] = []
         expanded_trained: List[bool] = []
+        images = 0
         for token, is_trained in zip(ids, trained, strict=True):
-            count = self.image_tokens if token == self.image_token_id else 1
+            is_image = token == self.image_token_id
+            count = counts[images] if is_image else 1
+            images += is_image
             expanded += [token] * count
-            expanded_trained += [is_trained and count == 1] * count
+            expanded_trained += [is_trained and not is_image] * count
         return expanded, expanded_trained
 
     def _truncate(self, ids: List[int], labels: List[int]) -> tuple[List[int], List[int]]:
@@ -191,9 +202,9 @@ def load_processing(
             f"embeds only {model.language.vocab_size}; give the folder of the model being trained"
         )
     image_token_id, image_token = _image_token(tokenizer, tokenizer_dir, model, image_token_id)
-    if seq_length <= model.image_tokens:
+    if seq_length <= model.min_image_tokens:
         raise ValueError(
-            f"--seq-length {seq_length} does not hold one image of {model.image_tokens} tokens and its text; "
+            f"--seq-length {seq_length} does not hold one image of {model.min_image_tokens} tokens and text; "
             f"try {1 << (model.image_tokens + 256).bit_length()}"
         )
     jinja = _chat_template(tokenizer_dir, tokenizer)
@@ -203,10 +214,13 @@ def load_processing(
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer, template, image_token, jinja, lang, mask_thinking),
         images=ImageTransform.from_dir(
-            image_processor_dir or tokenizer_dir, model.vision.image_size, model.vision.num_channels
+            image_processor_dir or tokenizer_dir,
+            model.vision.image_size,
+            model.vision.num_channels,
+            model.anyres,
         ),
+        model=model,
         image_token_id=image_token_id,
-        image_tokens=model.image_tokens,
         pad_token_id=_pad_token_id(tokenizer, model, image_token_id, pad_token_id),
         seq_length=seq_length,
         overlong=overlong,

@@ -5,8 +5,8 @@ tensors with their shapes, the op between them, and the tensor-parallel cut. A H
 that training never runs has a row too, without a Megatron name but with the reason: it travels
 beside the weights, untouched.
 
-Hugging Face names start with a placeholder, ``{tower}``, ``{projector}``, ``{text}`` or ``{head}``,
-since the prefixes on disk depend on the release that wrote them (:func:`detect_prefixes`).
+Hugging Face names start with a placeholder, ``{tower}``, ``{projector}``, ``{newline}``, ``{text}`` or
+``{head}``, since the prefixes on disk depend on the release that wrote them (:func:`detect_prefixes`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ PREFIXES = {
         "model.vision_tower.",
     ),
     "projector": ("multi_modal_projector.", "model.multi_modal_projector."),
+    "newline": ("image_newline", "model.image_newline"),  # the whole name
     "text": ("language_model.model.", "model.language_model."),
     "head": ("language_model.lm_head.", "lm_head."),
 }
@@ -115,6 +116,7 @@ def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, 
     entries = [
         *VISION_TABLES[model.vision.family](model.vision, model.num_vision_layers_run),
         *PROJECTOR_TABLES[model.projector.kind](model.projector, model.language.hidden_size),
+        *newline_table(model),
         *LANGUAGE_TABLES[model.language.family](model.language, padded_vocab_size),
     ]
 
@@ -199,6 +201,12 @@ def linear_table(c: ProjectorConfig, hidden_size: int) -> Entries:
         yield Row(m + "bias", ((t + "linear_1.bias", (hidden_size,)),), COPY, COLUMN)
         identity.append((t + "linear_2.bias", (hidden_size,)))
     yield Carry(tuple(identity), "the identity", check=_check_identity)
+
+
+def newline_table(model: ModelConfig) -> Entries:
+    """The vector behind each row of features, where images are cut into tiles."""
+    if model.anyres is not None:
+        yield Row("vision_projection.image_newline", (("{newline}", (model.language.hidden_size,)),))
 
 
 def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:

@@ -20,6 +20,7 @@ _SHARD_BYTES = 5 * 10**9  # of the files that an export writes
 _PARTS = {
     "model.vision_tower.": PREFIXES["tower"][1],
     "model.multi_modal_projector.": PREFIXES["projector"][0],
+    "model.image_newline": PREFIXES["newline"][0],
     "model.language_model.": PREFIXES["text"][0],
     "lm_head.": PREFIXES["head"][0],
 }
@@ -41,14 +42,14 @@ class RandomWeights:
     """
 
     def __init__(self, directory: str | os.PathLike[str], seed: int) -> None:
-        from transformers import LlavaConfig, LlavaForConditionalGeneration
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         self.path, self.seed = Path(directory), seed
         self._model_config = ModelConfig.from_hf_dir(str(directory))
         try:
-            config = LlavaConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory)
             with torch.device("meta"):
-                self._model: Any = LlavaForConditionalGeneration(config)
+                self._model: Any = AutoModelForImageTextToText.from_config(config)
         except Exception as error:  # transformers raises many types for a config that it doesn't take
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory}: transformers cannot build this model ({reason})") from None
@@ -76,6 +77,8 @@ class RandomWeights:
         return self._filled[1][inside.removeprefix(unit + ".")].to(self.tensors[name].dtype)
 
     def _fill(self, unit: str) -> dict[str, Tensor]:
+        if unit == "model.image_newline":
+            return {unit: self._newline(unit)}
         module = copy.deepcopy(self._model.get_submodule(unit)).to_empty(device="cpu")
         for parameter in module.parameters():
             parameter.data = torch.full_like(parameter, float("nan"), dtype=torch.float32)
@@ -88,6 +91,12 @@ class RandomWeights:
             if "linear_2.bias" in tensors:
                 torch.nn.init.zeros_(tensors["linear_2.bias"])
         return tensors
+
+    def _newline(self, name: str) -> Tensor:
+        """transformers initialises it with the whole model around it."""
+        hidden_size = self._model_config.language.hidden_size
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        return torch.randn(hidden_size, generator=generator) / hidden_size**0.5
 
     def _owner(self, unit: str) -> Any:
         """The innermost pre-trained model around a unit, which knows how its parts are initialised."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vlm.config.anyres import Size
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
+from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel import Layout
@@ -24,8 +27,9 @@ class Prompt:
     """What the model is given."""
 
     number: int  # among all prompts of the input; what is drawn depends on it
-    input_ids: list[int]  # each image is ModelConfig.image_tokens placeholders
-    pixel_values: Tensor  # [images, c, h, w], normalised
+    input_ids: list[int]  # each image is ModelConfig.count_tokens placeholders
+    pixel_values: Tensor  # [tiles, c, h, w], normalised
+    image_sizes: tuple[Size, ...]  # one per image: how it is cut, if it is
 
 
 class Generator:
@@ -64,8 +68,14 @@ class Generator:
         device = self.layout.device
         ids, lengths = self._pad(prompts)
         pixels = torch.cat([prompt.pixel_values for prompt in prompts])
-        positions = find_image_positions(ids, len(pixels), self.chunk.model_config)
-        images: tuple[Tensor, ...] = pixels.to(device, self.chunk.config.params_dtype), positions.to(device)
+        sizes = torch.tensor([size for prompt in prompts for size in prompt.image_sizes]).view(-1, 2)
+        index = index_features(sizes, self.chunk.model_config)
+        positions = find_image_positions(ids, len(sizes), self.chunk.model_config, index).to(device)
+        images: dict[str, Any] = {
+            "pixel_values": pixels.to(device, self.chunk.config.params_dtype),
+            "image_positions": positions,
+            "feature_index": None if index is None else index.to(device),
+        }
         step, lengths = ids.to(device), lengths.to(device)
         padded = ids.shape[1]
         # What padding is made of takes no part in a repetition penalty.
@@ -79,7 +89,7 @@ class Generator:
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         while True:
-            logits = self._forward(step, cache, *images)
+            logits = self._forward(step, cache, images)
             chosen = torch.empty_like(lengths)
             if sampler is not None:
                 chosen = sampler.choose(seen, logits)
@@ -94,7 +104,7 @@ class Generator:
             if not unfinished:
                 return answers
             seen = torch.cat([seen, chosen.unsqueeze(1)], dim=1)
-            step, images = chosen.unsqueeze(1), ()
+            step, images = chosen.unsqueeze(1), {}
             cache.next_pass()
 
     def _pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
@@ -107,7 +117,7 @@ class Generator:
         ]
         return torch.tensor(ids), torch.tensor(lengths)
 
-    def _forward(self, ids: Tensor, cache: KeyValueCache, *images: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, cache: KeyValueCache, images: dict[str, Any]) -> Tensor:
         """Logits ``[b, vocabulary]`` on the ranks of the last stage, hidden states on the others."""
         layout = self.layout
         if not layout.is_first_stage:
@@ -116,7 +126,7 @@ class Generator:
             hidden = torch.empty(shape, dtype=config.params_dtype, device=layout.device)
             dist.recv(hidden, group=layout.pp_group, group_src=layout.pp_rank - 1)
             self.chunk.set_input_tensor(hidden)
-        output = self.chunk.next_token_logits(ids, cache, *images)
+        output = self.chunk.next_token_logits(ids, cache, **images)
         if not layout.is_last_stage:
             dist.send(output, group=layout.pp_group, group_dst=layout.pp_rank + 1)
         return output

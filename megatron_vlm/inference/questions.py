@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from megatron_vlm.config.checkpoint import HF_FOLDER, RUN_CONFIG
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
@@ -118,7 +119,7 @@ class Questions:
         Raises:
             ValueError: an image can't be decoded.
         """
-        return [Prompt(n, self.input_ids[n], self._pixel_values(self.questions[n])) for n in numbers]
+        return [self._prompt(n, self.questions[n]) for n in numbers]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
@@ -127,7 +128,8 @@ class Questions:
 
     def _encode(self, question: Question) -> list[int]:
         try:
-            ids = self.processing.encode_prompt(question.text, len(question.images), self.raw)
+            sizes = self.processing.images.sizes(self._open(question))
+            ids = self.processing.encode_prompt(question.text, sizes, self.raw)
         except SampleError as error:
             raise ValueError(f"{question.where}: {error}") from None
         if not ids:
@@ -147,15 +149,25 @@ class Questions:
             )
         return wanted or min(_MAX_NEW_TOKENS, left)
 
-    def _pixel_values(self, question: Question) -> torch.Tensor:
-        images = self.processing.images
-        pixels = torch.empty((len(question.images), *images.shape), dtype=torch.uint8)
-        for index, path in enumerate(question.images):
+    def _open(self, question: Question) -> list[Image.Image]:
+        opened = []
+        for path in question.images:
             try:
-                pixels[index] = images(path.read_bytes())
+                opened += self.processing.images.open([path])
             except SampleError as error:
                 raise ValueError(f"{path}: {error}") from None
-        return normalize(pixels, images, torch.float32)
+        return opened
+
+    def _prompt(self, number: int, question: Question) -> Prompt:
+        images, opened = self.processing.images, self._open(question)
+        try:
+            tiles = images.tiles(opened)
+        except SampleError as error:
+            files = ", ".join(map(str, question.images))
+            raise ValueError(f"{files}: {error}") from None
+        pixels = torch.stack(tiles) if tiles else torch.empty((0, *images.shape), dtype=torch.uint8)
+        values = normalize(pixels, images, torch.float32)
+        return Prompt(number, self.input_ids[number], values, tuple(images.sizes(opened)))
 
 
 def end_tokens(hf_dir: Path, tokenizer: Any) -> list[int]:

@@ -20,6 +20,7 @@ _FULL_TEXT_SHARE = 0.2  # of --seq-length; below it most answers are cut off
 # Of transformers' classes, for what a file leaves out.
 _PROCESSOR_DEFAULTS: Dict[str, Dict[str, Any]] = {
     "CLIP": {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}},
+    "LlavaOnevision": {"do_center_crop": False, "size": {"height": 384, "width": 384}},
     "Llava": {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}},
     "Siglip": {"do_center_crop": False, "size": {"height": 224, "width": 224}},
 }
@@ -64,6 +65,13 @@ def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
             f"{folder}: its image processor makes images of {made[0]} x {made[1]} pixels, and the vision "
             f"tower takes {wanted[0]} x {wanted[1]}; give the folder of the model being trained"
         )
+    if model.anyres is not None:
+        pinpoints = processor.get("image_grid_pinpoints")
+        if pinpoints is not None and tuple(map(tuple, pinpoints)) != model.anyres.grid_pinpoints:
+            yield (
+                f"{folder}: its image processor's image_grid_pinpoints are not those of the model's "
+                "config.json; give the folder of the model being trained"
+            )
     mean = processor.get("image_mean")
     if isinstance(mean, list) and len(mean) != vision.num_channels:
         yield (
@@ -83,23 +91,23 @@ def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
     for folder in folders:
         processor = _read(folder, "processor_config.json")
         theirs = _processor_tokens(processor, model)
-        if theirs is not None and theirs != model.image_tokens:
+        if theirs is not None and theirs != model.tile_tokens:
             yield (
                 f"{folder}/processor_config.json: by its patch_size, num_additional_image_tokens and "
                 f"vision_feature_select_strategy transformers would give an image {theirs} tokens, and the "
-                f"model makes {model.image_tokens}; an exported model would not run there"
+                f"model makes {model.tile_tokens}; an exported model would not run there"
             )
 
 
 def sequence_warnings(model: ModelConfig, seq_length: int) -> Iterator[str]:
     """Sequences that leave little room for text, or are longer than the model has seen."""
-    text = seq_length - model.image_tokens
-    if 0 < text < _FULL_TEXT_SHARE * seq_length:
+    text, image = model.text_tokens(seq_length), "an image" if model.anyres is None else "the largest image"
+    if seq_length > model.min_image_tokens and text < _FULL_TEXT_SHARE * seq_length:
         fits = -(-int(model.image_tokens / (1 - _FULL_TEXT_SHARE)) // 64) * 64
         yield (
-            f"an image takes {model.image_tokens} of --seq-length {seq_length} and leaves {text} tokens for "
+            f"{image} takes {model.image_tokens} of --seq-length {seq_length} and leaves {text} tokens for "
             f"its text, prompt included; longer samples are cut off or dropped; --seq-length {fits} leaves "
-            f"{fits - model.image_tokens}"
+            f"{model.text_tokens(fits)}"
         )
     positions = model.language.max_position_embeddings
     if seq_length > positions:

@@ -151,7 +151,8 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
 def _work(config: RunConfig, model: ModelConfig) -> List[str]:
     """Tokens and operations of an iteration, at most."""
     batch, length, image = config.training.global_batch_size, config.data.seq_length, model.image_tokens
-    work = Work(batch * length, batch * (length - image), causal_pairs([length]) * batch, batch)
+    text, tiles = model.text_tokens(length), model.image_tiles
+    work = Work(batch * length, batch * text, causal_pairs([length]) * batch, batch * tiles)
     flops = training_flops(model, work, config.trains(model))
     parts = [
         ("vision tower", flops.vision),
@@ -162,14 +163,18 @@ def _work(config: RunConfig, model: ModelConfig) -> List[str]:
     return [
         _line(
             "tokens",
-            f"{batch * length:,} an iteration at most: {batch * image:,} of images, "
-            f"{batch * (length - image):,} of text",
+            f"{batch * length:,} an iteration at most: {batch * (length - text):,} of images, "
+            f"{batch * text:,} of text",
         ),
-        f"{_INDENT}an image takes {image:,} of --seq-length {length:,} ({_percent(image, length)}) and "
-        f"leaves {length - image:,} for text",
+        f"{_INDENT}{_image(model)} takes {image:,} of --seq-length {length:,} ({_percent(image, length)}) "
+        f"and leaves {text:,} for text",
         _line("FLOPs", f"{flops.total:.2e} an iteration at most: {shares}"),
         f"{_INDENT}at most: were every sample an image and text, as long as --seq-length",
     ]
+
+
+def _image(model: ModelConfig) -> str:
+    return "an image" if model.anyres is None else f"the largest image, of {model.image_tiles} tiles,"
 
 
 def _memory(facts: Facts, on_gpus: bool) -> List[str]:

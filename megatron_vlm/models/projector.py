@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config.model import ProjectorConfig
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.specs import projector_submodules
+from megatron_vlm.models.tiles import FeatureIndex
 
 
 class Projector(MegatronModule):
-    """``linear`` or ``mlp2x_gelu``, as LLaVA names them.
+    """``linear`` or ``mlp2x_gelu``, as LLaVA names them; with ``image_newline`` where images are cut.
 
     Equals transformers' ``LlavaMultiModalProjector``. Parameters are named as in megatron-core's
     ``MultimodalProjector``, which can't be used for ``linear``: with tensor parallelism it adds one
     shard of the bias to the gathered output.
     """
 
-    def __init__(self, projector: ProjectorConfig, config: TransformerConfig, impl: str) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
         super().__init__(config=config)
+        projector = model.projector
+        if model.anyres is not None:
+            newline = torch.zeros(config.hidden_size, dtype=config.params_dtype)
+            self.image_newline = torch.nn.Parameter(newline)
         if projector.kind == "linear":
             self.encoder = ColumnParallelLinear(
                 projector.input_size,
@@ -36,14 +42,16 @@ class Projector(MegatronModule):
                 config=config, submodules=projector_submodules(impl), input_size=projector.input_size
             )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, index: FeatureIndex | None = None) -> Tensor:
         """Project.
 
         Args:
-            features: ``[images, tokens, input_size]``.
+            features: ``[tiles, tokens, input_size]``.
+            index: how tiles become images, where images are cut.
 
         Returns:
-            ``[images, tokens, language hidden_size]``.
+            ``[features, language hidden_size]``.
         """
         output, bias = self.encoder(features)
-        return output if bias is None else output + bias
+        output = output if bias is None else output + bias
+        return output.flatten(0, 1) if index is None else index.gather(output, self.image_newline)

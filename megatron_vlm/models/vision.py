@@ -63,10 +63,10 @@ class VisionTower(CLIPViTModel):
         """Encode images.
 
         Args:
-            x: normalised pixels ``[images, channels, height, width]``.
+            x: normalised pixels ``[tiles, channels, height, width]``.
 
         Returns:
-            ``[images, ModelConfig.image_tokens, hidden_size * number of feature layers]``.
+            ``[tiles, ModelConfig.tile_tokens, hidden_size * number of feature layers]``.
         """
         x = self.conv1(x).flatten(2).transpose(1, 2)  # [n, c, h, w] -> [n, patches, hidden]
         if self.add_class_token:

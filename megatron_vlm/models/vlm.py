@@ -17,6 +17,7 @@ from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
+from megatron_vlm.models.tiles import FeatureIndex
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
 from megatron_vlm.parallel import Layout
@@ -52,7 +53,7 @@ class VisionLanguageModel(MegatronModule):
         self.model_config = model
         if self.pre_process:
             self.vision_model = VisionTower(model, configs.vision, impl)
-            self.vision_projection = Projector(model.projector, configs.projector, impl)
+            self.vision_projection = Projector(model, configs.projector, impl)
         self.language_model = LanguageModel(
             model.language, configs.language, layout, impl, vocab_divisible_by, model.lora, chunk
         )
@@ -67,19 +68,21 @@ class VisionLanguageModel(MegatronModule):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        feature_index: FeatureIndex | None = None,
     ) -> Tensor:
         """Run this stage.
 
         Args:
-            input_ids: ``[b, s]``; every image holds ``ModelConfig.image_tokens`` placeholders.
-            pixel_values: ``[images, channels, height, width]``, normalised, in the order of their
+            input_ids: ``[b, s]``; every image holds ``ModelConfig.count_tokens`` placeholders.
+            pixel_values: ``[tiles, channels, height, width]``, normalised, in the order of their
                 placeholders. Read on the first stage only.
-            image_positions: ``[2, images * image_tokens]``: batch and sequence index of each
-                placeholder, row by row, as :func:`find_image_positions` makes them.
+            image_positions: ``[2, features]``: batch and sequence index of each feature's placeholder, as
+                :func:`find_image_positions` makes them.
             labels: ``[b, s]``, the token to be predicted at each position.
             loss_mask: bool ``[b, s]``, True where a token is trained; needed with labels.
             packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
                 they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
+            feature_index: of :func:`index_features`, where images are cut into tiles.
 
         Returns:
             On the last stage the summed loss of the trained tokens, a scalar in float32, or without
@@ -88,7 +91,7 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings = None
         if self.pre_process:
-            embeddings = self.embed(input_ids, pixel_values, image_positions)
+            embeddings = self.embed(input_ids, pixel_values, image_positions, feature_index)
             embeddings = ask_for_gradient(embeddings, self.language_model)
         return self.language_model(
             input_ids=None,
@@ -106,27 +109,36 @@ class VisionLanguageModel(MegatronModule):
         cache: KeyValueCache,
         pixel_values: Tensor | None = None,
         image_positions: Tensor | None = None,
+        feature_index: FeatureIndex | None = None,
     ) -> Tensor:
         """Run this stage while generating: the prompts in the first pass, one token of each after that.
 
         Args:
             input_ids: ``[b, s]``, prompts padded on the right, or ``[b, 1]``.
             cache: of the batch; the caller tells it when the next pass begins.
-            pixel_values, image_positions: as for :meth:`forward`, in the first pass.
+            pixel_values, image_positions, feature_index: as for :meth:`forward`, in the first pass.
 
         Returns:
             On the last stage the logits of each sequence's next token, ``[b, vocabulary]`` in float32;
             on the others the hidden states ``[s, b, hidden]``.
         """
-        embeddings = self.embed(input_ids, pixel_values, image_positions) if self.pre_process else None
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.embed(input_ids, pixel_values, image_positions, feature_index)
         return self.language_model.next_token_logits(embeddings, cache)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_positions: Tensor | None,
+        feature_index: FeatureIndex | None = None,
+    ) -> Tensor:
         """Token embeddings with image features at the placeholders, ``[s, b, hidden]``."""
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             assert image_positions is not None
-            features = self.vision_projection(self.vision_model(pixel_values)).flatten(0, 1)
+            features = self.vision_projection(self.vision_model(pixel_values), feature_index)
             batch_index, sequence_index = image_positions
             embeddings = embeddings.index_put((sequence_index, batch_index), features.to(embeddings.dtype))
         elif any(
@@ -136,7 +148,10 @@ class VisionLanguageModel(MegatronModule):
             # nothing else to train its output would have no gradient at all to receive.
             vision = self.model_config.vision
             blank = embeddings.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-            embeddings = embeddings + 0.0 * self.vision_projection(self.vision_model(blank)).sum()
+            unused = self.vision_projection(self.vision_model(blank)).sum()
+            if self.model_config.anyres is not None:
+                unused = unused + self.vision_projection.image_newline.sum()
+            embeddings = embeddings + 0.0 * unused
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
@@ -150,28 +165,33 @@ class VisionLanguageModel(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
 
-def find_image_positions(input_ids: Tensor, num_images: int, model: ModelConfig) -> Tensor:
-    """Where the image placeholders of a batch are.
+def find_image_positions(
+    input_ids: Tensor, num_images: int, model: ModelConfig, index: FeatureIndex | None = None
+) -> Tensor:
+    """Where the features of a batch's images go.
 
     Args:
         input_ids: ``[b, s]``, best on the CPU: the result's size depends on the data.
         num_images: images of the batch.
+        index: of :func:`index_features`, where images are cut into tiles.
 
     Returns:
-        int64 ``[2, placeholders]``: batch and sequence indices, row by row.
+        int64 ``[2, features]``: batch and sequence indices of their placeholders: row by row, or in the order
+        of ``index``.
 
     Raises:
         ValueError: placeholders and image features differ in number.
     """
     positions = (input_ids == model.image_token_id).nonzero().t().contiguous()
-    expected = num_images * model.image_tokens
+    expected = num_images * model.tile_tokens if index is None else len(index.places)
     if positions.shape[1] != expected:
+        each = "with" if index is not None else f"x {model.tile_tokens} features ="
         raise ValueError(
-            f"{positions.shape[1]} image tokens in the text but {num_images} images x "
-            f"{model.image_tokens} features = {expected}; the tokenizer and the model must agree on "
-            f"the image token ({model.image_token_id}) and on its count per image"
+            f"{positions.shape[1]} image tokens in the text but {num_images} images {each} {expected}; the "
+            f"tokenizer and the model must agree on the image token ({model.image_token_id}) and on its "
+            "count per image"
         )
-    return positions
+    return positions if index is None else positions[:, index.places]
 
 
 def build_model(

@@ -22,6 +22,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.packing import boundaries
+from megatron_vlm.models.tiles import FeatureIndex, index_features
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
 
@@ -33,9 +34,10 @@ class Batch:
     input_ids: Tensor  # int64 [b, s]
     labels: Tensor  # int64 [b, s], within the vocabulary
     loss_mask: Tensor  # bool [b, s], True where a token is trained
-    pixel_values: Tensor | None = None  # [images, c, h, w], normalised; first stage only
-    image_positions: Tensor | None = None  # int64 [2, placeholders]; first stage only
+    pixel_values: Tensor | None = None  # [tiles, c, h, w], normalised; first stage only
+    image_positions: Tensor | None = None  # int64 [2, features]; first stage only
     packed_seq_params: PackedSeqParams | None = None  # where b is 1 and the row holds several samples
+    feature_index: FeatureIndex | None = None  # where images are cut into tiles; first stage only
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class GlobalBatch:
     positions: int = 0  # with padding
     attention_pairs: int = 0  # pairs of a query and a key that it sees
     images: int = 0
+    tiles: int = 0  # of the images, through the tower one by one
     keys: list[list[str]] = field(default_factory=list)  # sample keys of each microbatch
 
 
@@ -116,7 +119,8 @@ class BatchReader:
             tokens=sum(int(m.lengths.sum()) for m in read),
             positions=sum(len(m.input_ids) * length for m, length in zip(read, lengths, strict=False)),
             attention_pairs=sum(causal_pairs(m.lengths.tolist()) for m in read),
-            images=sum(len(m.pixels) for m in read),
+            images=sum(len(m.image_sizes) for m in read),
+            tiles=sum(len(m.pixels) for m in read),
             keys=[m.keys for m in read],
         )
 
@@ -133,11 +137,13 @@ class BatchReader:
     def _share(self, read: list[Microbatch]) -> list[_Shared]:
         """Hand what one rank read to all ranks of its model copy; images to the first stage only."""
         if dist.get_world_size(self.layout.model_group) == 1:
-            return [_Shared(m.input_ids, m.labels, len(m.pixels), m.pixels, _packed(m)) for m in read]
+            return [_Shared(m.input_ids, m.labels, m.image_sizes, m.pixels, _packed(m)) for m in read]
         src, group, device = self.layout.model_src, self.layout.model_group, self.layout.device
-        sizes = torch.zeros(self.num_microbatches, 4, dtype=torch.int64)
+        sizes = torch.zeros(self.num_microbatches, 5, dtype=torch.int64)
         if read:
-            sizes = torch.tensor([[*m.input_ids.shape, len(m.pixels), len(_packed(m))] for m in read])
+            sizes = torch.tensor(
+                [[*m.input_ids.shape, len(_packed(m)), len(m.image_sizes), len(m.pixels)] for m in read]
+            )
         sizes = sizes.to(device)
         dist.broadcast(sizes, src, group=group)
         shapes = sizes.tolist()
@@ -146,42 +152,44 @@ class BatchReader:
         if own_text is not None:
             text = _to_device(own_text, device)
         else:
-            text = torch.empty(
-                sum(2 * b * s + samples for b, s, _, samples in shapes), dtype=torch.int64, device=device
-            )
+            length = sum(2 * b * s + samples + 2 * images for b, s, samples, images, _ in shapes)
+            text = torch.empty(length, dtype=torch.int64, device=device)
         dist.broadcast(text, src, group=group)
         text = text.cpu() if own_text is None else own_text
 
         pixels = None
-        num_images = sum(images for _, _, images, _ in shapes)
-        if self.layout.is_first_stage and num_images:
+        num_tiles = sum(tiles for *_, tiles in shapes)
+        if self.layout.is_first_stage and num_tiles:
             if read:
                 pixels = _to_device(torch.cat([m.pixels for m in read]), device)
             else:
                 vision = self.model.vision
-                shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
+                shape = (num_tiles, vision.num_channels, vision.image_size, vision.image_size)
                 pixels = torch.empty(shape, dtype=torch.uint8, device=device)
             dist.broadcast(pixels, src, group=self.layout.tp_group)
 
-        shared, at, image_at = [], 0, 0
-        for b, s, images, samples in shapes:
+        shared, at, tile_at = [], 0, 0
+        for b, s, samples, images, tiles in shapes:
             ids, labels = text[at : at + 2 * b * s].view(2, b, s)
             at += 2 * b * s
             packed = text[at : at + samples].tolist()
             at += samples
-            own = None if pixels is None else pixels[image_at : image_at + images]
-            image_at += images
-            shared.append(_Shared(ids, labels, images, own, packed))
+            image_sizes = text[at : at + 2 * images].view(images, 2)
+            at += 2 * images
+            own = None if pixels is None else pixels[tile_at : tile_at + tiles]
+            tile_at += tiles
+            shared.append(_Shared(ids, labels, image_sizes, own, packed))
         return shared
 
     def _on_device(self, part: _Shared, length: int) -> Batch:
-        positions = find_image_positions(part.input_ids, part.num_images, self.model)
+        index = index_features(part.image_sizes, self.model)
+        positions = find_image_positions(part.input_ids, len(part.image_sizes), self.model, index)
         missing = length - part.input_ids.shape[1]
         ids = F.pad(part.input_ids, (0, missing), value=self.pad_token_id)
         labels = F.pad(part.labels, (0, missing), value=IGNORE_INDEX)
         device = self.layout.device
         pixel_values = None
-        if part.pixels is not None and part.num_images:
+        if part.pixels is not None and len(part.pixels):
             pixel_values = normalize(_to_device(part.pixels, device), self.images, self.dtype)
         return Batch(
             input_ids=_to_device(ids, device),
@@ -190,6 +198,7 @@ class BatchReader:
             pixel_values=pixel_values,
             image_positions=None if pixel_values is None else _to_device(positions, device),
             packed_seq_params=boundaries(part.packed, length, device) if part.packed else None,
+            feature_index=None if pixel_values is None or index is None else index.to(device),
         )
 
 
@@ -201,7 +210,8 @@ def _packed(microbatch: Microbatch) -> list[int]:
 def _numbers(microbatch: Microbatch) -> list[Tensor]:
     """What every rank has to know of a microbatch, one-dimensional."""
     packed = torch.tensor(_packed(microbatch), dtype=torch.int64)
-    return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed]
+    sizes = microbatch.image_sizes.flatten()
+    return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed, sizes]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -217,6 +227,6 @@ class _Shared:
 
     input_ids: Tensor  # int64 [b, s], on the CPU
     labels: Tensor  # int64 [b, s], on the CPU
-    num_images: int
-    pixels: Tensor | None  # uint8 [num_images, c, h, w]; first stage only
+    image_sizes: Tensor  # int64 [images, 2], on the CPU
+    pixels: Tensor | None  # uint8 [tiles, c, h, w]; first stage only
     packed: list[int]  # lengths of the samples that share a row; empty where each has its own

@@ -47,6 +47,7 @@ class Debugger:
                     labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
                     lengths=torch.empty(0),
                     pixels=torch.empty(0),
+                    image_sizes=torch.empty(0),
                     keys=global_batch.keys[0],
                 )
                 shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)

@@ -78,15 +78,15 @@ class Meter:
         """
         own = [seen[name] if seen is not None else 0 for name in _COUNTS]
         sums = torch.tensor(
-            [batch.tokens, batch.images, batch.attention_pairs, *own], device=self.layout.device
+            [batch.tokens, batch.images, batch.tiles, batch.attention_pairs, *own], device=self.layout.device
         )
         dist.all_reduce(sums)
         highest = torch.tensor([self.data_seconds, _peak_memory(self.layout)], device=self.layout.device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        tokens, images, pairs, truncated, dropped, corrupt = sums.tolist()
+        tokens, images, tiles, pairs, truncated, dropped, corrupt = sums.tolist()
         data_seconds, memory = highest.tolist()
 
-        flops = training_flops(self.model, Work(tokens, result.trained_tokens, pairs, images), self.trains)
+        flops = training_flops(self.model, Work(tokens, result.trained_tokens, pairs, tiles), self.trains)
         rank_seconds = self.seconds * self.layout.world_size
         tflops, without_vision = (n / rank_seconds / 1e12 for n in (flops.total, flops.without_vision))
         now, done = time.perf_counter(), self.state.iteration - self.first_iteration

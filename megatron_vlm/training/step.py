@@ -66,6 +66,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
         labels=batch.labels,
         loss_mask=batch.loss_mask,
         packed_seq_params=batch.packed_seq_params,
+        feature_index=batch.feature_index,
     )
     return output, partial(token_loss, batch.loss_mask)
 

@@ -7,26 +7,26 @@ import dataclasses
 import peft
 import pytest
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.config.flops import Flops, Work, causal_pairs, peak_tflops, training_flops
 from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
 from megatron_vlm.config.model import ModelConfig
-from tests.tiny import FAMILIES, tiny_config
+from tests.models.test_parity import make_batch
+from tests.tiny import FAMILIES, build, tiny_config, transformers_inputs
 
 PARTS = {
     "vision_model.": "model.vision_tower.",
-    "vision_projection.": "model.multi_modal_projector.",
+    "vision_projection.": ("model.multi_modal_projector.", "model.image_newline"),
     "language_model.": ("model.language_model.", "lm_head."),
 }
 # What is trained, in this project's names and in transformers'.
 TRAINED = {
     "nothing": ((), ()),
-    "projector": (("vision_projection.",), (PARTS["vision_projection."],)),
+    "projector": (("vision_projection.",), PARTS["vision_projection."]),
     "projector and language": (
         ("vision_projection.", "language_model."),
-        (PARTS["vision_projection."], *PARTS["language_model."]),
+        (*PARTS["vision_projection."], *PARTS["language_model."]),
     ),
     "language": (("language_model.",), PARTS["language_model."]),
     "tower": (("vision_model.",), (PARTS["vision_model."],)),
@@ -46,7 +46,7 @@ TRAINED = {
         ),
     ),
 }
-BATCH, TEXT, IMAGES = 3, 7, 4
+TEXT = 12
 
 
 def counted(
@@ -55,7 +55,7 @@ def counted(
     """Operations that torch counts in transformers' forward and backward pass."""
     config = tiny_config(**FAMILIES[family])
     config.vision_config.vision_use_head = False  # of SigLIP's pooled output, which LLaVA doesn't read
-    net = transformers.LlavaForConditionalGeneration(config)
+    net = build(config)
     if FAMILIES[family].get("projector") == "linear":
         net.model.multi_modal_projector.linear_2 = torch.nn.Identity()  # transformers multiplies by it
     net.set_attn_implementation("eager")  # flash and its like count work that they do twice
@@ -71,15 +71,13 @@ def counted(
         block.forward = lambda hidden_states, *args, **kwargs: hidden_states  # transformers runs them
 
     # Two images in a row of one sample, to see that sequences are counted and not images.
-    length = TEXT + 2 * model.image_tokens
-    ids = torch.randint(3, 190, (BATCH, length))
-    ids[:2, : 2 * model.image_tokens] = model.image_token_id
-    size = model.vision.image_size
+    batch = make_batch(model, 1, [2, 2, 0], TEXT + 2 * model.tile_tokens)
+    ids = batch["input_ids"]
     with FlopCounterMode(display=False) as counter:
-        output = net(input_ids=ids, pixel_values=torch.rand(IMAGES, 3, size, size), labels=ids)
+        output = net(**transformers_inputs(batch), labels=ids)
         if trained or lora is not None:
             output.loss.backward()
-    work = Work(BATCH * length, BATCH * length, BATCH * length**2, IMAGES)
+    work = Work(ids.numel(), ids.numel(), len(ids) * ids.shape[1] ** 2, len(batch["pixel_values"]))
     return model, work, counter.get_total_flops()
 
 
@@ -124,8 +122,8 @@ def test_lora_equals_torchs_count(targets: tuple[str, ...], projector: bool) -> 
 def test_each_part_alone() -> None:
     """What a part costs is what is saved when there is none of it."""
     model = ModelConfig.from_hf(tiny_config().to_dict())
-    everything = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), images=2)
-    no_images = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), images=0)
+    everything = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), tiles=2)
+    no_images = Work(tokens=90, trained_tokens=40, attention_pairs=causal_pairs([30, 60]), tiles=0)
     with_images, text = formula(model, everything, ("",)), formula(model, no_images, ("",))
     assert with_images.language == text.total == text.without_vision > 0
     assert with_images.total == with_images.vision + with_images.projector + with_images.language

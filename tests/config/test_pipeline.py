@@ -55,7 +55,7 @@ def test_flags_set_the_ends_and_the_rest_is_balanced() -> None:
 def test_costs_are_those_of_the_whole_model() -> None:
     """Which :mod:`tests.config.test_flops` holds against torch's count."""
     model, length = ModelConfig.from_hf(tiny_config().to_dict()), 60
-    work = Work(length, length - model.image_tokens, causal_pairs([length]), images=1)
+    work = Work(length, length - model.image_tokens, causal_pairs([length]), tiles=1)
     for frozen in (("vision_model.",), ("vision_model.", "language_model."), ("none",)):
         costs = stage_costs(model, length, lambda name, frozen=frozen: not name.startswith(frozen))
         whole = training_flops(model, work, lambda name, frozen=frozen: not name.startswith(frozen))

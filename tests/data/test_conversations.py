@@ -134,7 +134,7 @@ def test_images_stand_where_they_are_marked(processing: Processing) -> None:
     turns = [Turn("user", "Is <image> in <image>?"), ANSWER, Turn("user", "And <image>?"), ANSWER]
     sample = processing.encode("key", turns, pictures)
     text = processing.tokenizer.decode(sample.input_ids)
-    image = "<image>" * processing.image_tokens
+    image = "<image>" * processing.model.image_tokens
     assert f"Is {image} in {image}?" in text and f"And {image}?" in text
     assert [pixels.tolist() for pixels in sample.pixels] == [
         processing.images(picture).tolist() for picture in pictures
@@ -189,7 +189,7 @@ def test_the_loader_reads_conversations(processing: Processing, tmp_path: Path) 
             keys.update(microbatch.keys)
             counts.update(microbatch.counts)
             placeholders = (microbatch.input_ids == processing.image_token_id).sum().item()
-            assert placeholders == len(microbatch.pixels) * processing.image_tokens
+            assert placeholders == len(microbatch.pixels) * processing.model.image_tokens
             images.update(pixels=len(microbatch.pixels))
     finally:
         loader.close()

@@ -55,7 +55,7 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
     transform = ImageTransform.from_dir(str(tmp_path), image_size=28, num_channels=3)
     mean, std = (torch.tensor(values)[:, None, None] for values in (transform.mean, transform.std))
     for data in pictures():
-        pixels = transform(data)
+        (pixels,) = transform.tiles(transform.open([data]))
         assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == transform.shape == (3, 28, 28)
         expected = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
         finished = (pixels * transform.rescale - mean) / std
@@ -80,7 +80,7 @@ def test_unreadable_pictures_are_corrupt(tmp_path: Path) -> None:
     broken = whole[:100] + b"\0" * 400 + whole[500:]
     for data in (b"", b"not a picture", jpeg(0)[:-200], whole[:-500], broken):
         with pytest.raises(SampleError, match=r"its image (can't be decoded|is in no format)") as error:
-            transform(data)
+            transform.tiles(transform.open([data]))
         assert error.value.kind == "corrupt"
 
 

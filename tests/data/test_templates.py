@@ -80,7 +80,7 @@ def test_folder_template_equals_transformers(
         # llava-1.5's template writes no end token; without one a model never learns to stop.
         expected = whole + [end] * (name == "llava")
         assert sample.input_ids == expected
-        assert sample.input_ids.count(processing.image_token_id) == with_image * processing.image_tokens
+        assert sample.input_ids.count(processing.image_token_id) == with_image * processing.model.image_tokens
         # Qwen's template puts a newline behind the end token: nothing that a model should write.
         newline = processing.tokenizer.encode("\n", add_special_tokens=False)
         written = expected[: -len(newline)] if name == "qwen" else expected
@@ -145,7 +145,7 @@ def test_image_marker_is_a_position(
     assert processing.encode("key", asked("<image>\nWhat?", "A cat."), [jpeg(1)]).input_ids == in_front
     if name == "qwen":  # llava-1.5's own template renders all images first
         ids = processing.encode("key", asked("Is <image> it?", "A cat."), [jpeg(1)]).input_ids
-        assert f"Is {'<image>' * processing.image_tokens} it?" in processing.tokenizer.decode(ids)
+        assert f"Is {'<image>' * processing.model.image_tokens} it?" in processing.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

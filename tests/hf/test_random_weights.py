@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.random_weights import RandomWeights
-from tests.tiny import FAMILIES, tiny_config
+from tests.tiny import FAMILIES, build, tiny_config
 
 
 def save_config(folder: Path, family: str, dtype: str = "float32") -> Path:
@@ -25,7 +25,7 @@ def save_config(folder: Path, family: str, dtype: str = "float32") -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_transformers_initialises(tmp_path: Path, family: str) -> None:
     folder = save_config(tmp_path / "config", family)
-    model = transformers.LlavaForConditionalGeneration(tiny_config(**FAMILIES[family]))
+    model = build(tiny_config(**FAMILIES[family]))
     model.save_pretrained(tmp_path / "reference")
     expected = load_file(tmp_path / "reference/model.safetensors")
     weights = RandomWeights(folder, seed=3)

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlm.config.anyres import ANYRES
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.inference.generator import Prompt
 from tests.distributed import Pool
-from tests.tiny import FAMILIES, save_tiny_llava
+from tests.models.test_parity import image_sizes
+from tests.tiny import FAMILIES, save_tiny_llava, transformers_inputs
 from tests.workers import Layout, generate
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
@@ -29,11 +31,13 @@ def make_prompts(model: ModelConfig, images: list[int]) -> list[Prompt]:
     size = model.vision.image_size
     prompts = []
     for number, count in enumerate(images):
+        (sizes,) = image_sizes(model, [count], number)
         ids = torch.randint(3, 190, (4 + 3 * number,), generator=generator).tolist()
-        for i in range(count):
-            ids[1 + i : 1 + i] = [model.image_token_id] * model.image_tokens
-        pixels = torch.randn(count, model.vision.num_channels, size, size, generator=generator)
-        prompts.append(Prompt(number, ids, pixels))
+        for i, image in enumerate(sizes):
+            ids[1 + i : 1 + i] = [model.image_token_id] * model.count_tokens(image)
+        tiles = sum(1 if model.anyres is None else model.tiling(image).tiles for image in sizes)
+        pixels = torch.randn(tiles, model.vision.num_channels, size, size, generator=generator)
+        prompts.append(Prompt(number, ids, pixels, tuple(sizes)))
     return prompts
 
 
@@ -43,10 +47,14 @@ def transformers_answers(
     """What ``generate`` answers, up to and with the first end token."""
     answers = []
     for prompt in prompts:  # one by one: its repetition penalty counts padding
+        inputs = {"input_ids": torch.tensor([prompt.input_ids]), "pixel_values": prompt.pixel_values}
+        if net.config.model_type in ANYRES:
+            inputs["image_sizes"] = torch.tensor(prompt.image_sizes)
+        if net.config.model_type == "llava_onevision":
+            inputs["batch_num_images"] = torch.tensor([len(prompt.image_sizes)])
         output = net.generate(
-            input_ids=torch.tensor([prompt.input_ids]),
+            **transformers_inputs(inputs),
             attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.int64),
-            **({"pixel_values": prompt.pixel_values} if len(prompt.pixel_values) else {}),
             max_new_tokens=sampling.max_new_tokens,
             repetition_penalty=sampling.repetition_penalty,
             do_sample=False,

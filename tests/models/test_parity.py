@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlm.config.anyres import UNCUT, Size
 from megatron_vlm.config.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from tests.distributed import Pool
-from tests.tiny import FAMILIES, save_tiny_llava
+from tests.tiny import FAMILIES, SIZES, save_tiny_llava, transformers_inputs
 from tests.workers import Layout, logits_and_gradients
 
 LAYOUTS = [
@@ -36,16 +38,36 @@ MORE_LAYOUTS = [
 def make_batch(model: ModelConfig, seed: int, images: list[int], length: int) -> dict[str, torch.Tensor]:
     """A microbatch with ``images[i]`` images in sample ``i``, random text and random trained positions."""
     generator = torch.Generator().manual_seed(seed)
+    sizes = image_sizes(model, images, seed)
+    tokens = [[model.count_tokens(size) for size in row] for row in sizes]
+    if model.anyres is not None:
+        length += max(map(sum, tokens))
     ids = torch.randint(3, 190, (len(images), length), generator=generator)
-    for row, count in enumerate(images):
-        for image in range(count):
-            start = 2 + image * (model.image_tokens + 3)
-            ids[row, start : start + model.image_tokens] = model.image_token_id
+    for row, counts in enumerate(tokens):
+        start = 2
+        for count in counts:
+            ids[row, start : start + count] = model.image_token_id
+            start += count + 3
     labels = torch.randint(3, 190, ids.shape, generator=generator)
     labels[torch.rand(ids.shape, generator=generator) < 0.5] = -100
-    size = model.vision.image_size
-    pixels = torch.randn(sum(images), model.vision.num_channels, size, size, generator=generator)
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+    size, flat = model.vision.image_size, [size for row in sizes for size in row]
+    tiles = sum(images) if model.anyres is None else sum(model.tiling(size).tiles for size in flat)
+    pixels = torch.randn(tiles, model.vision.num_channels, size, size, generator=generator)
+    batch = {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+    if model.anyres is not None:
+        batch["image_sizes"] = torch.tensor(flat, dtype=torch.int64).view(-1, 2)
+        if model.anyres.several_uncut:
+            batch["batch_num_images"] = torch.tensor([count for count in images if count])
+    return batch
+
+
+def image_sizes(model: ModelConfig, images: list[int], seed: int) -> list[list[Size]]:
+    """Of each sample's images: of :data:`SIZES`, beginning with another one for each seed."""
+    sizes = itertools.cycle(SIZES[seed % len(SIZES) :] + SIZES[: seed % len(SIZES)])
+    found = [[next(sizes) for _ in range(count)] for count in images]
+    if model.anyres is not None and model.anyres.several_uncut:
+        found = [row if len(row) == 1 else [UNCUT] * len(row) for row in found]
+    return found
 
 
 def make_global_batch(model: ModelConfig) -> list[dict[str, torch.Tensor]]:
@@ -80,13 +102,9 @@ class Reference:
         self.logits = []
         loss, trained = torch.zeros(()), 0
         for microbatch in self.batch:
-            logits = torch.cat(
-                [
-                    net(input_ids=ids, pixel_values=pixels if len(pixels) else None).logits
-                    for ids, pixels in self._apart(microbatch)
-                ],
-                dim=1,
-            )
+            together = [transformers_inputs(microbatch)]
+            apart = self._apart(microbatch) if "lengths" in microbatch else together
+            logits = torch.cat([net(**inputs).logits for inputs in apart], dim=1)
             self.logits.append(logits.detach())
             labels = microbatch["labels"].flatten()
             loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
@@ -95,11 +113,11 @@ class Reference:
         self.loss = float(loss.detach()) / trained
         self.gradients = self._native_gradients(net, folder / "hf")
 
-    def _apart(self, microbatch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _apart(self, microbatch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         ids, pixels = microbatch["input_ids"], microbatch["pixel_values"]
-        for sample in ids.split(microbatch.get("lengths", torch.tensor([ids.shape[1]])).tolist(), dim=1):
+        for sample in ids.split(microbatch["lengths"].tolist(), dim=1):
             images = int((sample == self.model.image_token_id).sum()) // self.model.image_tokens
-            yield sample, pixels[:images]
+            yield transformers_inputs({"input_ids": sample, "pixel_values": pixels[:images]})
             pixels = pixels[images:]
 
     def _native_gradients(self, net: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
