@@ -137,7 +137,7 @@ def test_images_stand_where_they_are_marked(processing: Processing) -> None:
     image = "<image>" * processing.model.image_tokens
     assert f"Is {image} in {image}?" in text and f"And {image}?" in text
     assert [pixels.tolist() for pixels in sample.pixels] == [
-        processing.images(picture).tolist() for picture in pictures
+        pixels.tolist() for pixels in processing.images.tiles(processing.images.open(pictures))
     ]
 
 
