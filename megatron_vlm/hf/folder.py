@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.streaming import as_bytes, check_finite, digest, dtype_name, hash_of, mapped
+from megatron_vlm.hf.stored import Stored, saved_tensors, stored_hash, write_at
+from megatron_vlm.hf.streaming import check_finite, digest, dtype_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -69,7 +70,7 @@ class HFFolder:
         self.files: dict[str, list[TensorInfo]] = {}  # in the order of the data on disk
         self.metadata: dict[str, dict[str, str]] = {}  # what safetensors files say of themselves
         self._of: dict[str, tuple[str, TensorInfo]] = {}
-        self._open: dict[str, Any] = {}
+        self._stored: dict[str, Stored | Tensor] = {}
         for file in names:
             for info in self._scan(file):
                 if info.name in self._of:
@@ -90,11 +91,7 @@ class HFFolder:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
-        file = self._of[name][0]
-        try:
-            return self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path / file}: {name} cannot be read ({error})") from None
+        return _read(self._stored[name])
 
     def _weight_files(self) -> tuple[list[str], dict[str, str] | None]:
         """File names, and the index's map from tensor to file where there is one."""
@@ -115,23 +112,12 @@ class HFFolder:
         path = self.path / file
         if not path.is_file():
             raise ValueError(f"{self.path}: {file}, which the index names, is not there")
-        handle: Any
         if file.endswith(".safetensors"):
-            try:
-                handle = safe_open(path, "pt")
-                self.metadata[file] = dict(handle.metadata() or {})
-                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-            infos = [_info(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
+            found, self.metadata[file] = _safetensors_file(path)
         else:
-            handle = BinFile(path)
-            infos = [
-                _info(path, name, _CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
-                for name, t in handle.tensors.items()
-            ]
-        self._open[file] = handle
-        self.files[file] = infos
+            found = BinFile(path).tensors
+        self._stored.update(found)
+        infos = self.files[file] = [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in found.items()]
         return infos
 
     def _compare_with(self, index: dict[str, str]) -> None:
@@ -143,8 +129,28 @@ class HFFolder:
                 raise ValueError(f"{self.path}: {file} holds {name}, which the index does not list")
 
 
+def _safetensors_file(path: Path) -> tuple[dict[str, Stored | Tensor], dict[str, str]]:
+    """A file's tensors, in the order of the data, and its metadata; safetensors itself checks the file."""
+    found: dict[str, Stored | Tensor] = {}
+    try:
+        with safe_open(path, "pt") as file, open(path, "rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(length))
+            metadata = dict(file.metadata() or {})
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                _check_dtype(path, name, part.get_dtype())
+                dtype, shape = DTYPES[part.get_dtype()], tuple(part.get_shape())
+                start = 8 + length + header[name]["data_offsets"][0]
+                found[name] = Stored(path, start, dtype, shape, torch.empty(shape, device="meta").stride())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    return found, metadata
+
+
 class BinFile:
-    """A ``.bin`` file, memory-mapped unless it is of torch 1.5 or older; only tensors are unpickled.
+    """A ``.bin`` file: only tensors are unpickled, and read when they are asked for. A file of torch 1.5 or
+    older is read whole.
 
     Raises:
         ValueError: it holds anything else, or is damaged.
@@ -152,18 +158,26 @@ class BinFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            mmap = zipfile.is_zipfile(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if zipfile.is_zipfile(path):
+                loaded = saved_tensors(path)
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for what is not a file of weights
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: not a file of weights ({reason})") from None
-        if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        if not isinstance(loaded, dict) or not all(isinstance(t, Stored | Tensor) for t in loaded.values()):
             raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
-        self.tensors: dict[str, Tensor] = loaded
+        for name, tensor in loaded.items():
+            _check_dtype(path, name, _CODES.get(tensor.dtype, str(tensor.dtype)))
+        self.tensors: dict[str, Stored | Tensor] = loaded
 
     def get_tensor(self, name: str) -> Tensor:
         """The tensor of that name."""
-        return self.tensors[name]
+        return _read(self.tensors[name])
+
+
+def _read(tensor: Stored | Tensor) -> Tensor:
+    return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
 class Cast:
@@ -227,10 +241,9 @@ def write_dtype(folder: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _info(path: Path, name: str, code: str, shape: Shape) -> TensorInfo:
+def _check_dtype(path: Path, name: str, code: str) -> None:
     if code not in DTYPES:
         raise ValueError(f"{path}: {name} has dtype {code}; supported: {', '.join(DTYPES)}")
-    return TensorInfo(name, DTYPES[code], shape)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -269,7 +282,7 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
-        self._file: BinaryIO = open(path, "wb")
+        self._file: IO[bytes] = open(path, "wb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._data + position)
         self.path = path
@@ -279,15 +292,12 @@ class SafetensorsFile:
         position, info = self._written[name] = self._at.pop(name)
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: shape {list(tensor.shape)} instead of {list(info.shape)}")
-        self._file.seek(self._data + position)
-        self._file.write(as_bytes(tensor.to(info.dtype)))
+        write_at(self._file, self._data + position, tensor.to(info.dtype))
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the file holds the tensor that was written; it is read, not copied."""
+        """Whether the file holds the tensor that was written."""
         position, info = self._written[name]
-        self._file.flush()
-        with open(self.path, "rb") as file, mapped(file, self._data + position, info.nbytes) as data:
-            return hash_of(data) == digest(tensor.to(info.dtype))
+        return stored_hash(self.path, self._data + position, info.nbytes) == digest(tensor.to(info.dtype))
 
     def close(self) -> None:
         """Close the file.

@@ -14,23 +14,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
-import struct
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.utils import _create_file_view, _ReaderView
 
 from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
-from megatron_vlm.hf.streaming import as_bytes, digest, hash_of, mapped
+from megatron_vlm.hf.stored import Stored, read_into, saved_tensors, send_to_disk, stored_hash
+from megatron_vlm.hf.streaming import as_bytes, digest
 
 _METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
@@ -188,13 +188,12 @@ class NativeReader:
         chunks = [Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
         whole = tuple(entry.size)
         # Chunks are a partition of the tensor, so their sizes tell whether one is missing.
-        if sum(chunk.numel for chunk in chunks) != Chunk(whole, whole).numel:
+        covered = sum(chunk.numel for chunk in chunks) == math.prod(whole)
+        if not covered or len(set(chunks)) < len(chunks) or not all(chunk.is_in(whole) for chunk in chunks):
             raise ValueError(f"{self.path}: {name}: the chunks don't cover the tensor of {list(whole)}")
-        if len(chunks) == 1:
-            return self._read_chunk(name, chunks[0])
         result = torch.empty(whole, dtype=entry.properties.dtype)
         for chunk in chunks:
-            chunk.of(result).copy_(self._read_chunk(name, chunk))
+            self._read_chunk(name, chunk, chunk.of(result))
         return result
 
     def first_bytes(self, name: str, elements: int) -> bytes:
@@ -203,42 +202,34 @@ class NativeReader:
         Raises:
             ValueError: as :meth:`read`.
         """
-        entry = self._tensors[name]
-        count = min(elements, Chunk(tuple(entry.size), tuple(entry.size)).numel)
-        try:
-            where = self._where[name, (0,) * len(entry.size)]
-            with open(self.path / where.relative_path, "rb") as file:
-                start, length = _elements(file, where.offset, where.length)
-                file.seek(start)
-                return file.read(min(count * entry.properties.dtype.itemsize, length))
-        except (KeyError, OSError, StopIteration, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path}: {name} cannot be read ({error!r})") from None
+        stored = self._stored(name, (0,) * len(self._tensors[name].size))
+        result = torch.empty(min(elements, math.prod(stored.shape)), dtype=stored.dtype)
+        read_into(stored.path, stored.start, result)
+        return bytes(as_bytes(result))
 
-    def _read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        try:
-            where = self._where[name, chunk.offset]
-        except KeyError:
+    def _read_chunk(self, name: str, chunk: Chunk, out: Tensor) -> None:
+        stored = self._stored(name, chunk.offset)
+        if stored.shape != chunk.shape or stored.dtype != out.dtype:
             raise ValueError(
-                f"{self.path}: {name}: the chunk at {list(chunk.offset)} is not stored"
-            ) from None
+                f"{stored.path}: {name} is not the chunk of {list(chunk.shape)} that is promised"
+            )
+        stored.read(out)
+
+    def _stored(self, name: str, offset: Shape) -> Stored:
+        """Where the chunk at ``offset`` lies."""
+        try:
+            where = self._where[name, offset]
+        except KeyError:
+            raise ValueError(f"{self.path}: {name}: the chunk at {list(offset)} is not stored") from None
         path = self.path / where.relative_path
         try:
-            with open(path, "rb") as file:
-                view = cast("IO[bytes]", _create_file_view(file, where.offset, where.length))
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
+            stored = saved_tensors(path, where.offset, where.length)
         except Exception as error:  # torch raises many types for damaged files
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: {name} cannot be read ({reason})") from None
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
-            raise ValueError(f"{path}: {name} is not the chunk of {list(chunk.shape)} that is promised")
-        return tensor
-
-
-class _ArchiveView(_ReaderView):
-    """torch's view of a part of a file, in which it seeks from the end in the wrong direction."""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return super().seek(self.len + offset if whence == os.SEEK_END else offset)
+        if not isinstance(stored, Stored):
+            raise ValueError(f"{path}: {name} is no tensor")
+        return stored
 
 
 class LayeredReader:
@@ -329,26 +320,26 @@ class NativeWriter:
         for number, chunk in enumerate(chunks):
             file = self._room()
             start = file.tell()
-            torch.save(_with_own_storage(chunk.of(tensor)), file)
+            with _without_checksums():
+                torch.save(_with_own_storage(chunk.of(tensor)), file)
+            file.flush()
             length = file.tell() - start
+            send_to_disk(file, start, length)
             self._where[metadata.MetadataIndex(name, chunk.offset, number)] = filesystem._StorageInfo(
                 os.path.basename(file.name), start, length
             )
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the files hold, chunk by chunk, the tensor that was written; they are read, not copied."""
-        assert self._file is not None
-        self._file.flush()
+        """Whether the files hold, chunk by chunk, the tensor that was written."""
         entry = self._tensors[name]
         assert isinstance(entry, metadata.TensorStorageMetadata)
         for number, stored in enumerate(entry.chunks):
             chunk = Chunk(tuple(stored.offsets), tuple(stored.sizes))
             where = self._where[metadata.MetadataIndex(name, chunk.offset, number)]
-            with open(self.path / where.relative_path, "rb") as file:
-                start, length = _elements(file, where.offset, where.length)
-                with mapped(file, start, length) as data:
-                    if hash_of(data) != digest(chunk.of(tensor)):
-                        return False
+            stored = saved_tensors(self.path / where.relative_path, where.offset, where.length)
+            part = chunk.of(tensor)
+            if stored_hash(stored.path, stored.start, part.nbytes) != digest(part):
+                return False
         return True
 
     def close(self) -> None:
@@ -384,14 +375,13 @@ def _with_own_storage(tensor: Tensor) -> Tensor:
     return torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
 
 
-def _elements(file: IO[bytes], offset: int, length: int) -> tuple[int, int]:
-    """Where the elements of the tensor lie that ``torch.save`` wrote to a part of a file: start and length.
-
-    A zip archive has them, uncompressed, in one member, behind a header of 30 bytes, its name and padding.
-    """
-    view = _ArchiveView(cast("io.IOBase", file), offset, length)
-    archive = zipfile.ZipFile(cast("IO[bytes]", view))
-    member = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
-    file.seek(offset + member.header_offset + 26)
-    name_size, extra_size = struct.unpack("<HH", file.read(4))
-    return offset + member.header_offset + 30 + name_size + extra_size, member.file_size
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """No CRC-32 in what ``torch.save`` writes: ``torch.load`` doesn't look at it, and it takes as long as the
+    rest. The manifest has better ones."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -178,6 +178,11 @@ class Chunk:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def is_in(self, shape: Shape) -> bool:
+        """Whether a tensor of this shape has such a box."""
+        ends = [start + length for start, length in zip(self.offset, self.shape, strict=True)]
+        return len(ends) == len(shape) and all(end <= size for end, size in zip(ends, shape, strict=True))
+
     def of(self, tensor: Tensor) -> Tensor:
         """This box of ``tensor``, as a view."""
         for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True)):

@@ -7,18 +7,18 @@ it is taken since it runs at 31 GB/s on one core, where SHA-256 runs at 1.9 and 
 
 from __future__ import annotations
 
-import mmap
+import ctypes
 import os
 import platform
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -30,33 +30,15 @@ HASH = "xxh3_128"  # its key in manifests
 MAX_WAITING = 256 << 20  # bytes that are read but not yet written
 _MARGIN = 64 << 20  # free space left beside the weights: for tokenizers, headers and the file system
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Item = TypeVar("Item")
 
 
 def digest(tensor: Tensor) -> str:
     """The hash of a tensor's elements, as 32 hexadecimal digits."""
-    return hash_of(as_bytes(tensor))
-
-
-def hash_of(data: bytes | memoryview | mmap.mmap) -> str:
-    """:func:`digest` of elements as they lie in memory or in a file."""
-    return xxhash.xxh3_128(data).hexdigest()
-
-
-@contextmanager
-def mapped(file: IO[bytes], start: int, length: int) -> Iterator[memoryview | bytes]:
-    """A part of a file, without a copy of it."""
-    if not length:
-        yield b""
-        return
-    before = start % mmap.ALLOCATIONGRANULARITY
-    size, offset = before + length, start - before
-    with (
-        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=offset) as pages,
-        memoryview(pages) as whole,
-        whole[before:] as part,
-    ):
-        yield part
+    return xxhash.xxh3_128(as_bytes(tensor)).hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -122,6 +104,16 @@ def check_free_space(target: Path, needed: int) -> None:
         )
 
 
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each made in a thread while the one before it is in use: read, for one."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(next, iterator, None)
+        while (item := coming.result()) is not None:
+            coming = executor.submit(next, iterator, None)
+            yield item
+
+
 class Background:
     """Makes calls one after the other in a thread, so that a tensor is written while the next is read.
 
@@ -129,6 +121,7 @@ class Background:
     """
 
     def __init__(self) -> None:
+        _give_freed_memory_back()
         self._executor = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
@@ -156,6 +149,13 @@ class Background:
                 self._finish_oldest()
         finally:
             self._executor.shutdown(cancel_futures=True)
+
+
+def _give_freed_memory_back() -> None:
+    """Let memory of large tensors go back to the system when they are freed. glibc keeps, for each thread,
+    what lies below a threshold, and raises that to 32 MiB as it goes."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 class Meter:
