@@ -52,6 +52,9 @@ def note_queued(run_dir: str, job_id: str, command: Sequence[str], more_jobs: Se
         ValueError: the file can't be written.
     """
     before = read_status(run_dir) or {}
+    if before.get("job_id") == job_id:  # it has started already
+        _write(run_dir, before["state"], {**before, "more_jobs": list(more_jobs)})
+        return
     fields = {"job_id": job_id, "more_jobs": list(more_jobs), "command": list(command)}
     _write(run_dir, QUEUED, {**fields, "starts": _starts(before)})
 

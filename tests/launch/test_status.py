@@ -26,6 +26,9 @@ def test_the_last_state_is_kept_with_what_was_before(tmp_path: Path) -> None:
     assert (found["state"], found["pid"], found["host"]) == ("running", os.getpid(), socket.gethostname())
     assert (found["starts"], found["more_jobs"]) == (1, ["18", "19"])
     started = found["time"]
+    status.note_queued(run, "17", ["run.py"], more_jobs=["18"])  # by a --submit that a fast job overtook
+    found = status.read_status(run)
+    assert (found["state"], found["more_jobs"], found["command"]) == ("running", ["18"], ["torchrun", "x"])
 
     status.note_ended(run, 75, "stopped at iteration 3")
     found = status.read_status(run)
