@@ -21,12 +21,12 @@ _SETTINGS = (
     "chat_template.json",
 )
 
-# One turn after the other; an image stands in front of its turn's text. Content is a string or a
-# list of parts. The generation marks tell transformers which tokens the assistant said.
+# One turn after the other, images where they stand among the parts of its content, which may be a string
+# too. The generation marks tell transformers which tokens the assistant said.
 _CHAT_TEMPLATE = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% endfor %}"
-    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% endmacro %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}"
@@ -57,7 +57,9 @@ def load_tokenizer(folder: Path) -> Any:
     model = next((folder / name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
     try:
         if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            _check_ids(tokenizer, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+            return tokenizer
         if model is not None:
             return _from_sentencepiece(folder, model)
         return AutoTokenizer.from_pretrained(folder)
@@ -66,6 +68,15 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # the tokenizers library raises plain exceptions for damaged files
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"its tokenizer cannot be loaded ({reason})") from None
+
+
+def _check_ids(tokenizer: Any, content: Any) -> None:
+    """The tokenizers library numbers added tokens anew, without a word, where their ids leave a gap."""
+    for entry in content["added_tokens"]:
+        token, wanted = entry["content"], entry["id"]
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != wanted:
+            raise ValueError(f"tokenizer.json says that {token} is token {wanted}, and it loads as {found}")
 
 
 def _from_sentencepiece(folder: Path, model: Path) -> Any:

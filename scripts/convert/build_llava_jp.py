@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import List
+from typing import List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from megatron_vlm.hf import cli
+
+
+def pinpoints(text: str) -> List[Tuple[int, int]]:
+    """Argument type: heights and widths, as ``336x672,672x336``."""
+    sizes = []
+    for item in text.split(","):
+        height, _, width = item.partition("x")
+        sizes.append((cli.positive(height), cli.positive(width)))
+    return sizes
 
 
 def main(argv: List[str]) -> int:
@@ -26,6 +35,19 @@ def main(argv: List[str]) -> int:
         "--vision-model",
         default="openai/clip-vit-large-patch14-336",
         help="CLIP or SigLIP model or tower, or a LLaVA's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model-type",
+        choices=("llava", "llava_next"),
+        default="llava",
+        help="llava_next cuts images into tiles, as LLaVA-1.6 does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-grid-pinpoints",
+        type=pinpoints,
+        metavar="HxW,...",
+        help="llava_next: sizes in pixels that images are padded to, multiples of the tower's image size "
+        "(default: LLaVA-1.6's 1x2, 2x1, 2x2, 3x1 and 1x3 tiles)",
     )
     parser.add_argument(
         "--projector-type",
@@ -47,9 +69,12 @@ def main(argv: List[str]) -> int:
         choices=("float32", "bfloat16", "float16"),
         help="of all weights (default: as the text model is stored)",
     )
+    parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
+    if args.image_grid_pinpoints and args.model_type != "llava_next":
+        raise ValueError("--image-grid-pinpoints needs --model-type llava_next")
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
@@ -77,6 +102,9 @@ def main(argv: List[str]) -> int:
             force=args.force,
             progress=progress,
             projector=args.projector,
+            verify=args.verify,
+            model_type=args.model_type,
+            grid_pinpoints=args.image_grid_pinpoints,
         )
     print(f"{args.save_dir}: next, scripts/convert/convert_hf_to_megatron.py --hf-dir {args.save_dir}")
     return 0

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.build import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
@@ -207,6 +208,15 @@ def test_chat_template(tmp_path: Path, text: Path, tower: Path, lang: str, user:
     prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
     assert both.startswith(prompt) and both == prompt + " a</s>"
     assert prompt.startswith(user + "<image>\nq")
+    several = [
+        {"type": "text", "text": "1: "},
+        {"type": "image"},
+        {"type": "text", "text": "2: "},
+        {"type": "image"},
+    ]
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": several}]
+    text_of_two = processor.apply_chat_template(system)
+    assert text_of_two.startswith("s") and "1: <image>\n2: <image>\n" in text_of_two
     encoded = processor.tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -371,6 +381,45 @@ def test_parts_of_larger_models(tmp_path: Path, text: Path) -> None:
         assert len(AutoTokenizer.from_pretrained(again)) == len(AutoTokenizer.from_pretrained(built))
 
 
+@pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
+@pytest.mark.parametrize("pinpoints", [None, [(20, 60), (60, 20), (40, 40)]])
+def test_images_in_tiles(tmp_path: Path, text: Path, vision: str, pinpoints: Any, caplog) -> None:
+    """transformers' processor and model agree with our count of features."""
+    tower = make_tower(tmp_path / "tower", vision)
+    built = build_llava(
+        tmp_path / "llava", str(text), str(tower), model_type="llava_next", grid_pinpoints=pinpoints
+    )
+    caplog.clear()
+    logging.getLogger("transformers").propagate = True
+    model, info = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+        built, output_loading_info=True
+    )
+    processor = AutoProcessor.from_pretrained(built)
+    assert not any(info.values()), info
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "torchvision" not in r.message]
+    expected = pinpoints or [(20, 40), (40, 20), (40, 40), (60, 20), (20, 60)]
+    assert [tuple(size) for size in model.config.image_grid_pinpoints] == expected
+    assert model.model.image_newline.std() < 0.3 and model.model.image_newline.abs().min() > 0
+
+    config = ModelConfig.from_hf_dir(str(built))
+    for size in ((33, 21), (12, 60), (9, 8)):
+        batch = processor(text="<image>?", images=Image.new("RGB", size[::-1], "red"), return_tensors="pt")
+        count = int((batch["input_ids"] == config.image_token_id).sum())
+        assert count == config.count_tokens(size)
+        with torch.no_grad():
+            assert model(**batch).logits.isfinite().all()
+    transform = ImageTransform.from_dir(str(built), 20, 3, config.anyres)
+    assert transform.mean == tuple(processor.image_processor.image_mean)
+    import_hf(built, tmp_path / "megatron", 2, 1)
+    assert verify(built, export_hf(tmp_path / "megatron", tmp_path / "back"))
+    again = build_llava(tmp_path / "again", str(built), str(built))  # as a source of both parts
+    assert isinstance(AutoProcessor.from_pretrained(again).image_processor, type(own_processor(vision)))
+
+
+def own_processor(vision: str) -> Any:
+    return {"CLIP": CLIPImageProcessor, "Siglip": transformers.SiglipImageProcessor}[vision]()
+
+
 def test_generation_config_of_a_greedy_model(tmp_path: Path, text: Path, tower: Path, caplog) -> None:
     """Llama 2's says temperature without do_sample, which transformers warns of and refuses to write."""
     path = text / "generation_config.json"
@@ -470,6 +519,10 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     shutil.copyfile(text / "tokenizer.json", changed / "tokenizer.json")
     (changed / "tokenizer_config.json").write_text("{}")
     refused(r"--text-model .*: its tokenizer has no eos_token", changed)
+    content = json.loads((text / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 270, "content": "<x>"})
+    (changed / "tokenizer.json").write_text(json.dumps(content))
+    refused(r"tokenizer.json says that <x> is token 270, and it loads as 258", changed)
     changed = copy(text, 3)
     state = load_file(changed / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -485,10 +538,16 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     state["model.norm.weight"][3] = 70000.0
     save_file(state, changed / "model.safetensors", {"format": "pt"})
     refused(r"model.norm.weight has values beyond 65504, float16's largest", changed, dtype="float16")
-    del state["lm_head.weight"]
+    state["score.weight"] = torch.ones(2)
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    refused(r"--text-model .*: score.weight is no part of a language model", changed)
+    del state["lm_head.weight"], state["score.weight"]
     save_file(state, changed / "model.safetensors", {"format": "pt"})
     refused(r"lm_head.weight is missing; give a causal language model", changed)
-    refused(r"its weights have no embed_tokens.weight", with_weights_of(text, tower, tmp_path / "mixed"))
+    refused(
+        r"no language model in its weights, which have no embed_tokens.weight",
+        with_weights_of(text, tower, tmp_path / "mixed"),
+    )
 
     CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}).save_pretrained(
         tower
@@ -499,6 +558,12 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     del weights["encoder.layers.0.mlp.fc1.bias"]
     save_file(weights, tower / "model.safetensors", {"format": "pt"})
     refused(r"--vision-model .*layers\.0\.mlp\.fc1\.bias is missing")
+    refused(
+        r"image_grid_pinpoints is \[\[30, 40\]\]; supported: multiples of the 20 pixels of a tile",
+        vision_model=make_tower(tmp_path / "whole"),
+        model_type="llava_next",
+        grid_pinpoints=[(30, 40)],
+    )
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava" / "x").touch()
     for force, message in ((False, "--force"), (True, "no Hugging Face folder; --force doesn't replace")):

@@ -102,6 +102,21 @@ def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "error: --text-model ./nowhere: no such folder\n"
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image-grid-pinpoints", "336x672"], "--image-grid-pinpoints needs --model-type llava_next"),
+        (["--model-type", "llava_next", "--image-grid-pinpoints", "336"], "'' is not a positive integer"),
+        (["--lang", "fr"], "argument --lang: invalid choice: 'fr'"),
+    ],
+)
+def test_builder_flags(tmp_path: Path, monkeypatch, capsys, flags: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "build_llava_jp", "--save-dir", "llava", "--text-model", "./nowhere", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
 def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     """They hand over their own flags, and what has to be bound, before anything needs torch."""
     seen = []
