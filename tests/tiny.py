@@ -39,6 +39,7 @@ _LLAMA = dict(
 _TEXTS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, _LLAMA),
     "mistral": (transformers.MistralConfig, _LLAMA),
+    "mixtral": (transformers.MixtralConfig, dict(_LLAMA, num_local_experts=5, num_experts_per_tok=2)),
     "qwen2": (transformers.Qwen2Config, dict(_LLAMA, num_key_value_heads=4, rope_theta=1e6)),
     "qwen3": (transformers.Qwen3Config, dict(_LLAMA, head_dim=16)),
 }
@@ -75,10 +76,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ),
     ),
     "clip-qwen3-tied": dict(text="qwen3", tie_word_embeddings=True),
-    # Vicuna is a Llama whose heads share no keys; Qwen2.5 is a Qwen2 whose heads do.
-    "clip-vicuna": dict(text_extra=dict(num_key_value_heads=4)),
-    "clip-qwen2.5": dict(text="qwen2", text_extra=dict(num_key_value_heads=2, rms_norm_eps=1e-6)),
-    "siglip2-mistral": dict(text="mistral", vision="siglip2", vision_feature_select_strategy="full"),
+    "clip-mixtral": dict(text="mixtral", text_extra=dict(num_experts_per_tok=3)),
     "siglip-qwen3-biases": dict(
         text="qwen3",
         vision="siglip",
@@ -103,6 +101,16 @@ for _name, _options in {
     FAMILIES[_name] = {**_options, "text_extra": dict(max_position_embeddings=512)}
 # Of images, height and width: wide, tall, small, nearly square, and thin.
 SIZES = [(14, 41), (50, 33), (9, 8), (64, 70), (5, 97), (90, 21), (22, 44)]
+
+# What differs from those above in numbers only: each is compared and converted, but no more.
+ALIKE: dict[str, dict[str, Any]] = {
+    # Vicuna is a Llama whose heads share no keys; Qwen2.5 is a Qwen2 whose heads do.
+    "clip-vicuna": dict(text_extra=dict(num_key_value_heads=4)),
+    "clip-qwen2.5": dict(text="qwen2", text_extra=dict(num_key_value_heads=2, rms_norm_eps=1e-6)),
+    "siglip2-mistral": dict(text="mistral", vision="siglip2", vision_feature_select_strategy="full"),
+    "siglip-mixtral": dict(text="mixtral", vision="siglip", vision_feature_select_strategy="full"),
+}
+ALL = {**FAMILIES, **ALIKE}
 
 MODELS: dict[str, tuple[type, type]] = {
     "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
@@ -157,7 +165,7 @@ def transformers_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def tiny_llava(family: str, seed: int = 0) -> Any:
     """A tiny LLaVA whose every parameter is random, biases and norms included."""
     torch.manual_seed(seed)
-    options = FAMILIES[family]
+    options = ALL[family]
     model = build(tiny_config(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,12 +187,15 @@ def save_tiny_llava(folder: Path, family: str, seed: int = 0) -> Any:
     return model
 
 
-def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2) -> None:
+def save_llava(
+    folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2, experts: bool = False
+) -> None:
     """A Hugging Face LLaVA to train and ask: weights, tokenizer, template and image processor."""
     processor = make_processor("llava")
+    text_class = transformers.MixtralConfig if experts else transformers.LlamaConfig
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**dict(_CLIP, intermediate_size=64)),
-        text_config=transformers.LlamaConfig(
+        text_config=text_class(
             vocab_size=450,
             hidden_size=32,
             intermediate_size=64,
@@ -192,6 +203,7 @@ def save_llava(folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layer
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=tie_word_embeddings,
+            **(dict(num_local_experts=4, num_experts_per_tok=2) if experts else {}),
             initializer_range=0.1,  # large enough for the projector alone to make a difference
         ),
         tie_word_embeddings=tie_word_embeddings,

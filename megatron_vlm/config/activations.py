@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional, Tuple
 
-from megatron_vlm.config.model import ModelConfig, padded_vocab_size
-from megatron_vlm.config.parameters import EMBEDDING, OUTPUT_LAYER
+from megatron_vlm.config.model import LanguageConfig, ModelConfig, padded_vocab_size
+from megatron_vlm.config.parameters import EMBEDDING, OUTPUT_LAYER, ROUTER, expert_weight
 from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 
 LOSS_CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits exist at once: CHUNK of models/loss.py
@@ -133,11 +133,8 @@ def stage_block(
 
 
 def _some_of(numbers: range) -> List[str]:
-    return [
-        f"decoder.layers.{number}.{place}.weight"
-        for number in numbers
-        for place in ("self_attention.linear_qkv", "mlp.linear_fc1")
-    ]
+    weights = ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight", expert_weight(0, "linear_fc1"))
+    return [f"decoder.layers.{number}.{weight}" for number in numbers for weight in weights]
 
 
 def _language_layers(
@@ -162,6 +159,7 @@ class _Inputs:
     Attributes:
         low: what adapters keep between A and B, as bytes for each position.
         norms: whether the norms are trained.
+        router: as ``qkv``, of the one before experts, whose weights then are ``fc1`` and ``fc2``.
     """
 
     qkv: int
@@ -170,6 +168,7 @@ class _Inputs:
     fc2: int
     low: int
     norms: bool
+    router: int = 0
 
     @property
     def attention(self) -> bool:
@@ -179,7 +178,7 @@ class _Inputs:
     @property
     def mlp(self) -> bool:
         """Whether something of the second half is trained."""
-        return bool(self.fc1 or self.fc2 or self.norms)
+        return bool(self.fc1 or self.fc2 or self.norms or self.router)
 
 
 def _inputs(prefix: str, trains: Trains, model: ModelConfig, shape: Shape, vision: bool) -> _Inputs:
@@ -201,6 +200,17 @@ def _inputs(prefix: str, trains: Trains, model: ModelConfig, shape: Shape, visio
         # Each A has an input and a mask of its own; torch's mask on a CPU is of the input's type.
         return len(own) * (a + (1 if shape.device == "cuda" else a))
 
+    if not vision and model.language.num_experts is not None:
+        experts = range(model.language.num_experts)
+        return _Inputs(
+            qkv=linear("self_attention.linear_qkv", "q_proj", "k_proj", "v_proj"),
+            proj=linear("self_attention.linear_proj", "o_proj", "out_proj"),
+            fc1=a * any(trains(prefix + expert_weight(number, "linear_fc1")) for number in experts),
+            fc2=a * any(trains(prefix + expert_weight(number, "linear_fc2")) for number in experts),
+            low=low,
+            norms=trains(f"{prefix}pre_mlp_layernorm.weight"),
+            router=a * trains(prefix + ROUTER),
+        )
     return _Inputs(
         qkv=linear("self_attention.linear_qkv", "q_proj", "k_proj", "v_proj"),
         proj=linear("self_attention.linear_proj", "o_proj", "out_proj"),
@@ -259,8 +269,10 @@ def _language_layer(model: ModelConfig, shape: Shape, flows: bool, inputs: _Inpu
         ),
         idle=2 * stream + 4 * n * ffn * a,
     )
+    if language.num_experts is not None:
+        mlp, mlp_block = _experts(language, shape, inputs, norm, mlp_flows)
     if shape.recompute == "selective" and mlp_flows:
-        outside = 0 if shape.fused_norm else norm
+        outside = 0 if shape.fused_norm and language.num_experts is None else norm
         inner = recomputed(
             Block(mlp - outside, mlp_block.forward, mlp_block.backward, mlp_block.idle), stream
         )
@@ -270,6 +282,31 @@ def _language_layer(model: ModelConfig, shape: Shape, flows: bool, inputs: _Inpu
         for half, on in ((attention_block, attention_flows), (mlp_block, mlp_flows))
     ]
     return in_a_row(halves), mlp_flows
+
+
+def _experts(
+    language: LanguageConfig, shape: Shape, inputs: _Inputs, norm: int, flows: bool
+) -> Tuple[int, Block]:
+    """What a mixture of experts keeps, and the block: each token is there as often as it has experts."""
+    a, hidden, ffn = shape.element, language.hidden_size, language.ffn_hidden_size // shape.tp
+    assert language.num_experts is not None and language.experts_per_token is not None
+    n, copies = shape.tokens, shape.tokens * language.experts_per_token
+    stream, whole, routed = shape.own_tokens * hidden * a, n * hidden * a, copies * hidden * a
+    one = copies // language.num_experts
+    products = 2 if shape.device == "cuda" else 5  # on a CPU the one with the router's weights, too
+    routing = n * language.num_experts * 2 * _FP32 + copies * (8 + 2 * _FP32)
+    kept = norm + routing + n * hidden * inputs.router
+    kept += copies * (hidden * inputs.fc1 + ffn * (products * a + inputs.fc2))
+    gradient = 2 * hidden * ffn * shape.new_gradient * bool(inputs.fc1)
+    return kept, Block(
+        kept=kept * flows,
+        forward=kept + stream + 2 * routed + whole * (not inputs.router),
+        backward=max(
+            kept + stream + whole + routed + one * ffn * 3 * a,
+            norm + stream + 2 * routed + whole + one * ffn * 3 * a + gradient,
+        ),
+        idle=2 * stream + whole + 3 * routed + one * ffn * 5 * a,
+    )
 
 
 def _rms_norm(shape: Shape, hidden: int, trained: bool) -> int:

@@ -23,6 +23,7 @@ class TextFamily:
         qk_norm: an RMSNorm over each query head and each key head, before RoPE.
         window: which layers attend to ``sliding_window`` tokens: "all"; "some", as ``use_sliding_window`` and
             what belongs to it say; or "none", whatever the config has.
+        experts: the MLP is a mixture of experts.
     """
 
     defaults: Mapping[str, Any]
@@ -31,6 +32,7 @@ class TextFamily:
     mlp_bias: bool = False
     qk_norm: bool = False
     window: str = "none"
+    experts: bool = False
 
 
 _COMMON: Dict[str, Any] = {
@@ -57,6 +59,15 @@ _MISTRAL: Dict[str, Any] = {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
+_MIXTRAL: Dict[str, Any] = {
+    **_MISTRAL,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.0,
+}
 _QWEN2: Dict[str, Any] = {
     **_COMMON,
     "vocab_size": 151936,
@@ -72,6 +83,7 @@ _QWEN3: Dict[str, Any] = {**_QWEN2, "head_dim": 128, "attention_bias": False}
 TEXT_FAMILIES: Dict[str, TextFamily] = {
     "llama": TextFamily(_LLAMA, attention_bias=True, mlp_bias=True),
     "mistral": TextFamily(_MISTRAL, window="all"),
+    "mixtral": TextFamily(_MIXTRAL, window="all", experts=True),
     "qwen2": TextFamily(_QWEN2, qkv_bias=True, window="some"),
     "qwen3": TextFamily(_QWEN3, attention_bias=True, qk_norm=True, window="some"),
 }
@@ -144,7 +156,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 _SCALED_NORM = "its norms multiply by 1 + weight and its embeddings are scaled"
 _PARTIAL_ROTARY = "it turns only a part of each head by its position (partial_rotary_factor)"
 _MLA = "it has multi-head latent attention (kv_lora_rank)"
-_SHARED = "it has experts (moe_intermediate_size)"
+_SHARED = "it has experts of their own size (moe_intermediate_size), which Mixtral has not"
 _NO_ROPE = "some of its layers have no positions (no_rope_layers)"
 _LEARNED = "its positions are not rotary"
 _PARALLEL = "attention and MLP of a layer run beside each other"

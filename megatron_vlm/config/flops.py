@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.parameters import ROUTER, expert_weight
 
 # Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's datasheets: half of what they print "with sparsity".
 # The first entry that stands in the device's name as a word counts.
@@ -187,6 +188,8 @@ def _language(model: ModelConfig, work: Work) -> Iterator[_Step]:
             fc2={"down_proj": (ffn, hidden)},
             rank=model.lora.rank if model.lora else 0,
             adapted=model.lora.language_targets if model.lora else (),
+            experts=language.num_experts,
+            experts_per_token=language.experts_per_token,
         )
     output = embedding if language.tie_word_embeddings else "language_model.output_layer.weight"
     yield [[(output, 2 * work.trained_tokens * hidden * language.vocab_size)]]
@@ -205,6 +208,8 @@ def _layer(
     fc2: _Projections,
     rank: int,
     adapted: Sequence[str],
+    experts: Optional[int] = None,
+    experts_per_token: Optional[int] = None,
 ) -> Iterator[_Step]:
     """One block. Norms have no products, but gradients have to reach those that are trained."""
 
@@ -224,6 +229,20 @@ def _layer(
     yield linear("self_attention.linear_qkv", qkv)
     yield [[(None, 4 * pairs * qkv["q_proj"][1])]]  # queries with keys, then weights with values
     yield linear("self_attention.linear_proj", proj)
+    if experts is not None and experts_per_token is not None:
+        yield [[(f"{prefix}.pre_mlp_layernorm.weight", 0)]]
+        hidden, ffn = fc1["gate_proj"]
+        router = [(f"{prefix}.{ROUTER}", 2 * tokens * hidden * experts)]
+        yield [router, *_experts(prefix, experts, tokens * experts_per_token, hidden, ffn)]
+        return
     yield [[(f"{prefix}.mlp.linear_fc1.layer_norm_weight", 0)]]
     yield linear("mlp.linear_fc1", fc1)
     yield linear("mlp.linear_fc2", fc2)
+
+
+def _experts(prefix: str, count: int, tokens: int, hidden: int, ffn: int) -> Iterator[Sequence[_Product]]:
+    """All experts, as if each worked on as many tokens: together it makes no difference."""
+    for number in range(count):
+        share = (tokens + number) // count
+        names = (f"{prefix}.{expert_weight(number, linear)}" for linear in ("linear_fc1", "linear_fc2"))
+        yield list(zip(names, (4 * share * hidden * ffn, 2 * share * ffn * hidden)))

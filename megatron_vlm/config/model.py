@@ -99,7 +99,7 @@ class LanguageConfig:
 
     family: str  # a key of families.TEXT_FAMILIES
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of each expert, where there are some
     num_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -119,6 +119,8 @@ class LanguageConfig:
     # In some layer a token attends to this many at most, itself included. Here all layers attend to the
     # whole sequence, which is the same as long as no sequence is longer.
     sliding_window: Optional[int] = None
+    num_experts: Optional[int] = None  # the MLP is a mixture of so many
+    experts_per_token: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -443,7 +445,23 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
         qk_norm=family.qk_norm,
         rope_scaling=_rope_scaling(rope, get),
         sliding_window=_sliding_window(family, get),
+        **(_experts(get) if family.experts else {}),
     )
+
+
+def _experts(text: Dict[str, Any]) -> Dict[str, int]:
+    count, chosen = text["num_local_experts"], text["num_experts_per_tok"]
+    if type(count) is not int or type(chosen) is not int or not 2 <= chosen <= count:
+        raise ValueError(
+            f"config.json: text_config.num_experts_per_tok is {chosen!r} of {count!r} experts; supported: "
+            "2 up to all of them"
+        )
+    if text["router_jitter_noise"]:
+        raise ValueError(
+            f"config.json: text_config.router_jitter_noise is {text['router_jitter_noise']}; supported: 0, "
+            "since the noise would differ between layouts; set it so, nothing but training reads it"
+        )
+    return {"num_experts": count, "experts_per_token": chosen}
 
 
 def _rope_scaling(rope: Dict[str, Any], text: Dict[str, Any]) -> Optional[RopeScaling]:

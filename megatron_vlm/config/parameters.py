@@ -14,6 +14,12 @@ from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"
 OUTPUT_LAYER = f"{LANGUAGE}output_layer.weight"
 IMAGE_NEWLINE = f"{PROJECTOR}image_newline"
+ROUTER = "mlp.router.weight"  # in a layer
+
+
+def expert_weight(number: int, linear: str) -> str:
+    """The name, in a layer, of an expert's weight."""
+    return f"mlp.experts.local_experts.{number}.{linear}.weight"
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,13 @@ def _language_layer(language: LanguageConfig, tp: int) -> Iterator[Tuple[str, in
     yield "self_attention.linear_proj.weight", hidden * query // tp
     if language.attention_output_bias:
         yield "self_attention.linear_proj.bias", hidden
+    if language.num_experts is not None:
+        yield "pre_mlp_layernorm.weight", hidden
+        yield ROUTER, language.num_experts * hidden
+        for number in range(language.num_experts):
+            yield expert_weight(number, "linear_fc1"), 2 * hidden * ffn // tp
+            yield expert_weight(number, "linear_fc2"), hidden * ffn // tp
+        return
     yield "mlp.linear_fc1.layer_norm_weight", hidden
     yield "mlp.linear_fc1.weight", 2 * hidden * ffn // tp
     yield "mlp.linear_fc2.weight", hidden * ffn // tp

@@ -31,6 +31,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
             lambda: known.check_layout(config.parallel.tp, config.parallel.pp),
             lambda: [entry.patterns(known) for entry in config.trained],
             lambda: _sequence(config, known),
+            lambda: _no_adapters_on_experts(config, known),
             lambda: config.layers_per_stage(known),
             lambda: _class_token(config, known),
             lambda: _token_ids(config, known),
@@ -86,6 +87,19 @@ def _schedule(config: RunConfig) -> None:
 def _adapters(config: RunConfig) -> None:
     if config.lora.adapters is None and any(entry.name == "lora" for entry in config.trained):
         raise ValueError("--train-modules lora: there are no adapters; add --lora-rank, such as 16")
+
+
+def _no_adapters_on_experts(config: RunConfig, model: ModelConfig) -> None:
+    lora = config.lora.adapters
+    if model.language.num_experts is None or lora is None:
+        return
+    wrong = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
+    if wrong:
+        rest = " ".join(name for name in lora.targets if name not in wrong)
+        raise ValueError(
+            f"--lora-targets {' '.join(wrong)}: the experts of this model can't have adapters; "
+            f"use --lora-targets {rest or 'q_proj k_proj v_proj o_proj'}"
+        )
 
 
 def _sequence(config: RunConfig, model: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ TE, LOCAL = "transformer_engine", "local"  # upstream's layer specs
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _CHUNK = re.compile(r"model(\d*)")
 _LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # TEGroupedMLP's
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"
 _TE_TO_LOCAL = {
@@ -254,7 +255,7 @@ class ClassicReader:
         for _, model in sorted(stages.items()):
             layers = 0
             for local, tensor in model.items():
-                name, layer = _global_name(local, before)
+                name, layer = _global_name(local, before, self._rules)
                 layers = max(layers, layer + 1)
                 if name in found:
                     raise ValueError(f"{self.path}: {name} is on two stages")
@@ -266,7 +267,16 @@ class ClassicReader:
 def _arguments(model: ModelConfig, layout: ClassicLayout, padded_vocab_size: int) -> dict[str, Any]:
     """What Megatron-LM takes from a checkpoint with ``--use-checkpoint-args``, under its flags' names."""
     language = model.language
+    experts: dict[str, Any] = {}
+    if language.num_experts is not None:
+        experts = {
+            "num_experts": language.num_experts,
+            "moe_router_topk": language.experts_per_token,
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": False,
+        }
     return {
+        **experts,
         "num_layers": language.num_layers,
         "hidden_size": language.hidden_size,
         "ffn_hidden_size": language.ffn_hidden_size,
@@ -313,14 +323,20 @@ def _place(name: str, layout: ClassicLayout) -> tuple[int, str]:
     return stage, local
 
 
-def _global_name(local: str, layers_before: int) -> tuple[str, int]:
-    """The name in the whole model, and the language model's layer on its stage (-1: not of a layer)."""
-    for fused, own in _TE_TO_LOCAL.items():
-        local = re.sub(rf"(\.layers\.\d+\.){re.escape(own)}", rf"\g<1>{fused}", local)
+def _global_name(local: str, layers_before: int, known: Container[str]) -> tuple[str, int]:
+    """The name in the whole model, and the language model's layer on its stage (-1: not of a layer).
+
+    Args:
+        known: the model's names; another one is taken for a layer spec's own.
+    """
     match = _LANGUAGE_LAYER.fullmatch(local)
-    if not match:
-        return local, -1
-    return f"{match[1]}{int(match[2]) + layers_before}{match[3]}", int(match[2])
+    layer = int(match[2]) if match else -1
+    name = f"{match[1]}{layer + layers_before}{match[3]}" if match else local
+    if name not in known:
+        name = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1", name)
+        for fused, own in _TE_TO_LOCAL.items():
+            name = re.sub(rf"(\.layers\.\d+\.){re.escape(own)}", rf"\g<1>{fused}", name)
+    return name, layer
 
 
 def _unshard(rule: ShardRule, shards: Sequence[Tensor]) -> Tensor:

@@ -98,7 +98,17 @@ class Table:
 
 
 def detect_prefixes(names: Collection[str]) -> dict[str, str]:
-    """The prefixes of a checkpoint, by part; a part that it lacks gets the first of :data:`PREFIXES`."""
+    """The prefixes of a checkpoint, by part; a part that it lacks gets the first of :data:`PREFIXES`.
+
+    Raises:
+        ValueError: the names are of a state dict that ``save_pretrained`` would take apart.
+    """
+    for name in names:
+        if name.endswith(".mlp.experts.gate_up_proj"):
+            raise ValueError(
+                f"{name} holds all experts, as the running model does; supported: expert by expert, "
+                "block_sparse_moe.experts.0.w1.weight and so on, as save_pretrained writes them"
+            )
     return {
         part: next((p for p in choices if any(n.startswith(p) for n in names)), choices[0])
         for part, choices in PREFIXES.items()
@@ -210,11 +220,11 @@ def newline_table(model: ModelConfig) -> Entries:
 
 
 def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
-    """transformers ``LlamaForCausalLM``, Mistral, Qwen2 and Qwen3; megatron-core ``GPTModel``.
+    """transformers ``LlamaForCausalLM``, Mistral, Mixtral, Qwen2 and Qwen3; megatron-core ``GPTModel``.
 
-    They differ in biases and in Qwen3's norms of queries and keys, which the config tells.
+    They differ in biases, in Qwen3's norms of queries and keys and in Mixtral's experts: the config tells.
     """
-    h, f = c.hidden_size, c.ffn_hidden_size
+    h = c.hidden_size
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     merge = MergeQKV(c.num_attention_heads, c.num_key_value_heads)
     pad = PadVocabulary(c.vocab_size, padded_vocab_size)
@@ -224,7 +234,7 @@ def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
     )
     for i in range(c.num_layers):
         m, t = f"language_model.decoder.layers.{i}.", f"{{text}}layers.{i}."
-        attention, mlp = t + "self_attn.", t + "mlp."
+        attention = t + "self_attn."
         yield Row(m + "self_attention.linear_qkv.layer_norm_weight", ((t + "input_layernorm.weight", (h,)),))
         yield Row(
             m + "self_attention.linear_qkv.weight",
@@ -256,22 +266,7 @@ def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
         )
         if c.attention_output_bias:
             yield Row(m + "self_attention.linear_proj.bias", ((attention + "o_proj.bias", (h,)),))
-        yield Row(m + "mlp.linear_fc1.layer_norm_weight", ((t + "post_attention_layernorm.weight", (h,)),))
-        yield Row(
-            m + "mlp.linear_fc1.weight",
-            ((mlp + "gate_proj.weight", (f, h)), (mlp + "up_proj.weight", (f, h))),
-            Concatenate(2),
-            GATED,
-        )
-        yield Row(m + "mlp.linear_fc2.weight", ((mlp + "down_proj.weight", (h, f)),), COPY, ROW)
-        if c.mlp_bias:
-            yield Row(
-                m + "mlp.linear_fc1.bias",
-                ((mlp + "gate_proj.bias", (f,)), (mlp + "up_proj.bias", (f,))),
-                Concatenate(2),
-                GATED,
-            )
-            yield Row(m + "mlp.linear_fc2.bias", ((mlp + "down_proj.bias", (h,)),))
+        yield from _expert_rows(c, m, t) if c.num_experts else _mlp_rows(c, m, t)
         yield Carry(
             ((attention + "rotary_emb.inv_freq", (c.head_dim // 2,)),),
             "a buffer of old releases, computed from the config",
@@ -282,6 +277,44 @@ def decoder_table(c: LanguageConfig, padded_vocab_size: int) -> Entries:
         yield Alias(head, embedding, (c.vocab_size, h))
     else:
         yield Row("language_model.output_layer.weight", ((head, (c.vocab_size, h)),), pad, COLUMN)
+
+
+def _mlp_rows(c: LanguageConfig, m: str, t: str) -> Entries:
+    """A layer's gated MLP and the norm before it; ``m`` and ``t`` begin the names of either side."""
+    h, f, mlp = c.hidden_size, c.ffn_hidden_size, t + "mlp."
+    yield Row(m + "mlp.linear_fc1.layer_norm_weight", ((t + "post_attention_layernorm.weight", (h,)),))
+    yield Row(
+        m + "mlp.linear_fc1.weight",
+        ((mlp + "gate_proj.weight", (f, h)), (mlp + "up_proj.weight", (f, h))),
+        Concatenate(2),
+        GATED,
+    )
+    yield Row(m + "mlp.linear_fc2.weight", ((mlp + "down_proj.weight", (h, f)),), COPY, ROW)
+    if c.mlp_bias:
+        yield Row(
+            m + "mlp.linear_fc1.bias",
+            ((mlp + "gate_proj.bias", (f,)), (mlp + "up_proj.bias", (f,))),
+            Concatenate(2),
+            GATED,
+        )
+        yield Row(m + "mlp.linear_fc2.bias", ((mlp + "down_proj.bias", (h,)),))
+
+
+def _expert_rows(c: LanguageConfig, m: str, t: str) -> Entries:
+    """Mixtral's router and experts: w1 is the gate, w3 up, w2 down. transformers 5 writes these names too."""
+    h, f, moe = c.hidden_size, c.ffn_hidden_size, t + "block_sparse_moe."
+    assert c.num_experts is not None
+    yield Row(m + "pre_mlp_layernorm.weight", ((t + "post_attention_layernorm.weight", (h,)),))
+    yield Row(m + "mlp.router.weight", ((moe + "gate.weight", (c.num_experts, h)),))
+    for i in range(c.num_experts):
+        expert, theirs = m + f"mlp.experts.local_experts.{i}.", moe + f"experts.{i}."
+        yield Row(
+            expert + "linear_fc1.weight",
+            ((theirs + "w1.weight", (f, h)), (theirs + "w3.weight", (f, h))),
+            Concatenate(2),
+            GATED,
+        )
+        yield Row(expert + "linear_fc2.weight", ((theirs + "w2.weight", (h, f)),), COPY, ROW)
 
 
 def _tower_layers(c: VisionConfig, layers_run: int) -> Entries:
@@ -355,4 +388,4 @@ def _check_identity(name: str, tensor: Tensor) -> None:
 
 VISION_TABLES = {"clip": clip_table, "siglip": siglip_table}
 PROJECTOR_TABLES = {"mlp2x_gelu": mlp2x_gelu_table, "linear": linear_table}
-LANGUAGE_TABLES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), decoder_table)
+LANGUAGE_TABLES = dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), decoder_table)

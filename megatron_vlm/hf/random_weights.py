@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +54,30 @@ class RandomWeights:
         except Exception as error:  # transformers raises many types for a config that it doesn't take
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory}: transformers cannot build this model ({reason})") from None
-        self._names: dict[str, str] = {}  # by the name on disk
+        self._names: dict[str, tuple[str, str]] = {}  # by the name on disk: the parameter's, inside and there
         self.tensors: dict[str, TensorInfo] = {}
         dtype = getattr(torch, self._model_config.dtype)
         for name, parameter in self._model.named_parameters():
             if name == "lm_head.weight" and self._model_config.language.tie_word_embeddings:
                 continue
             part = next(part for part in _PARTS if name.startswith(part))
-            saved = _PARTS[part] + name.removeprefix(part)
-            self._names[saved] = name
-            self.tensors[saved] = TensorInfo(saved, dtype, tuple(parameter.shape))
+            whole = _PARTS[part] + name.removeprefix(part)
+            for saved, value in _as_saved(whole, parameter):
+                self._names[saved] = name, whole
+                self.tensors[saved] = TensorInfo(saved, dtype, tuple(value.shape))
         self.files = split_into_shards(list(self.tensors.values()), _SHARD_BYTES)
         self.metadata = {file: {"format": "pt"} for file in self.files}
         self._filled: tuple[str, dict[str, Tensor]] = ("", {})
 
     def read(self, name: str) -> Tensor:
         """Make one tensor."""
-        inside = self._names[name]
+        inside, whole = self._names[name]
         unit = _unit(inside)
         if self._filled[0] != unit:
             self._filled = ("", {})  # gone before the next one is made
             self._filled = (unit, self._fill(unit))
-        return self._filled[1][inside.removeprefix(unit + ".")].to(self.tensors[name].dtype)
+        saved = dict(_as_saved(whole, self._filled[1][inside.removeprefix(unit + ".")]))
+        return saved[name].to(self.tensors[name].dtype)
 
     def _fill(self, unit: str) -> dict[str, Tensor]:
         if unit == "model.image_newline":
@@ -105,6 +108,17 @@ class RandomWeights:
         path = unit.split(".")
         around = (self._model.get_submodule(".".join(path[:n])) for n in range(len(path) - 1, -1, -1))
         return next(module for module in around if isinstance(module, PreTrainedModel))
+
+
+def _as_saved(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under its name on disk; Mixtral's experts, which share parameters inside, one by one."""
+    layer, _, fused = name.partition(".mlp.experts.")
+    if not fused:
+        yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), parameter
+    parts = ("w1", "w3") if fused == "gate_up_proj" else ("w2",)
+    for number, expert in enumerate(parameter if fused else ()):
+        for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
+            yield f"{layer}.block_sparse_moe.experts.{number}.{part}.weight", tensor
 
 
 def _unit(name: str) -> str:

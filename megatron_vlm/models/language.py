@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 language models on megatron-core's GPTModel."""
+"""Llama, Mistral, Mixtral, Qwen2 and Qwen3 language models on megatron-core's GPTModel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ class LanguageModel(GPTModel):
         chunk: int = 0,
     ) -> None:
         spec = block_spec(
-            impl, get_num_layers_to_build(config, chunk), language.attention_output_bias, language.qk_norm
+            impl,
+            get_num_layers_to_build(config, chunk),
+            language.attention_output_bias,
+            language.qk_norm,
+            experts=language.num_experts is not None,
         )
         if lora is not None:
             add_adapters(spec.layer_specs, LANGUAGE_PROJECTIONS, lora.language_targets, lora)

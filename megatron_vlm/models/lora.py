@@ -62,7 +62,8 @@ def add_adapters(
         targets: the projections that get adapters.
     """
     for layer in {id(layer): layer for layer in layers}.values():
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention = layer.submodules.self_attention.submodules
+        mlp = getattr(layer.submodules.mlp, "submodules", None)  # experts have no adapters
         for place, names in projections.items():
             if set(names) & set(targets):
                 part = attention if hasattr(attention, place) else mlp

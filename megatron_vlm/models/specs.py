@@ -7,6 +7,7 @@ Both save under Transformer Engine's names, so a checkpoint of one loads with th
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vlm.models.attention import ScaledDotProductAttention, SelfAttentionWithOutputBias, TorchNorm
+from megatron_vlm.models.experts import MixtureOfExperts
 
 # The local spec's norms are modules of their own; Transformer Engine fuses them into the linear after, and
 # names them so.
@@ -44,7 +46,9 @@ def choose_transformer_impl(device: str, wanted: str | None = None) -> str:
     return wanted or ("transformer_engine" if installed and device == "cuda" else "local")
 
 
-def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False) -> ModuleSpec:
+def layer_spec(
+    impl: str, causal: bool, output_bias: bool, qk_norm: bool = False, experts: bool = False
+) -> ModuleSpec:
     """One transformer layer.
 
     Args:
@@ -54,6 +58,7 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
         qk_norm: each head's queries and keys are normalised before RoPE. ``config.qk_layernorm`` must
             say the same: by it megatron-core sums the norms' gradients over the tensor parallel ranks,
             each of which sees other heads.
+        experts: a mixture of experts is the MLP, with a norm that is fused with nothing.
     """
     if impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import (
@@ -68,6 +73,10 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
         column, row, attention = ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention
         norm, saved_names = TorchNorm, _LOCAL_TO_SAVED
     head_norm = standalone_norm(impl) if qk_norm else IdentityOp
+    mlp: Any = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    if experts:
+        mlp = MixtureOfExperts
+        saved_names = {own: saved for own, saved in saved_names.items() if own != "pre_mlp_layernorm."}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -87,8 +96,8 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            pre_mlp_layernorm=standalone_norm(impl) if experts else norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=saved_names,
         ),
@@ -96,15 +105,16 @@ def layer_spec(impl: str, causal: bool, output_bias: bool, qk_norm: bool = False
 
 
 def block_spec(
-    impl: str, num_layers: int, output_bias: bool, qk_norm: bool = False
+    impl: str, num_layers: int, output_bias: bool, qk_norm: bool = False, experts: bool = False
 ) -> TransformerBlockSubmodules:
     """The language model's layers of one pipeline stage and the norm after the last of all.
 
     Args:
         num_layers: layers of this stage.
     """
+    layer = layer_spec(impl, causal=True, output_bias=output_bias, qk_norm=qk_norm, experts=experts)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(impl, causal=True, output_bias=output_bias, qk_norm=qk_norm)] * num_layers,
+        layer_specs=[layer] * num_layers,
         layer_norm=standalone_norm(impl),
     )
 

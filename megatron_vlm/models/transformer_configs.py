@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.model import LanguageConfig, ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import weight_gradient_kernels
@@ -131,6 +131,7 @@ def transformer_configs(
             add_bias_linear=language.mlp_bias,
             add_qkv_bias=language.qkv_bias,
             qk_layernorm=language.qk_norm,
+            **_experts(language),
             pipeline_model_parallel_size=layout.pp,
             pipeline_model_parallel_layout=_pipeline_layout(model, layout, layers_per_stage),
             pipeline_dtype=dtype,
@@ -143,6 +144,17 @@ def transformer_configs(
             **recomputation,
             **common,
         ),
+    )
+
+
+def _experts(language: LanguageConfig) -> dict[str, Any]:
+    if language.num_experts is None:
+        return {}
+    return dict(
+        num_moe_experts=language.num_experts,
+        moe_router_topk=language.experts_per_token,
+        moe_ffn_hidden_size=language.ffn_hidden_size,
+        moe_router_load_balancing_type="none",
     )
 
 

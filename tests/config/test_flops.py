@@ -38,6 +38,7 @@ TRAINED = {
     "norms of the second language block": (
         (
             "language_model.decoder.layers.1.mlp.linear_fc1.layer_norm",
+            "language_model.decoder.layers.1.pre_mlp_layernorm.",  # before experts
             "language_model.decoder.layers.1.self_attention.linear_qkv.layer_norm",
         ),
         (
@@ -59,6 +60,7 @@ def counted(
     if FAMILIES[family].get("projector") == "linear":
         net.model.multi_modal_projector.linear_2 = torch.nn.Identity()  # transformers multiplies by it
     net.set_attn_implementation("eager")  # flash and its like count work that they do twice
+    net.set_experts_implementation("eager")  # the others' products aren't counted
     for name, parameter in net.named_parameters():
         parameter.requires_grad = name.startswith(trained)
     if lora is not None:

@@ -88,3 +88,16 @@ def test_contradictions(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RunConfig.from_flags(flags.split())
     assert "\n" not in str(error.value)
+
+
+def test_experts_have_no_adapters() -> None:
+    model = ModelConfig.from_hf(tiny_config(text="mixtral").to_dict())
+    flags = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--megatron-load-dir", "d"]
+    flags += ["--seq-length", "100", "--lora-rank", "4"]
+    RunConfig.from_flags([*flags, "--lora-targets", "q_proj", "vision.fc1"]).validate(1, model)
+    with pytest.raises(
+        ValueError, match="can't have adapters; use --lora-targets q_proj k_proj v_proj o_proj"
+    ):
+        RunConfig.from_flags(flags).validate(1, model)
+    with pytest.raises(ValueError, match=r"--lora-targets up_proj: .* use --lora-targets vision\.fc1$"):
+        RunConfig.from_flags([*flags, "--lora-targets", "vision.fc1", "up_proj"]).validate(1, model)

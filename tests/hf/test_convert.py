@@ -22,7 +22,7 @@ from megatron_vlm.hf import Difference, folder, native, stored, streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.verify import verify
-from tests.tiny import FAMILIES, save_tiny_llava, tiny_config, tiny_llava
+from tests.tiny import ALL, save_tiny_llava, tiny_config, tiny_llava
 
 KILLS = int(os.environ.get("KILLS", "5"))
 OTHER_FILES = {
@@ -97,9 +97,9 @@ def llava(tmp_path: Path) -> Path:
 
 LAYOUTS = [
     (family, tp)
-    for family in FAMILIES
+    for family in ALL
     for tp in (1, 2, 4)
-    if tiny_config(**FAMILIES[family]).text_config.num_key_value_heads % tp == 0
+    if tiny_config(**ALL[family]).text_config.num_key_value_heads % tp == 0
 ]
 
 
@@ -113,6 +113,15 @@ def test_round_trip(tmp_path: Path, family: str, names: str, tp: int) -> None:
     assert verify(source, back) == len(load_file(source / "model.safetensors"))
     # verify() is ours too, so the files themselves are compared as well: safetensors wrote the first.
     assert contents(source) == contents(back)
+
+
+def test_experts_as_the_running_model_has_them(tmp_path: Path) -> None:
+    """transformers 5 itself writes them one by one, under the hub's names."""
+    source = make(tmp_path / "hf", "clip-mixtral")
+    weights = tiny_llava("clip-mixtral").state_dict()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj holds all experts.*save_pretrained writes"):
+        import_hf(source, tmp_path / "megatron", 1, 1)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

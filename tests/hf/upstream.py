@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.model import LanguageConfig, ModelConfig
 
 
 def load_classic_and_save(
@@ -73,6 +73,7 @@ def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: 
         add_bias_linear=language.mlp_bias,
         add_qkv_bias=language.qkv_bias,
         qk_layernorm=language.qk_norm,
+        **experts_of(language),
         pipeline_model_parallel_size=ranks.pp,
         virtual_pipeline_model_parallel_size=ranks.vpp if ranks.vpp > 1 else None,
         num_layers_in_first_pipeline_stage=first,
@@ -104,7 +105,7 @@ def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: 
     return llava_model.LLaVAModel(
         language_transformer_config=language_config,
         language_transformer_layer_spec=get_gpt_layer_local_spec(
-            qk_layernorm=language.qk_norm, normalization="RMSNorm"
+            num_experts=language.num_experts, qk_layernorm=language.qk_norm, normalization="RMSNorm"
         ),
         language_vocab_size=padded_vocab_size,
         language_max_sequence_length=language.max_position_embeddings,
@@ -125,4 +126,16 @@ def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: 
         img_w=side,
         patch_dim=vision.patch_size,
         vp_stage=chunk if ranks.vpp > 1 else None,
+    )
+
+
+def experts_of(language: LanguageConfig) -> dict[str, Any]:
+    """What ``--num-experts`` and ``--moe-router-topk`` set."""
+    if language.num_experts is None:
+        return {}
+    return dict(
+        num_moe_experts=language.num_experts,
+        moe_router_topk=language.experts_per_token,
+        moe_ffn_hidden_size=language.ffn_hidden_size,
+        moe_router_load_balancing_type="none",
     )

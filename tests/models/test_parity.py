@@ -17,7 +17,7 @@ from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from tests.distributed import Pool
-from tests.tiny import FAMILIES, SIZES, save_tiny_llava, transformers_inputs
+from tests.tiny import ALL, SIZES, save_tiny_llava, transformers_inputs
 from tests.workers import Layout, logits_and_gradients
 
 LAYOUTS = [
@@ -26,7 +26,7 @@ LAYOUTS = [
     Layout(pp=2),
     Layout(tp=2, pp=2),
 ]
-# Where a family differs is the embedding: tied ones stand on two stages.
+# Where a family differs is the embedding, since tied ones stand on two stages, and the MLP.
 MORE_LAYOUTS = [
     Layout(pp=2, first=3),
     Layout(tp=2, pp=2, vpp=2, sequence_parallel=True),
@@ -125,24 +125,39 @@ class Reference:
         table = build_table(
             self.model, padded_vocab_size(self.model.language.vocab_size, 1), detect_prefixes(names)
         )
-        parameters = dict(net.named_parameters())
+        found = dict(_gradients(net))
         gradients = {}
         for row in table.rows:
-            parts = [_parameter(parameters, name).grad for name, _ in row.hf]
+            parts = [_by_saved_name(found, name) for name, _ in row.hf]
             gradients[row.native] = row.op.to_native(parts)
         return gradients
 
 
-def _parameter(parameters: dict[str, torch.Tensor], saved: str) -> torch.Tensor:
-    """A module's parameter by the name it has on disk."""
+def _gradients(net: transformers.PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """By the names in the running model; of Mixtral's experts, which share parameters there, as on disk."""
+    for name, parameter in net.named_parameters():
+        if parameter.grad is None:  # of a tower's block behind the last feature layer
+            continue
+        layer, _, fused = name.partition(".mlp.experts.")
+        if ".mlp.gate." in name:
+            yield name.replace(".mlp.", ".block_sparse_moe."), parameter.grad
+        elif not fused:
+            yield name, parameter.grad
+        for number, expert in enumerate(parameter.grad if fused else ()):
+            names = ("w1", "w3") if fused == "gate_up_proj" else ("w2",)
+            for part, gradient in zip(names, expert.chunk(len(names)), strict=True):
+                yield f"{layer}.block_sparse_moe.experts.{number}.{part}.weight", gradient
+
+
+def _by_saved_name(found: dict[str, torch.Tensor], saved: str) -> torch.Tensor:
     candidates = [saved, f"model.{saved}", saved.replace("language_model.model.", "model.language_model.")]
     candidates += [f"model.{c}" for c in candidates]
     candidates.append(saved.replace("language_model.lm_head", "lm_head"))
     candidates.append(f"model.{saved}".replace("vision_tower.vision_model.", "vision_tower."))
-    return next(parameters[name] for name in candidates if name in parameters)
+    return next(found[name] for name in candidates if name in found)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(ALL))
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -153,7 +168,7 @@ def test_equals_transformers(reference: Reference, pool: Pool, sizes: Layout) ->
 
 
 @pytest.mark.parametrize("sizes", MORE_LAYOUTS, ids=str)
-@pytest.mark.parametrize("reference", ["clip-llama", "clip-qwen2-tied"], indirect=True)
+@pytest.mark.parametrize("reference", ["clip-llama", "clip-qwen2-tied", "clip-mixtral"], indirect=True)
 def test_stages_and_recomputation_equal_transformers(reference: Reference, pool: Pool, sizes: Layout) -> None:
     check(reference, pool, sizes)
 

@@ -49,9 +49,10 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def trainables(tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]) -> dict[str, Trainable]:
     """With untied and with tied embeddings; the deep one has layers for several, unequal pipeline stages."""
     found = {}
-    for name, layers in (("untied", 2), ("tied", 2), ("deep", 5)):
+    for name, layers in (("untied", 2), ("tied", 2), ("deep", 5), ("experts", 2)):
         root = tmp_path_factory.mktemp(name)
-        save_llava(root / "hf", tie_word_embeddings=name != "untied", num_layers=layers)
+        tied = name in ("tied", "deep")
+        save_llava(root / "hf", tied, num_layers=layers, experts=name == "experts")
         import_hf(root / "hf", root / "megatron", tp=1, pp=1)
         found[name] = Trainable(root / "megatron", root / "hf", *datasets)
     return found

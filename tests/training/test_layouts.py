@@ -45,6 +45,13 @@ MATRIX += [
     ("stage 2 with the tower, deep", INTERLEAVED),
     ("stage 2 with the tower, deep", Layout(pp=4, recompute="full")),
 ]
+CASES["stage 2, experts"] = ("experts", ["--stage", "2"])
+MATRIX += [
+    ("stage 2, experts", Layout(tp=2)),
+    ("stage 2, experts", Layout(tp=2, pp=2, sequence_parallel=True)),
+    ("stage 2, experts", Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True)),
+    ("stage 2, experts", Layout(pp=2, dp=2, distributed_optimizer=True)),
+]
 # fp32: 20 iterations were seen within 3e-7 of one rank. bf16 rounds to 4e-3 in each of its sums.
 TOLERANCE = {"--fp32": 1e-5, "--bf16": 1e-2}
 
