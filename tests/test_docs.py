@@ -98,7 +98,14 @@ def test_command(words: list[str]) -> None:
 
 def test_the_readme_shows_the_whole_pipeline() -> None:
     shown = {word for words in commands(ROOT / "README.md") for word in words}
-    assert {"demo", "test", "environments/recipe_latest.def", "scripts/data/prepare.py", RUN} <= shown
+    assert {
+        "demo",
+        "test",
+        "environments/recipe_latest.def",
+        "scripts/data/prepare.py",
+        "scripts/data/preview.py",
+        RUN,
+    } <= shown
     assert {"scripts/inference/generate.py"} <= shown
     assert {f"scripts/convert/{path.name}" for path in (ROOT / "scripts/convert").glob("*.py")} <= shown
 
@@ -109,7 +116,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     for script in [
         *(ROOT / "scripts/convert").glob("*.py"),
         ROOT / "scripts/inference/generate.py",
-        ROOT / "scripts/data/prepare.py",
+        *(ROOT / "scripts/data").glob("*.py"),
         ROOT / "scripts/train/status.py",
     ]:
         known |= flags_of(str(script.relative_to(ROOT)))

@@ -11,4 +11,5 @@ encoder.py         energon's task encoder: what happens to samples that can't be
 batch.py           the microbatch, padding, a look at what the model sees
 loader.py          worker processes, data order over data-parallel ranks, exact resume
 state.py           energon's state as JSON
+preview.py         what the model will see of samples; preview_page.py as a page of HTML
 """

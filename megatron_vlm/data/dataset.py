@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import yaml  # type: ignore[import-untyped]
 from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stateless
@@ -118,6 +118,28 @@ class PreparedDataset:
             **kwargs,
         )
         return LoadedDataset(dataset=dataset)
+
+    def pick(self, which: Sequence[int] | Sequence[str]) -> Iterator[RawSample]:
+        """Single samples: by their numbers in the split, or by their names, in whatever split they are.
+
+        Raises:
+            ValueError: there is none of a name.
+        """
+        from megatron.energon.flavors.webdataset.itar_reader import (
+            ShardInfosITarReader,
+            SqliteITarEntryReader,
+        )
+        from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
+
+        path = EPath(self.path)
+        by_name = SqliteITarEntryReader(path)
+        by_number = ShardInfosITarReader(path, WebdatasetMeta.from_config(path, split_part=self.split).shards)
+        for one in which:
+            try:
+                crude = by_number[one] if isinstance(one, int) else by_name[one]
+            except KeyError:
+                raise ValueError(f"--data-path {self.path}: there is no sample {one}") from None
+            yield _cook(crude)
 
     def read(self, sample: RawSample) -> Tuple[List[Turn], List[bytes]]:
         """Turns and images of a sample.

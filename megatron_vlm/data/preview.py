@@ -1,0 +1,351 @@
+"""What the model will see of samples: the training encoder's own output, made readable."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers, read_manifest
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.preview import PreviewConfig, PreviewSection
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.batch import IGNORE_INDEX, Sample
+from megatron_vlm.data.dataset import PreparedDataset, RawSample
+from megatron_vlm.data.processing import Processing, build_processing
+from megatron_vlm.data.templates import SampleError, Turn
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, and the text that it adds to those before it."""
+
+    id: int
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind: text that is trained or not, or the placeholders of one image."""
+
+    tokens: list[Token]
+    picture: int | None = None  # whose placeholders they are
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def trained(self) -> bool:
+        return self.tokens[0].trained
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image: what it was, and what the tower gets."""
+
+    width: int
+    height: int
+    tiles: list[Tensor]  # uint8 [c, H, W] each: the whole image, then those of its grid row by row
+    grid: tuple[int, int]  # rows and columns; none where it isn't cut
+    tokens: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One sample. Without ``sample`` it can't be used; ``reason`` and ``state``, its counter, say why."""
+
+    key: str
+    shard: str
+    state: str  # "used", "dropped" or "corrupt"
+    reason: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    written: str = ""  # its JSON, where that is no conversation to be used
+    sample: Sample | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pieces)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pieces if piece.trained)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pieces if piece.picture is not None)
+
+
+def show(config: PreviewConfig) -> int:
+    """Print the samples that the flags choose, or write the page; returns the exit code.
+
+    Raises:
+        ValueError: dataset, model or tokenizer can't be used; the message names the flag.
+    """
+    from megatron_vlm.data.preview_page import page
+
+    if config.run.data.data_path is None:
+        raise ValueError("--data-path is missing: a folder prepared by energon")
+    model, hf_dir = _model(config.run)
+    processing = build_processing(config.run, model, hf_dir)
+    dataset = PreparedDataset.open(config.run.data.data_path, config.preview.split)
+    chosen = _chosen(dataset, config.preview, config.run.training.seed)
+    views = [look(dataset, processing, raw) for raw in dataset.pick(chosen)]
+    about = _about(config.run, processing, views)
+    if config.preview.html is not None:
+        _write(Path(config.preview.html), page(views, about, config.run.data.seq_length, config.preview.ids))
+        print(f"{config.preview.html}: {about['samples']}", file=sys.stderr)
+    if config.preview.json:
+        values = {**about, "views": [to_json(view) for view in views]}
+        print(json.dumps(values, ensure_ascii=False, indent=2))
+    elif config.preview.html is None:
+        colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for view in views:
+            print(terminal(view, colored, config.preview.ids), end="\n\n")
+        print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    return 0
+
+
+def look(dataset: PreparedDataset, processing: Processing, raw: RawSample) -> View:
+    """Encode one sample as a loader's worker does, and keep what it would have skipped."""
+    shard = raw.__sources__[0].shard_name if raw.__sources__ else ""
+    turns: list[Turn] = []
+    try:
+        turns, images = dataset.read(raw)
+        sample = processing.encode(raw.__key__, turns, images)
+    except SampleError as error:
+        written = "" if turns else raw.parts.get("json", b"").decode("utf-8", "replace")
+        return View(raw.__key__, shard, error.kind, str(error), list(turns), written)
+    pictures = _pictures(processing, sample, images)
+    return View(
+        raw.__key__,
+        shard,
+        "used",
+        turns=list(turns),
+        sample=sample,
+        pieces=list(_pieces(processing, sample, pictures)),
+        pictures=pictures,
+    )
+
+
+def to_json(view: View) -> dict[str, Any]:
+    """A view as JSON values; pixels are left out."""
+    return {
+        "key": view.key,
+        "shard": view.shard,
+        "state": view.state,
+        "reason": view.reason,
+        "turns": [dataclasses.asdict(turn) for turn in view.turns],
+        "written": view.written,
+        "text": "".join(piece.text for piece in view.pieces),
+        "pieces": [
+            {
+                "text": piece.text,
+                "tokens": len(piece.tokens),
+                "trained": piece.trained,
+                "image": piece.picture,
+            }
+            for piece in view.pieces
+        ],
+        "images": [
+            {
+                "size": [picture.width, picture.height],
+                "tokens": picture.tokens,
+                "grid": list(picture.grid),
+                "fed": [list(tile.shape) for tile in picture.tiles],
+            }
+            for picture in view.pictures
+        ],
+        "tokens": view.num_tokens,
+        "trained_tokens": view.num_trained,
+        "image_tokens": view.num_image_tokens,
+        "truncated": view.sample is not None and view.sample.truncated,
+        "input_ids": view.sample.input_ids if view.sample else [],
+        "labels": view.sample.labels if view.sample else [],
+    }
+
+
+def terminal(view: View, colored: bool, with_ids: bool = False) -> str:
+    """A view as text: trained tokens in green, or between ``⟦`` and ``⟧`` where there are no colours."""
+
+    def paint(text: str, code: str) -> str:
+        # Line by line: a pager or a narrow terminal forgets colours at a line's end.
+        return "\n".join(f"\x1b[{code}m{line}\x1b[0m" for line in text.split("\n")) if colored else text
+
+    title = paint(view.key, "1") + (f" of {view.shard}" if view.shard else "")
+    if view.sample is None:
+        lines = [f"{title}: {paint(f'{view.state}: {view.reason}', '31')}"]
+        lines += [paint(f"{turn.role}: {turn.text}", "2") for turn in view.turns]
+        return "\n".join([*lines, *([paint(view.written, "2")] if view.written else [])])
+    lines = [f"{title}: {summary(view)}"]
+    text: list[str] = []
+    for piece in view.pieces:
+        if piece.picture is not None:
+            text.append(paint(f"[{picture_text(piece.picture, view.pictures[piece.picture])}]", "35"))
+        elif piece.trained:
+            text.append(paint(piece.text, "30;42") if colored else f"⟦{piece.text}⟧")
+        else:
+            text.append(piece.text)
+    lines.append("".join(text))
+    if with_ids:
+        lines += _token_lines(view)
+    return "\n".join(lines)
+
+
+def summary(view: View) -> str:
+    """How many tokens a view has, and of which kinds."""
+    images = len(view.pictures)
+    parts = [f"{view.num_tokens} tokens", f"{view.num_trained} trained"]
+    if images:
+        parts.append(f"{view.num_image_tokens} of {images} image{'s' * (images > 1)}")
+    if view.sample is not None and view.sample.truncated:
+        parts.append("cut off at --seq-length")
+    return ", ".join(parts)
+
+
+def picture_text(number: int, picture: Picture) -> str:
+    """What became of an image, in a few words."""
+    height, width = picture.tiles[0].shape[1:]
+    rows, columns = picture.grid
+    tiles = f" and {rows}×{columns} tiles" if rows * columns else ""
+    return (
+        f"image {number + 1}: {picture.tokens} tokens, "
+        f"{picture.width}×{picture.height} → {width}×{height}{tiles}"
+    )
+
+
+def _token_lines(view: View) -> Iterator[str]:
+    """Position, id and text of every token, trained ones with a star; an image's in one line."""
+    position = 0
+    for piece in view.pieces:
+        end = position + len(piece.tokens)
+        if piece.picture is not None:
+            yield f"  {f'{position}-{end - 1}':>11} {piece.tokens[0].id:>8}   image {piece.picture + 1}"
+        else:
+            for offset, token in enumerate(piece.tokens):
+                star, text = "*" if token.trained else " ", json.dumps(token.text, ensure_ascii=False)
+                yield f"  {position + offset:>11} {token.id:>8} {star} {text}"
+        position = end
+
+
+def _pieces(processing: Processing, sample: Sample, pictures: Sequence[Picture]) -> Iterator[Piece]:
+    ids = sample.input_ids
+    trained = [False] + [label != IGNORE_INDEX for label in sample.labels[:-1]]
+    texts = _texts(ids, processing.tokenizer, processing.image_token_id)
+    tokens = [Token(*token) for token in zip(ids, texts, trained, strict=True)]
+    start = picture = 0
+    while start < len(ids):
+        stop = start + 1
+        if ids[start] == processing.image_token_id:
+            stop = start + pictures[picture].tokens
+            yield Piece(tokens[start:stop], picture)
+            picture += 1
+        else:
+            while (
+                stop < len(ids) and trained[stop] == trained[start] and ids[stop] != processing.image_token_id
+            ):
+                stop += 1
+            yield Piece(tokens[start:stop])
+        start = stop
+
+
+def _texts(ids: Sequence[int], tokenizer: Any, image_token_id: int) -> list[str]:
+    """What each token adds to the text before it; a character of several tokens is its last one's."""
+
+    def decode(begin: int, end: int) -> str:
+        text: str = tokenizer.decode(
+            ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    texts: list[str] = []
+    context = shown = 0  # from where a token is decoded with those before it, and how far texts reach
+    for end in range(1, len(ids) + 1):
+        if ids[end - 1] == image_token_id:
+            texts.append("")
+            context, shown = end - 1, end
+            continue
+        before, after = decode(context, shown), decode(context, end)
+        whole = not after.endswith("\N{REPLACEMENT CHARACTER}")
+        texts.append(after[len(before) :] if whole or end == len(ids) else "")
+        if whole:
+            context, shown = shown, end
+    return texts
+
+
+def _pictures(processing: Processing, sample: Sample, images: Sequence[bytes]) -> list[Picture]:
+    pictures, first = [], 0
+    for data, size in zip(images, sample.image_sizes, strict=True):
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+        model = processing.model
+        rows, columns = (0, 0) if model.anyres is None else model.tiling(size).grid
+        tiles = sample.pixels[first : first + 1 + rows * columns]
+        pictures.append(Picture(width, height, tiles, (rows, columns), model.count_tokens(size)))
+        first += len(tiles)
+    return pictures
+
+
+def _chosen(dataset: PreparedDataset, choice: PreviewSection, seed: int) -> Sequence[int] | Sequence[str]:
+    """Names of samples, or their numbers in the split."""
+    if choice.keys:
+        return choice.keys
+    numbers = list(range(dataset.num_samples))
+    if choice.shuffle:
+        random.Random(seed).shuffle(numbers)
+    chosen = numbers[choice.skip : choice.skip + choice.samples]
+    if not chosen:
+        raise ValueError(f"--skip {choice.skip}: the {choice.split} split has {dataset.num_samples} samples")
+    return chosen
+
+
+def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
+    """The model that is trained, and the Hugging Face files that its checkpoint carries."""
+    if config.model.megatron_load_dir is not None:
+        folder = checkpoint_layers(config.model.megatron_load_dir, config.model.base)[-1]
+        return ModelConfig.from_dict(read_manifest(folder)["model"]), str(folder / HF_FOLDER)
+    if config.model.tokenizer_load_dir is None:
+        raise ValueError(
+            "--tokenizer-load-dir is missing: the Hugging Face folder of the model, or a checkpoint"
+        )
+    return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir), None
+
+
+def _about(config: RunConfig, processing: Processing, views: Sequence[View]) -> dict[str, str]:
+    """What was looked at, and what came of it; one line each."""
+    states = Counter(view.state for view in views)
+    used = [view for view in views if view.sample is not None]
+    cut = sum(view.sample is not None and view.sample.truncated for view in used)
+    tokens, trained = sum(view.num_tokens for view in used), sum(view.num_trained for view in used)
+    images = sum(view.num_image_tokens for view in used)
+    counts = [f"{states['used']} used" + (f" ({cut} cut off)" if cut else "")]
+    counts += [f"{states[name]} {name}" for name in ("dropped", "corrupt") if states[name]]
+    return {
+        "samples": f"{len(views)}: {', '.join(counts)}",
+        "tokens": f"{tokens:,}: {trained:,} trained, {images:,} of images",
+        "template": processing.template.name,
+        "tokenizer": processing.tokenizer.name_or_path,
+        "data": str(config.data.data_path),
+        "--seq-length": f"{config.data.seq_length}",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none."""
+    staging = path.with_name(f".{path.name}.incomplete")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
