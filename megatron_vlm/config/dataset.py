@@ -70,6 +70,15 @@ def shard_counts(path: str) -> Dict[str, int]:
         raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
 
 
+def prepared_sizes(path: str) -> Dict[str, int]:
+    """Bytes of each shard, where scripts/data/prepare.py has made the folder; else empty."""
+    try:
+        with open(os.path.join(path, ".nv-meta", PREPARED), encoding="utf-8") as file:
+            return {str(name): int(shard["bytes"]) for name, shard in json.load(file)["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def split_parts(path: str) -> Optional[Dict[str, List[str]]]:
     """Shards of ``train``, ``val`` and ``test``, as far as they can be read without YAML.
 

@@ -19,7 +19,7 @@ from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stat
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
-from megatron_vlm.config.dataset import FIELD_MAP, PREPARED, TEXT_ONLY_KEY, prepare_command
+from megatron_vlm.config.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command, prepared_sizes
 from megatron_vlm.data.conversations import read_conversation, read_json
 from megatron_vlm.data.templates import SampleError, Turn
 
@@ -90,7 +90,7 @@ class PreparedDataset:
                 "whole shards); write more shards, or prepare again: "
                 + prepare_command(path, "1,0,0" if split == "train" else "9,1,0")
             )
-        sizes = _prepared_sizes(path)
+        sizes = prepared_sizes(path)
         shards = tuple(_checked_shard(path, name, counts, sizes) for name in names)
         uuid_file = os.path.join(meta, "index.uuid")
         uuid = ""
@@ -186,15 +186,6 @@ def _split_shards(path: str, split: str) -> List[str]:
         raise ValueError(
             f"--data-path {path}: .nv-meta can't be read ({error}); run: {prepare_command(path)}"
         ) from None
-
-
-def _prepared_sizes(path: str) -> Dict[str, int]:
-    """Bytes of each shard, where scripts/data/prepare.py has made the folder."""
-    try:
-        with open(os.path.join(path, ".nv-meta", PREPARED), encoding="utf-8") as file:
-            return {name: shard["bytes"] for name, shard in json.load(file)["shards"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def _checked_shard(path: str, name: str, counts: Mapping[str, int], sizes: Mapping[str, int]) -> Shard:

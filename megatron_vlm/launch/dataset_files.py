@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Optional
 
-from megatron_vlm.config.dataset import prepare_command, shard_counts, split_parts, split_samples
+from megatron_vlm.config.dataset import (
+    prepare_command,
+    prepared_sizes,
+    shard_counts,
+    split_parts,
+    split_samples,
+)
 
 
 def dataset_problems(path: str) -> Iterator[str]:
@@ -28,8 +34,9 @@ def dataset_problems(path: str) -> Iterator[str]:
             f"shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
         )
     found: Dict[str, List[str]] = {}
+    sizes = prepared_sizes(path)
     for name in counts:
-        state = _shard_state(os.path.join(path, name))
+        state = _shard_state(os.path.join(path, name), sizes.get(name))
         if state:
             found.setdefault(state, []).append(name)
     for state, names in found.items():
@@ -47,8 +54,8 @@ def held_out_problems(path: str) -> Iterator[str]:
         )
 
 
-def _shard_state(path: str) -> str:
-    """What is wrong with a shard, by the index that prepare wrote beside it."""
+def _shard_state(path: str, prepared: Optional[int]) -> str:
+    """What is wrong with a shard, by the index that prepare wrote beside it and the size it had then."""
     try:
         size = os.stat(path).st_size
     except OSError:
@@ -60,8 +67,10 @@ def _shard_state(path: str) -> str:
             file.seek(-8, os.SEEK_END)
             end = int.from_bytes(file.read(8), "little")  # where the last sample ends
     except OSError:
-        return ""  # prepared without one
-    return "cut off since it was prepared" if size < end else ""
+        end = 0  # prepared without one
+    if size < end:
+        return "cut off since it was prepared"
+    return "not the file that was prepared" if prepared not in (None, size) else ""
 
 
 def _has_shards(path: str) -> bool:

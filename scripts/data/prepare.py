@@ -133,6 +133,7 @@ class _Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._bars:
+            self.__exit__()
             self._bars[what] = cli.ProgressBar(what, self._UNITS[what])
         self._bars[what](done, total)
 

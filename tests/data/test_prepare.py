@@ -22,9 +22,13 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.config.dataset import split_samples
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.prepare import build
 from megatron_vlm.data.prepare.build import Options, prepare
+from megatron_vlm.data.processing import load_processing
 from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
 from tests.data.tiny_data import jpeg
 
@@ -45,9 +49,9 @@ def llava(number: int, image: Any, **more: Any) -> dict[str, Any]:
     return {"id": str(number), "image": image, "conversations": turns, **more}
 
 
-def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """All samples by the id they had: the JSON, the shard and the images' bytes. Read with tarfile alone."""
-    found: dict[str, dict[str, Any]] = {}
+def samples_in(folder: Path) -> list[dict[str, Any]]:
+    """All samples: the JSON, the key, the shard and the images' bytes. Read with tarfile alone."""
+    found = []
     for shard in sorted(folder.glob("*.tar")):
         files: dict[str, dict[str, bytes]] = {}
         with tarfile.open(shard) as tar:
@@ -58,9 +62,16 @@ def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
             value = json.loads(parts.pop("json"))
             assert sorted(parts) == sorted(value["images"])
             data = [parts[name] for name in value["images"]]
-            assert str(value["id"]) not in found
-            found[str(value["id"])] = {**value, "key": key, "shard": shard.name, "data": data}
+            found.append({**value, "key": key, "shard": shard.name, "data": data})
     return found
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same, by the ids they had."""
+    samples = samples_in(folder)
+    by_id = {str(sample["id"]): sample for sample in samples}
+    assert len(by_id) == len(samples)
+    return by_id
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -176,6 +187,26 @@ def test_energon_and_the_launcher_read_it(prepared: Path) -> None:
         assert dataset.num_samples == report["splits"][split]["samples"]
         assert split_samples(str(prepared), split) == dataset.num_samples
         assert all(shard.name.startswith(split) for shard in dataset.shards)
+
+
+def test_training_reads_it(prepared: Path, folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    """Every sample of an epoch, once, with the answer trained and the image that went in."""
+    dataset = PreparedDataset.open(str(prepared))
+    processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=400)
+    loader = TrainLoader(dataset, processing, dp_rank=0, dp_size=1, data_workers=1, micro_batch_size=1)
+    samples = {sample["key"]: sample for sample in samples_in(prepared)}
+    try:
+        batches = [next(loader) for _ in range(dataset.num_samples)]
+    finally:
+        loader.close()
+    assert len({batch.keys[0] for batch in batches}) == dataset.num_samples
+    assert loader.counts["seen"] == dataset.num_samples
+    assert loader.counts["dropped"] == loader.counts["corrupt"] == 0
+    for batch in batches:
+        sample = samples[batch.keys[0]]
+        trained = [label for label in batch.labels[0].tolist() if label != IGNORE_INDEX]
+        assert processing.tokenizer.decode(trained).startswith(sample["messages"][-1]["content"])
+        assert len(batch.pixels) == len(sample["images"])
 
 
 def test_the_number_of_workers_changes_nothing(llava_json: Path, prepared: Path, tmp_path: Path) -> None:

@@ -265,5 +265,7 @@ def test_images_from_elsewhere_and_fields_that_json_cannot_hold() -> None:
     assert (found.messages, found.images, found.extra) == (ASKED, [PART], {"id": "k"})
     assert found.notes == ("images without a marker put first", "field that JSON can't hold left out")
     assert to_conversation(record, images=[]).messages[0]["content"] == "What?"
+    # What a tar's json says of its image is no image.
+    assert to_conversation({**record, "image": "https://example.org/a.jpg"}, images=[PART]).images == [PART]
     long = base64.b64encode(PNG * 100).decode()
     assert to_conversation({"image": long, "conversations": LLAVA}).images == [PNG * 100]

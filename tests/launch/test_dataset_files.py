@@ -67,6 +67,20 @@ def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:
     assert "shard shards/004.tar is gone since it was prepared" in gone
 
 
+def test_a_shard_of_another_size_is_not_the_prepared_one(dataset) -> None:
+    (dataset / "shards" / "000.tar").write_bytes(b"x" * 100)
+    listed = {"shards/000.tar": {"samples": 5, "bytes": 100, "hash": "0"}}
+    prepared = dataset / ".nv-meta" / "prepare.json"
+    prepared.write_text(json.dumps({"shards": listed}))
+    assert list(dataset_files.dataset_problems(str(dataset))) == []
+    listed["shards/000.tar"]["bytes"] = 99
+    prepared.write_text(json.dumps({"shards": listed}))
+    (problem,) = dataset_files.dataset_problems(str(dataset))
+    assert "shard shards/000.tar is not the file that was prepared; bring it back" in problem
+    prepared.write_text("{")
+    assert list(dataset_files.dataset_problems(str(dataset))) == []
+
+
 def test_a_real_dataset_cut_off(tmp_path) -> None:
     """As energon writes its index."""
     write_shards(tmp_path, make_samples(6), shards=2)

@@ -44,6 +44,7 @@ IMAGE_KEYS = (
     "jpg",
     "image_bytes",
 )
+OTHER_MARKERS = ("<audio>", "<video>")  # of VITA and Ovis
 _QUESTIONS = ("query", "question", "prompt")
 _ANSWERS = ("response", "answer", "answers", "completion")
 _CAPTIONS = ("caption", "text", "txt")
@@ -111,22 +112,21 @@ def to_conversation(
         Rejected: it can't be a sample.
     """
     found = _shape_of(record) if shape is None else shape
-    image_key, own_images = _images_of(record)
-    turns, used = _turns(record, found, has_image=bool(images or own_images))
+    image_key, given = _images_of(record) if images is None else ("", list(images))
+    turns, used = _turns(record, found, has_image=bool(given))
     messages, inline = [], []
     for turn in turns:
         content, parts_images = _content(turn.pop("content"))
         inline += parts_images
         messages.append({**turn, "content": content})
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    given = list(own_images if images is None else images)
     all_images = [given.pop(0) if image is None and given else image for image in inline] + (
         [] if inline else given
     )
     if any(image is None for image in all_images):
         raise Rejected("missing image", "its text has more image parts than there are images")
     notes = _check_turns(messages) + _place_images(messages, len(all_images))
-    _check_text(messages)
+    notes += _check_text(messages)
     left = {key: value for key, value in record.items() if key not in used and key != image_key}
     extra = {key: value for key, value in left.items() if value is not None and _is_json(value)}
     paths = [image for image in all_images if isinstance(image, str)]
@@ -316,7 +316,7 @@ def _place_images(messages: list[dict[str, Any]], num_images: int) -> tuple[str,
     return notes
 
 
-def _check_text(messages: Sequence[Mapping[str, Any]]) -> None:
+def _check_text(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     for message in messages:
         if not message["content"].strip():
             raise Rejected("empty answer" if message["role"] == "assistant" else "empty question")
@@ -324,6 +324,8 @@ def _check_text(messages: Sequence[Mapping[str, Any]]) -> None:
             message["content"].encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             raise Rejected("broken text", "it holds half of a surrogate pair") from None
+    unfilled = any(marker in message["content"] for marker in OTHER_MARKERS for message in messages)
+    return ("<audio> or <video> in its text, which stays text",) if unfilled else ()
 
 
 def _as_list(value: Any) -> list[Any] | None:

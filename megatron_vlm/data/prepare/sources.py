@@ -188,7 +188,7 @@ def _parsed(line: bytes, position: int, done: float) -> Raw:
     try:
         text = line.decode("utf-8-sig").strip()
         value = json.loads(text) if text else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Raw(position, done, problem=Rejected("bad JSON", str(error)))
     return _record(value, position, done) if text else Raw(position, done)
 
@@ -293,7 +293,7 @@ def _tar_sample(key: str, parts: dict[str, bytes | TarPart], position: int, done
     try:
         text = {name: part.decode() for name in ("json", "txt") if isinstance(part := parts.get(name), bytes)}
         fields = json.loads(text.get("json", "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Raw(position, done, {"id": key}, problem=Rejected("bad JSON", f"{key}: {error}"))
     if not isinstance(fields, dict):
         return Raw(
@@ -330,7 +330,7 @@ class _readable:
         pass
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (ValueError, tarfile.TarError, EOFError, gzip.BadGzipFile)) or (
+        if isinstance(error, (ValueError, RecursionError, tarfile.TarError, EOFError, gzip.BadGzipFile)) or (
             isinstance(error, OSError) and error.errno is None  # pyarrow's
         ):
             reason = str(error).strip().split("\n")[0]
