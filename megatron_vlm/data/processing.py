@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, List, Sequence
 
 from megatron_vlm.config.anyres import Size
@@ -16,6 +16,8 @@ from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from megatron_vlm.config.run import RunConfig
 
 
@@ -58,10 +60,14 @@ class Processing:
         Raises:
             SampleError: the sample can't be used; names the reason, not the sample.
         """
+        opened = self.images.open(images)
+        return self.decode(self.tokenize(key, turns, opened), opened)
+
+    def tokenize(self, key: str, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Sample:
+        """As :meth:`encode`, without pixels: images are opened, for their sizes, and not decoded."""
         turns = self._asking(key, trainable_turns(turns), len(images))
         ids, trained = self.template.encode(turns, len(images))
-        opened = self.images.open(images)
-        sizes = self.images.sizes(opened)
+        sizes = self.images.sizes(images)
         ids, trained = self._expand_images(ids, trained, sizes)
         labels = [
             token if is_trained else IGNORE_INDEX
@@ -70,7 +76,15 @@ class Processing:
         truncated = len(ids) > self.seq_length
         if truncated:
             ids, labels = self._truncate(ids, labels)
-        return Sample(key, ids, labels, self.images.tiles(opened), truncated, sizes)
+        return Sample(key, ids, labels, [], truncated, sizes)
+
+    def decode(self, sample: Sample, images: Sequence[Image.Image]) -> Sample:
+        """The sample with the pixels of its images.
+
+        Raises:
+            SampleError: one can't be decoded.
+        """
+        return replace(sample, pixels=self.images.tiles(images))
 
     def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:
         """Token ids that a model answers, as :meth:`encode` would have them before the answer.

@@ -17,6 +17,7 @@ from typing import ClassVar, Dict, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.config.templates import TEMPLATES
 from megatron_vlm.hf import cli
 
 
@@ -68,6 +69,11 @@ def main(argv: List[str]) -> int:
     parser.add_argument(
         "--quality", type=cli.positive, default=92, help="of images encoded anew (default: 92)"
     )
+    parser.add_argument(
+        "--tokenizer-load-dir", help="the model's Hugging Face folder, for lengths in tokens in the report"
+    )
+    parser.add_argument("--template", choices=TEMPLATES, help="as training will be told (default: as there)")
+    parser.add_argument("--lang", choices=("jp", "en"), default="jp", help="the same (default: jp)")
     parser.add_argument("--force", action="store_true", help="replace a dataset that is there")
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
@@ -77,7 +83,7 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.launch.container import reenter
 
         paths = [args.check] if args.check else [*args.input, args.save_dir]
-        paths += [args.image_root] if args.image_root else []
+        paths += [path for path in (args.image_root, args.tokenizer_load_dir) if path]
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
     if args.check:
         return _check(args.check, args.workers)
@@ -99,6 +105,9 @@ def main(argv: List[str]) -> int:
         max_side=args.max_side,
         encode=args.encode,
         quality=args.quality,
+        tokenizer_load_dir=args.tokenizer_load_dir,
+        template=args.template,
+        lang=args.lang,
         force=args.force,
     )
     with _Bars() as bars:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from megatron_vlm.config.dataset import split_samples
 from megatron_vlm.config.model import ModelConfig
@@ -193,7 +194,8 @@ def test_training_reads_it(prepared: Path, folders: dict[str, Path], models: dic
     """Every sample of an epoch, once, with the answer trained and the image that went in."""
     dataset = PreparedDataset.open(str(prepared))
     processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=400)
-    loader = TrainLoader(dataset, processing, dp_rank=0, dp_size=1, data_workers=1, micro_batch_size=1)
+    order = {"dp_rank": 0, "dp_size": 1, "data_workers": 1, "shuffle_buffer_size": 1}
+    loader = TrainLoader(dataset, processing, micro_batch_size=1, **order)
     samples = {sample["key"]: sample for sample in samples_in(prepared)}
     try:
         batches = [next(loader) for _ in range(dataset.num_samples)]
@@ -320,6 +322,40 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
         assert sample["messages"] == roles[i], name
         assert sample["images"] == [("0.png", "0.jpg", "0.webp")[i]]
         assert sample["data"] == [data[i]], name  # to the byte
+
+
+def test_lengths_in_tokens(tmp_path: Path, folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    """Against transformers' own template and tokenizer; each image is 25 tokens of this tower."""
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    records = [llava(i, [None, "1.jpg", "2.jpg", None][i]) for i in range(4)]
+    records[2]["conversations"] += [
+        {"from": "human", "value": "And?"},
+        {"from": "gpt", "value": "Two dogs. " * 9},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    given = {
+        "input": (str(tmp_path / "a.jsonl"),),
+        "split": (1.0,),
+        "tokenizer_load_dir": str(folders["qwen"]),
+    }
+    histograms = prepare(Options(save_dir=str(tmp_path / "out"), **given))["histograms"]  # type: ignore[arg-type]
+    tokenizer = AutoTokenizer.from_pretrained(folders["qwen"])
+    texts = []
+    for sample in samples_of(tmp_path / "out").values():
+        text = tokenizer.apply_chat_template(sample["messages"], tokenize=False)
+        texts.append(len(tokenizer(text)["input_ids"]) - len(sample["images"]))
+    assert histograms["text tokens"]["total"] == sum(texts)
+    assert (histograms["text tokens"]["min"], histograms["text tokens"]["max"]) == (min(texts), max(texts))
+    assert (
+        histograms["image tokens"]["bins"] == {"0": 2, "32": 2} and histograms["image tokens"]["total"] == 50
+    )
+    assert histograms["tokens"]["total"] == sum(texts) + 50
+    assert 0 < histograms["trained tokens"]["total"] < sum(texts)
+    with pytest.raises(ValueError, match="--template chat: the tokenizer folder has no chat template"):
+        bad = {**given, "tokenizer_load_dir": str(folders["bare"]), "template": "chat"}
+        prepare(Options(save_dir=str(tmp_path / "bad"), **bad))  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("bad*"))
 
 
 def test_images_are_made_smaller_where_asked(tmp_path: Path) -> None:

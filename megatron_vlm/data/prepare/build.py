@@ -30,10 +30,10 @@ from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
 from megatron_vlm.data.prepare.records import SHAPES
 from megatron_vlm.data.prepare.report import Names, make_report, to_markdown
-from megatron_vlm.data.prepare.shards import HASH, ShardFacts, finished
+from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
-from megatron_vlm.data.prepare.workers import Workers
+from megatron_vlm.data.prepare.workers import Workers, check_measure
 
 VERSION = 1  # of what is written; a folder begun by another version is not gone on with
 MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for
@@ -53,6 +53,8 @@ class Options:
         duplicates: what is left out, see :func:`~megatron_vlm.data.prepare.plan.duplicates`.
         shard_samples, shard_bytes: the most in one shard.
         max_side, encode, quality: see :class:`~megatron_vlm.data.prepare.pictures.Encoding`.
+        tokenizer_load_dir: the model's Hugging Face folder, for lengths in tokens; None: without them.
+        template, lang: as training will be told.
         force: replace a finished dataset, and what other settings have begun.
     """
 
@@ -69,6 +71,9 @@ class Options:
     max_side: int | None = None
     encode: str | None = None
     quality: int = 92
+    tokenizer_load_dir: str | None = None
+    template: str | None = None
+    lang: str = "jp"
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +94,12 @@ class Options:
         return self.save_dir.rstrip("/") + ".partial"
 
     @property
+    def rendering(self) -> Rendering | None:
+        if self.tokenizer_load_dir is None:
+            return None
+        return Rendering(self.tokenizer_load_dir, self.template, self.lang)
+
+    @property
     def encoding(self) -> Encoding:
         return Encoding(self.max_side, self.encode, self.quality)
 
@@ -104,7 +115,8 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
             folder is in the way; the message says what would work.
     """
     _check_target(options)
-    with Workers(options.workers) as workers, contextlib.ExitStack() as stack:
+    with Workers(options.workers, options.rendering) as workers, contextlib.ExitStack() as stack:
+        workers.call(check_measure)
         units: list[Unit] = workers.call(find_units, options.input)
         stack.enter_context(_locked(options.partial))
         _check_settings(options, units)

@@ -41,6 +41,9 @@ def make_report(
         ``read`` is the sum of ``kept`` and of the counts in ``dropped``.
     """
     names: Names = staged["names"]
+    untrained = Dropped()
+    for shard in shards:
+        untrained.merge(**shard.untrained)
     histograms: dict[str, Histogram] = {}
     for shard in shards:
         for name, state in shard.histograms.items():
@@ -50,14 +53,19 @@ def make_report(
         "files": [path for path, _, _ in settings["files"]],
         "read": staged["read"],
         "kept": sum(shard.samples for shard in shards),
-        "dropped": {
-            reason: {"count": count, "examples": [names(*example) for example in dropped.examples[reason]]}
-            for reason, count in sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0]))
-        },
+        "dropped": _named(dropped, names),
+        "untrained": _named(untrained, names),
         "notes": dict(sorted(staged["notes"].items())),
         "shapes": dict(sorted(staged["shapes"].items())),
         "splits": {split: _split(split, shards) for split in SPLITS},
         "histograms": {name: histogram.state() for name, histogram in histograms.items()},
+    }
+
+
+def _named(dropped: Dropped, names: Names) -> dict[str, Any]:
+    return {
+        reason: {"count": count, "examples": [names(*example) for example in dropped.examples[reason]]}
+        for reason, count in sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0]))
     }
 
 
@@ -78,9 +86,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for split, facts in report["splits"].items():
         row = (facts["samples"], facts["images"], facts["shards"], f"{facts['bytes'] / 1e6:.1f}")
         lines.append(f"| {split} | " + " | ".join(map(str, row)) + " |")
-    if report["dropped"]:
-        lines += ["", "## Dropped"]
-        for reason, facts in report["dropped"].items():
+    for heading, named in (("Dropped", report["dropped"]), ("Kept, but not trained", report["untrained"])):
+        lines += ["", f"## {heading}"] if named else []
+        for reason, facts in named.items():
             lines += ["", f"{facts['count']} x {reason}:", ""]
             lines += [f"- `{example.replace('`', '')}`" for example in facts["examples"]]
             if facts["count"] > len(facts["examples"]):

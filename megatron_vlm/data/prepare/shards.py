@@ -21,16 +21,29 @@ from megatron_vlm.data.prepare.files import read_json, write_json
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
 from megatron_vlm.data.prepare.records import Rejected
+from megatron_vlm.data.templates import SampleError
 
 HASH = "xxh3_128"
-# Of a conversation and its images: lengths in tokens, by name.
-Measure = Callable[[Sequence[Mapping[str, Any]], Sequence[Picture]], Mapping[str, int]]
+UNTRAINED = "training leaves it out"
+# Of a key, messages and images: lengths in tokens, by name; a SampleError where training leaves it out.
+Measure = Callable[[str, Sequence[Mapping[str, Any]], Sequence[Picture]], Mapping[str, int]]
 _REPORT_EVERY = 16
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """What training will be told by flags of the same names: how samples become tokens."""
+
+    tokenizer_load_dir: str
+    template: str | None
+    lang: str
+
+
+@dataclass(frozen=True)
 class ShardFacts:
-    """What a finished shard holds; ``examples`` begin with the sample's place in the input."""
+    """What a finished shard holds. ``untrained`` are samples that are there and that training leaves out;
+    examples of these and of ``dropped`` begin with the sample's place in the input.
+    """
 
     name: str
     samples: int
@@ -40,6 +53,7 @@ class ShardFacts:
     dropped: dict[str, int]
     examples: dict[str, list[list[Any]]]
     histograms: dict[str, Any]
+    untrained: dict[str, Any]
 
 
 def write_shard(
@@ -60,7 +74,7 @@ def write_shard(
         progress: told how many more samples are done.
     """
     path = os.path.join(folder, plan.name)
-    dropped = Dropped()
+    dropped, untrained = Dropped(), Dropped()
     histograms: dict[str, Histogram] = {}
     samples = num_images = 0
     with _Hashed(path + ".tmp") as file, _Reader(units) as reader:
@@ -81,7 +95,14 @@ def write_shard(
                 for name, picture in zip(names, pictures, strict=True):
                     _add(tar, f"{ordinal:09d}.{name}", picture.data)
                 samples, num_images = samples + 1, num_images + len(pictures)
-                for name, values in _lengths(line["messages"], pictures, measure).items():
+                lengths = _lengths(line["messages"], pictures)
+                if measure is not None:
+                    try:
+                        tokens = measure(f"{ordinal:09d}", line["messages"], pictures)
+                        lengths.update({name: [length] for name, length in tokens.items()})
+                    except SampleError as error:
+                        untrained.add(UNTRAINED, ordinal, line["extra"].get("id"), str(error))
+                for name, values in lengths.items():
                     for length in values:
                         histograms.setdefault(name, Histogram()).add(length)
         digest, size = file.digest(), file.size
@@ -95,6 +116,7 @@ def write_shard(
         dropped=dropped.counts,
         examples=dropped.examples,
         histograms={name: histogram.state() for name, histogram in histograms.items()},
+        untrained=vars(untrained),
     )
     write_json(done, vars(facts))
     progress(len(plan.rows) % _REPORT_EVERY)
@@ -120,10 +142,8 @@ def content_hash(path: str) -> str:
     return digest.hexdigest()
 
 
-def _lengths(
-    messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], measure: Measure | None
-) -> dict[str, list[int]]:
-    lengths = {
+def _lengths(messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> dict[str, list[int]]:
+    return {
         "turns": [sum(message["role"] != "system" for message in messages)],
         "images": [len(pictures)],
         "characters": [sum(len(message["content"]) for message in messages)],
@@ -131,9 +151,6 @@ def _lengths(
         "shorter side": [min(picture.width, picture.height) for picture in pictures],
         "image bytes": [len(picture.data) for picture in pictures],
     }
-    if measure is not None:
-        lengths.update({name: [length] for name, length in measure(messages, pictures).items()})
-    return lengths
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

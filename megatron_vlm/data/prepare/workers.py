@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from megatron_vlm.data.prepare.shards import write_shard
+from megatron_vlm.data.prepare.shards import Measure, Rendering, write_shard
 from megatron_vlm.data.prepare.stage import stage_unit
 
 _SECONDS = 0.2  # between two looks at how far they are
@@ -23,13 +23,14 @@ class Workers:
 
     Args:
         number: of processes.
+        rendering: how tokens are counted for the report; None: they aren't.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, rendering: Rendering | None = None) -> None:
         # Spawned, not forked: pyarrow and tokenizers have threads.
         context = multiprocessing.get_context("spawn")
         self._done = context.Value("q", 0)
-        self._pool = ProcessPoolExecutor(number, context, _start, (self._done, os.getpid()))
+        self._pool = ProcessPoolExecutor(number, context, _start, (self._done, os.getpid(), rendering))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's result, from one of the processes."""
@@ -74,12 +75,14 @@ class Workers:
 
 
 _counter: Any = None
+_rendering: Rendering | None = None
+_lengths: Measure | None = None
 
 
-def _start(counter: Any, parent: int) -> None:
+def _start(counter: Any, parent: int, rendering: Rendering | None) -> None:
     """Runs first in each worker."""
-    global _counter
-    _counter = counter
+    global _counter, _rendering
+    _counter, _rendering = counter, rendering
     # A killed parent takes its workers along (prctl(2): PR_SET_PDEATHSIG = 1), for the next start writes the
     # same files.
     if sys.platform == "linux":
@@ -100,6 +103,25 @@ def _stage(arguments: Any) -> None:
     stage_unit(unit, path, reading, _advance)
 
 
+def measure() -> Measure | None:
+    """What counts tokens in this worker; loaded once.
+
+    Raises:
+        ValueError: the model's folder can't be used.
+    """
+    global _lengths
+    if _lengths is None and _rendering is not None:
+        from megatron_vlm.data.prepare.lengths import Lengths
+
+        _lengths = Lengths(_rendering)
+    return _lengths
+
+
+def check_measure() -> None:
+    """Load it, to find out before anything is written whether that works."""
+    measure()
+
+
 def _write(arguments: Any) -> None:
     plan, folder, units, done, encoding = arguments
-    write_shard(plan, folder, units, done, encoding, None, _advance)
+    write_shard(plan, folder, units, done, encoding, measure(), _advance)
