@@ -3,9 +3,9 @@
     python -m benchmarks.conversion --folder <scratch>
 
 Makes a LLaVA-1.5 of random weights (14.1 GB in bfloat16; ``--layers 2`` makes one of 1.8 GB), copies
-it, converts it to Megatron and back. Files are flushed and dropped from the page cache before each step, and
-each step ends when what it wrote is on the disk. Needs three times the model's size; removes what it
-made.
+it, converts it to Megatron and back, and builds one anew from its language model and tower. Files are
+flushed and dropped from the page cache before each step, and each step ends when what it wrote is on the
+disk. Needs three times the model's size; removes what it made.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.folder import TensorInfo, WeightsWriter, split_into_shards, write_index
@@ -84,6 +85,17 @@ def make_llava(folder: Path, layers: int = 32, hidden_size: int = 4096, vision_l
             writer.write(info.name, window.view(info.shape))
     write_index(folder, files)
     return sum(info.nbytes for info in infos)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes, without which no LLaVA is built from a model."""
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(words[:2])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def measure(command: list[str], target: Path) -> tuple[float, int]:
@@ -149,12 +161,16 @@ def main() -> None:
     to_megatron += [f"--megatron-dir={megatron}"]
     to_hf = [sys.executable, f"{SCRIPTS}/convert_megatron_to_hf.py", f"--hf-dir={copy}"]
     to_hf += [f"--megatron-dir={megatron}"]
+    build = [sys.executable, f"{SCRIPTS}/build_llava_jp.py", f"--save-dir={copy}"]
+    build += [f"--text-model={source}", f"--vision-model={source}", "--vocab-size-padding"]
     try:
         step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
         step("to Megatron", to_megatron, source, megatron)
         step("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron)
         step("to Hugging Face", to_hf, megatron, copy)
         step("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, copy)
+        write_tokenizer(source)
+        step("build", build, source, copy)
         step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
     finally:
         for folder in (source, megatron, copy):

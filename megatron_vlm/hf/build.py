@@ -187,6 +187,7 @@ def _given(flag: str, name: str, part: str) -> _Given:
         raise ValueError(f"{where}its config.json cannot be used ({reason})") from None
     config = getattr(whole, part, whole)
     check({"model_type": config.model_type}, where)  # which JSON may leave to the whole model's class
+    config._name_or_path = "" if os.path.isdir(name) else name  # no one else has this machine's folders
     return _Given(f"{flag} {name}", folder, config, tied or getattr(config, "tie_word_embeddings", False))
 
 
@@ -305,6 +306,7 @@ def _generation_config(text: _Given, tokenizer: Any) -> Any:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{text.flag}: its generation_config.json cannot be read ({error})") from None
+    values.pop("_from_model_config", None)  # transformers would make it anew from config.json
     if not values.get("do_sample"):  # transformers doesn't write these for a greedy model, nor use them
         for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             values.pop(key, None)

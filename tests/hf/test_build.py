@@ -25,11 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.conversion import make_llava, measure, write_tokenizer
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.build import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.projector import export_projector
 from megatron_vlm.hf.verify import check_manifest, verify
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -430,6 +432,29 @@ def test_generation_config_of_a_greedy_model(tmp_path: Path, text: Path, tower: 
     generation.validate(strict=True)
 
 
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Anonymous memory: what Python, torch and transformers take, an embedding, and what waits to be written.
+
+    The whole folder is of 0.3 and 0.7 GB; a LLaVA's own parts are what is joined.
+    """
+    peaks = []
+    for layers in (1, 6):
+        folder = tmp_path / str(layers)
+        size = make_llava(folder / "hf", layers=layers, hidden_size=1024, vision_layers=2)
+        write_tokenizer(folder / "hf")
+        code = (
+            f"import os; os.chdir({str(folder)!r}); "
+            "from megatron_vlm.hf import build, streaming; streaming.MAX_WAITING = 16 << 20; "
+            "build.build_llava('new', './hf', './hf', vocab_size_padding=True)"
+        )
+        peaks.append(measure([sys.executable, "-c", code], folder / "new")[1])
+    embedding = 32064 * 1024 * 2
+    assert size > 600e6 and peaks[0] > embedding
+    # Both have the same embedding and head, so what the second needs more is what grows.
+    assert peaks[1] - peaks[0] < embedding
+    assert peaks[1] < 3 * embedding + 800e6
+
+
 def test_a_tag_in_the_hubs_cache(tmp_path: Path, text: Path, tower: Path, monkeypatch) -> None:
     cache = tmp_path / "cache"
     for name, folder in (("org/text", text), ("org/tower", tower), ("org/half", tower)):
@@ -442,6 +467,14 @@ def test_a_tag_in_the_hubs_cache(tmp_path: Path, text: Path, tower: Path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     built = build_llava(tmp_path / "llava", "org/text", "org/tower")
     assert verify(built, build_llava(tmp_path / "again", str(text), str(tower)), weights_only=True)
+    config = json.loads((built / "config.json").read_text())
+    assert [config[part]["_name_or_path"] for part in ("text_config", "vision_config")] == [
+        "org/text",
+        "org/tower",
+    ]
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
+    export_projector(built, tmp_path / "projector")
+    assert json.loads((tmp_path / "projector/config.json").read_text())["mm_vision_tower"] == "org/tower"
     for tag in ("org/half", "org/nothing"):
         with pytest.raises(ValueError, match=f"--vision-model {tag}: .*hf download {tag}"):
             build_llava(tmp_path / "other", "org/text", tag)
