@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from tests.data.tiny_data import make_processor
 
@@ -188,13 +192,26 @@ def save_tiny_llava(folder: Path, family: str, seed: int = 0) -> Any:
 
 
 def save_llava(
-    folder: Path, tie_word_embeddings: bool, seed: int = 5, num_layers: int = 2, experts: bool = False
+    folder: Path,
+    tie_word_embeddings: bool,
+    seed: int = 5,
+    num_layers: int = 2,
+    experts: bool = False,
+    kind: str = "llava",
 ) -> None:
     """A Hugging Face LLaVA to train and ask: weights, tokenizer, template and image processor."""
     processor = make_processor("llava")
     text_class = transformers.MixtralConfig if experts else transformers.LlamaConfig
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**dict(_CLIP, intermediate_size=64)),
+    vision: Any = transformers.CLIPVisionConfig(**dict(_CLIP, intermediate_size=64))
+    options: dict[str, Any] = {}
+    if kind != "llava":
+        options = {"image_grid_pinpoints": [[20, 40], [40, 20], [40, 40], [60, 20]]}
+    if kind == "llava_onevision":
+        vision = transformers.SiglipVisionConfig(**dict(_CLIP, intermediate_size=64))
+        options["vision_aspect_ratio"] = "anyres_max_2"
+    config_class, _ = MODELS[kind]
+    config = config_class(
+        vision_config=vision,
         text_config=text_class(
             vocab_size=450,
             hidden_size=32,
@@ -208,7 +225,29 @@ def save_llava(
         ),
         tie_word_embeddings=tie_word_embeddings,
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        **options,
     )
     torch.manual_seed(seed)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    build(config).save_pretrained(folder)
+    save_processor(folder, processor, kind, options)
+
+
+def save_processor(folder: Path, plain: Any, kind: str, options: dict[str, Any]) -> None:
+    """The processor of a :func:`save_llava`: tokenizer and template of ``plain``, and how images are cut."""
+    square = {"height": 20, "width": 20}
+    if kind == "llava":
+        plain.save_pretrained(folder)
+    elif kind == "llava_next":
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": 20},
+            crop_size=square,
+            image_grid_pinpoints=options["image_grid_pinpoints"],
+        )
+        transformers.LlavaNextProcessor(
+            images, plain.tokenizer, 4, "default", plain.chat_template, num_additional_image_tokens=1
+        ).save_pretrained(folder)
+    else:  # LlavaOnevisionProcessor asks for torchvision, for videos
+        pinpoints = options["image_grid_pinpoints"]
+        LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=pinpoints).save_pretrained(folder)
+        plain.tokenizer.chat_template = plain.chat_template
+        plain.tokenizer.save_pretrained(folder)

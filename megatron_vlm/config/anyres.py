@@ -108,9 +108,6 @@ def tile(size: Size, anyres: AnyRes, tile_size: int, side: int) -> Tiling:
         size: of the image in pixels, or :data:`UNCUT`.
         tile_size: pixels along a tile.
         side: patches along a tile.
-
-    Raises:
-        ValueError: the image is so thin that no resolution holds a pixel of it.
     """
     if size == UNCUT:
         return Tiling(side, (0, 0), (0, 0), (1, 0), (1, 0))  # a row of nothing, and its newline
@@ -131,20 +128,15 @@ def best_resolution(size: Size, resolutions: Tuple[Size, ...]) -> Size:
 
     The first of those that tie, as transformers ``select_best_resolution`` has it; LLaVA's own code compares
     in another order of width and height.
-
-    Raises:
-        ValueError: the image is so thin that none shows a pixel of it.
     """
     height, width = size
-    best, most, least_wasted = None, 0, math.inf
+    best, most, least_wasted = resolutions[0], 0, math.inf
     for resolution in resolutions:
         scale = min(resolution[1] / width, resolution[0] / height)
         shown = min(int(width * scale) * int(height * scale), width * height)
         wasted = resolution[0] * resolution[1] - shown
         if shown > most or (shown == most and wasted < least_wasted):
             best, most, least_wasted = resolution, shown, wasted
-    if best is None:
-        raise ValueError(f"an image of {width} x {height} pixels is too thin to be shown")
     return best
 
 

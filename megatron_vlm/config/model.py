@@ -185,9 +185,6 @@ class ModelConfig:
 
         Args:
             size: as for :meth:`tiling`; of no account where images aren't cut.
-
-        Raises:
-            ValueError: it is too thin.
         """
         return self.tile_tokens if self.anyres is None else self.tiling(size).tokens
 
@@ -196,9 +193,6 @@ class ModelConfig:
 
         Args:
             size: height and width in pixels, or ``UNCUT``.
-
-        Raises:
-            ValueError: it is too thin.
         """
         assert self.anyres is not None
         return tile(size, self.anyres, self.vision.image_size, self._tile_side)

@@ -87,20 +87,10 @@ class ImageTransform:
             return [Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) for data in images]
 
     def sizes(self, images: Sequence[Image.Image]) -> List[Size]:
-        """What tells how each image of a sample is cut: its height and width, or ``UNCUT``.
-
-        Raises:
-            SampleError: one is too thin.
-        """
+        """What tells how each image of a sample is cut: its height and width, or ``UNCUT``."""
         if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
             return [UNCUT] * len(images)
-        sizes = [(image.height, image.width) for image in images]
-        for size in sizes:
-            try:
-                best_resolution(size, self.anyres.grid_pinpoints)
-            except ValueError as error:
-                raise SampleError(str(error)) from None
-        return sizes
+        return [(image.height, image.width) for image in images]
 
     def tiles(self, images: Sequence[Image.Image]) -> List[Tensor]:
         """Decode, resize, crop and cut the images of a sample.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config.anyres import ANYRES
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.hf.convert import import_hf
 from tests.data.tiny_data import make_samples, prepare, write_shards
@@ -21,6 +22,7 @@ class Trainable:
     hf: Path
     data: Path
     text_only: Path
+    seq_length: int = 96
 
     def flags(self, save_dir: Path, name: str, *more: str) -> list[str]:
         """A short run with small batches, in float32 unless ``more`` says otherwise."""
@@ -29,7 +31,15 @@ class Trainable:
             *("--megatron-load-dir", str(self.checkpoint), "--tokenizer-load-dir", str(self.hf)),
             *("--data-path", str(self.data), "--save-dir", str(save_dir), "--name", name),
             *("--micro-batch-size", "2", "--global-batch-size", "4", "--data-workers", "2"),
-            *("--seq-length", "96", "--shuffle-buffer-size", "20", "--lang", "en", *precision),
+            *(
+                "--seq-length",
+                str(self.seq_length),
+                "--shuffle-buffer-size",
+                "20",
+                "--lang",
+                "en",
+                *precision,
+            ),
             *("--lr", "2e-3", "--lr-warmup-iters", "0", "--max-corrupt-rate", "0.5", *more),
         ]
 
@@ -47,7 +57,8 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def trainables(tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, Path]) -> dict[str, Trainable]:
-    """With untied and with tied embeddings; the deep one has layers for several, unequal pipeline stages."""
+    """With untied and with tied embeddings; the deep one has layers for several, unequal pipeline stages;
+    and those that cut images into tiles."""
     found = {}
     for name, layers in (("untied", 2), ("tied", 2), ("deep", 5), ("experts", 2)):
         root = tmp_path_factory.mktemp(name)
@@ -55,4 +66,9 @@ def trainables(tmp_path_factory: pytest.TempPathFactory, datasets: tuple[Path, P
         save_llava(root / "hf", tied, num_layers=layers, experts=name == "experts")
         import_hf(root / "hf", root / "megatron", tp=1, pp=1)
         found[name] = Trainable(root / "megatron", root / "hf", *datasets)
+    for kind in ANYRES:
+        root = tmp_path_factory.mktemp(kind)
+        save_llava(root / "hf", tie_word_embeddings=False, kind=kind)
+        import_hf(root / "hf", root / "megatron", tp=1, pp=1)
+        found[kind] = Trainable(root / "megatron", root / "hf", *datasets, seq_length=192)
     return found

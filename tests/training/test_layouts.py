@@ -52,6 +52,16 @@ MATRIX += [
     ("stage 2, experts", Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True)),
     ("stage 2, experts", Layout(pp=2, dp=2, distributed_optimizer=True)),
 ]
+# Images in tiles, of 56 to 125 tokens each; a third of the samples have none.
+CASES |= {
+    "stage 1, LLaVA-1.6": ("llava_next", ["--stage", "1", "--lr", "2e-2"]),
+    "stage 2 with the tower, OneVision": ("llava_onevision", ["--stage", "2", "--train-vision"]),
+}
+MATRIX += [
+    ("stage 1, LLaVA-1.6", Layout(tp=2, sequence_parallel=True)),
+    ("stage 1, LLaVA-1.6", Layout(dp=2, distributed_optimizer=True)),
+    ("stage 2 with the tower, OneVision", Layout(tp=2, pp=2, sequence_parallel=True)),
+]
 # fp32: 20 iterations were seen within 3e-7 of one rank. bf16 rounds to 4e-3 in each of its sums.
 TOLERANCE = {"--fp32": 1e-5, "--bf16": 1e-2}
 

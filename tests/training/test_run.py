@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype"), [("untied", "float32"), ("tied", "bfloat16"), ("untied", "float16")]
+    ("model", "dtype"),
+    [("untied", "float32"), ("tied", "bfloat16"), ("untied", "float16"), ("llava_next", "bfloat16")],
 )
 def test_through_training_and_back_bit_for_bit(
     trainables: dict[str, Trainable], tmp_path: Path, model: str, dtype: str
@@ -66,7 +68,7 @@ def test_through_training_and_back_bit_for_bit(
     """HF -> Megatron -> one step with learning rate 0 by run.py at TP 2 -> HF: every byte as it was."""
     hf = tmp_path / "hf"
     shutil.copytree(trainables[model].hf, hf)
-    net = transformers.LlavaForConditionalGeneration.from_pretrained(hf, dtype=getattr(torch, dtype))
+    net = transformers.AutoModelForImageTextToText.from_pretrained(hf, dtype=getattr(torch, dtype))
     net.save_pretrained(hf)
     converted = script(
         "convert/convert_hf_to_megatron.py",
@@ -81,7 +83,7 @@ def test_through_training_and_back_bit_for_bit(
     )
     assert converted.returncode == 0, converted.stderr
 
-    trainable = Trainable(tmp_path / "megatron", hf, trainables[model].data, trainables[model].text_only)
+    trainable = replace(trainables[model], checkpoint=tmp_path / "megatron", hf=hf)
     flags = trainable.flags(tmp_path, "run", "-g", "2", "--tp", "2", "--train-vision", "--train-iters", "1")
     flags[flags.index("--fp32")] = "--save-optim"  # the precision comes from the weights
     flags[flags.index("--lr") + 1] = "0"
