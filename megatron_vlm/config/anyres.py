@@ -70,6 +70,11 @@ class AnyRes:
         sizes = tuple((int(height), int(width)) for height, width in pinpoints)
         return cls(sizes, max_tiles, several_uncut=max_tiles is not None)
 
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> AnyRes:
+        """From plain JSON values."""
+        return cls(**{**values, "grid_pinpoints": tuple(map(tuple, values["grid_pinpoints"]))})
+
 
 @dataclass(frozen=True)
 class Tiling:

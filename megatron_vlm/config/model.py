@@ -324,7 +324,7 @@ class ModelConfig:
                 projector=ProjectorConfig(**values.pop("projector")),
                 language=LanguageConfig(rope_scaling=RopeScaling(**scaling) if scaling else None, **language),
                 feature_layers=tuple(values.pop("feature_layers")),
-                anyres=AnyRes(tuple(map(tuple, anyres.pop("grid_pinpoints"))), **anyres) if anyres else None,
+                anyres=AnyRes.from_dict(anyres) if anyres else None,
                 **values,
             )
         except (KeyError, TypeError) as error:

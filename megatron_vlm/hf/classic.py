@@ -4,7 +4,8 @@ Names and cuts are those of upstream's ``LLaVAModel``, so that its ``load_state_
 strictly. A rank numbers its layers from 0 on; with interleaved stages its chunks are ``model0``, ``model1``
 and so on; with tied embeddings and more than one stage, the last one has a copy of the embedding as its
 output layer. Both of upstream's layer specs are known: Transformer Engine fuses a norm with the
-linear layer behind it, the local spec has modules of their own.
+linear layer behind it, the local spec has modules of their own. What upstream's model has no place for,
+``image_newline``, stands in the file beside the model, under :data:`BESIDE`.
 
 Source: Megatron-LM ``megatron/training/checkpointing.py`` (``get_checkpoint_name``, ``generate_state_dict``)
 and megatron-core ``models/multimodal/llava_model.py``.
@@ -34,6 +35,7 @@ from megatron_vlm.hf.streaming import same_bits
 FORMAT = "classic"
 FILE = "model_optim_rng.pt"
 POST_NORM = "vision_model.ln_post."  # upstream's SigLIP runs it, LLaVA takes features from before it
+BESIDE = "not_in_llava_model"  # a key of a rank's file, beside "model"
 TE, LOCAL = "transformer_engine", "local"  # upstream's layer specs
 
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -42,6 +44,7 @@ _LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # TEGroupedMLP's
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"
+_NOT_IN_LLAVA_MODEL = ("vision_projection.image_newline",)
 _TE_TO_LOCAL = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -159,18 +162,21 @@ class ClassicWriter:
     ) -> None:
         layout = self._layout
         models: list[dict[str, Tensor]] = [{} for _ in range(layout.vpp)]
+        beside: dict[str, Tensor] = {}
         with FakeTensorMode():
             for name, places in self._places.items():
                 for stage, local in places:
                     if stage % layout.pp == pp_rank:
                         shape = _shard_shape(self._rows[name], layout.tp)
-                        models[stage // layout.pp][local] = torch.empty(shape, dtype=dtypes[name])
+                        part = beside if name in _NOT_IN_LLAVA_MODEL else models[stage // layout.pp]
+                        part[local] = torch.empty(shape, dtype=dtypes[name])
         named = {"model": models[0]} if layout.vpp == 1 else {f"model{i}": m for i, m in enumerate(models)}
         content = {
             "args": argparse.Namespace(**arguments),
             "checkpoint_version": 3.0,
             "iteration": 0,
             **named,
+            **({BESIDE: beside} if beside else {}),
         }
         path = self.path / rank_folder(tp_rank, pp_rank, layout.pp) / FILE
         path.parent.mkdir()
@@ -178,7 +184,8 @@ class ClassicWriter:
             torch.save(content, path)
         loaded = _load(path)
         for chunk, key in enumerate(named):
-            self._models[tp_rank, chunk * layout.pp + pp_rank] = loaded[key]
+            own = loaded[BESIDE] if beside and chunk == 0 else {}
+            self._models[tp_rank, chunk * layout.pp + pp_rank] = {**loaded[key], **own}
 
 
 class ClassicReader:
@@ -376,13 +383,13 @@ def _models(path: Path) -> list[dict[str, Stored]]:
     content = _load(path)
     chunks: dict[int, dict[str, Stored]] = {}
     for key, value in content.items() if isinstance(content, dict) else ():
-        match = _CHUNK.fullmatch(str(key))
+        match = _CHUNK.fullmatch("model" if key == BESIDE else str(key))
         if match and isinstance(value, dict):
             kept = {name: item for name, item in value.items() if not str(name).endswith("_extra_state")}
             for name, item in kept.items():
                 if not isinstance(item, Stored):
                     raise ValueError(f"{path}: {name} is no tensor; not a file of weights")
-            chunks[int(match[1] or 0)] = kept
+            chunks.setdefault(int(match[1] or 0), {}).update(kept)
     if sorted(chunks) != list(range(len(chunks))) or not chunks:
         raise ValueError(f"{path}: holds no model (key 'model', or 'model0' and so on)")
     return [chunks[i] for i in range(len(chunks))]
