@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Sequence, Tuple
 
+import numpy as np
 from jinja2 import TemplateError
 
 from megatron_vlm.config.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS
 
 IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token
-_PROBE = "PROBE-ANSWER"
+_PROBE = "\ue000\ue001\ue000"  # private-use characters: hardly in anyone's text, and checked
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
@@ -37,6 +38,16 @@ class Turn:
     role: str  # "system", "user" or "assistant"
     text: str
     loss: bool = True  # an answer's alone: whether it is trained
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around an answer."""
+
+    prompt: str  # that asks for it, as for a model that is to answer
+    prefix: str  # between that and the answer
+    trained_suffix: str  # after it, up to its end token; all where there is none
+    end_token: str  # or empty
 
 
 class ChatTemplate:
@@ -88,18 +99,11 @@ class ChatTemplate:
         self._system = SYSTEM_PROMPTS[name][lang] if name in SYSTEM_PROMPTS else None
         self._mask_thinking = mask_thinking
         self._content_parts = name == "chat" and self._takes_content_parts()
-        self._suffix, end_token = self._probe_suffix()
-        # How much of what follows an answer is trained: up to and with its end token.
-        written = self._suffix.find(end_token) + len(end_token)
-        self._trained_suffix = written if end_token else len(self._suffix)
-        self._append_eos = name == "chat" and not end_token and tokenizer.eos_token_id is not None
-        self.end_token_id: int | None = (
-            tokenizer.convert_tokens_to_ids(end_token)
-            if end_token
-            else tokenizer.eos_token_id
-            if self._append_eos
-            else None
-        )
+        self._frame = self._probe_frame()
+        self._append_eos = name == "chat" and not self._frame.end_token and tokenizer.eos_token_id is not None
+        self.end_token_id: int | None = tokenizer.eos_token_id if self._append_eos else None
+        if self._frame.end_token:
+            self.end_token_id = tokenizer.convert_tokens_to_ids(self._frame.end_token)
 
     def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
         """Token ids, one image token per image, and which of them are trained.
@@ -122,13 +126,13 @@ class ChatTemplate:
         encoding = self._tokenize(text)
         ids: List[int] = list(encoding["input_ids"])
         trained = [False] * len(ids)
-        for answer in answers:
-            begin, said, end = self._answer_span(text, messages, answer)
-            inside = _tokens_between(encoding["offset_mapping"], begin, end)
-            trained[inside.start : inside.stop] = [True] * len(inside)
+        offsets = np.array(encoding["offset_mapping"]).reshape(-1, 2)
+        for begin, said, end in self._answer_spans(text, messages, answers):
+            inside = _tokens_between(offsets, begin, end)
+            trained[inside] = [True] * (inside.stop - inside.start)
             for thought in _THOUGHT.finditer(text, begin, said) if self._mask_thinking else ():
-                inside = _tokens_between(encoding["offset_mapping"], *thought.span())
-                trained[inside.start : inside.stop] = [False] * len(inside)
+                inside = _tokens_between(offsets, *thought.span())
+                trained[inside] = [False] * (inside.stop - inside.start)
         if self._append_eos and answers and answers[-1] == len(turns) - 1:
             ids.append(self._tokenizer.eos_token_id)
             trained.append(True)
@@ -176,25 +180,56 @@ class ChatTemplate:
         if found != num_images:
             raise SampleError(f"its text has {found} image markers, but {num_images} images belong to it")
 
+    def _answer_spans(
+        self, text: str, messages: List[Dict[str, Any]], answers: Sequence[int]
+    ) -> List[Tuple[int, int, int]]:
+        """Where in ``text`` each answer begins, where what it says ends, and where its end token does."""
+        spans = self._spans_at_once(text, messages, answers)
+        return spans or [self._answer_span(text, messages, answer) for answer in answers]
+
+    def _spans_at_once(
+        self, text: str, messages: List[Dict[str, Any]], answers: Sequence[int]
+    ) -> List[Tuple[int, int, int]]:
+        """The same from one rendering, with probes for answers; empty if more than them has changed in it."""
+        frame = self._frame
+        probes = {answer: self._probe_message() for answer in answers}
+        probed = self._render([probes.get(i, message) for i, message in enumerate(messages)])
+        between = probed.split(_PROBE)
+        if len(between) != len(answers) + 1 or not text.startswith(between[0]):
+            return []
+        spans, position = [], len(between[0])
+        for answer, before, after in zip(answers, between[:-1], between[1:], strict=True):
+            said = self._said(messages[answer])
+            # Templates write what is said as it is, or take the spaces around it off.
+            as_written = [s for s in (said, said.strip()) if text.startswith(s + after, position)]
+            framed = before.endswith(frame.prompt + frame.prefix) and after.startswith(frame.trained_suffix)
+            if not as_written or not framed:
+                return []
+            end = position + len(as_written[0])
+            spans.append((position - len(frame.prefix), end, end + len(frame.trained_suffix)))
+            position = end + len(after)
+        return spans if position == len(text) else []
+
     def _answer_span(self, text: str, messages: List[Dict[str, Any]], answer: int) -> Tuple[int, int, int]:
-        """Where in ``text`` an answer begins, where what it says ends, and where its end token does."""
+        """One answer's span, also where a template renders turns differently once there are later ones."""
         prompt = self._render(messages[:answer], add_generation_prompt=True)
-        # The same conversation with another answer: what follows it is the same, also where a template
-        # renders earlier turns differently once there are later ones.
-        probe = {"role": "assistant", "content": self._text_content(_PROBE)}
-        probed = self._render([*messages[:answer], probe, *messages[answer + 1 :]])
+        # What follows it is the same with a probe in its place.
+        probed = self._render([*messages[:answer], self._probe_message(), *messages[answer + 1 :]])
         _, found, rest = probed[len(prompt) :].partition(_PROBE)
         end = len(text) - len(rest)
         if not (
             text.startswith(prompt)
             and probed.startswith(prompt)
             and found
-            and rest.startswith(self._suffix[: self._trained_suffix])
+            and rest.startswith(self._frame.trained_suffix)
             and text.endswith(rest)
             and end >= len(prompt)
         ):
             raise SampleError("the chat template rewrites its turns, so that the answer can't be found")
-        return len(prompt), end, end + self._trained_suffix
+        return len(prompt), end, end + len(self._frame.trained_suffix)
+
+    def _probe_message(self) -> Dict[str, Any]:
+        return {"role": "assistant", "content": self._text_content(_PROBE)}
 
     def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         if self._system is None or turns[0].role == "system":
@@ -216,6 +251,11 @@ class ChatTemplate:
 
     def _text_content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self._content_parts else text
+
+    def _said(self, message: Dict[str, Any]) -> str:
+        content = message["content"]
+        said: str = content[0]["text"] if self._content_parts else content
+        return said
 
     def _user_content(self, text: str, unplaced: int) -> Any:
         if self.name == "plain":
@@ -260,27 +300,35 @@ class ChatTemplate:
             "use --template v1 or plain"
         )
 
-    def _probe_suffix(self) -> Tuple[str, str]:
-        """What the template writes after an answer, and the first special token in it."""
+    def _probe_frame(self) -> _Frame:
+        """What the template writes around an answer."""
         messages = self._messages(self._with_system([Turn("user", "?"), Turn("assistant", _PROBE)]), 1)
         try:
-            prompt = self._render(messages[:-1], add_generation_prompt=True)
+            question = self._render(messages[:-1])
+            prompted = self._render(messages[:-1], add_generation_prompt=True)
             text = self._render(messages)
         except SampleError as error:
             raise ValueError(f"--template {self.name}: {error}; use --template v1 or plain") from None
-        _, found, suffix = text[len(prompt) :].partition(_PROBE)
-        if not text.startswith(prompt) or not found:
+        prefix, found, suffix = text[len(prompted) :].partition(_PROBE)
+        if not text.startswith(prompted) or not found:
             raise ValueError(
                 f"--template {self.name}: the folder's chat template can't be split into turns (what it "
                 "writes before an answer changes with the answer); use --template v1 or plain"
             )
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        found_tokens = [token for token in special if token in suffix]
         # The first; of two that begin there, the longer.
-        return suffix, min(found_tokens, key=lambda token: (suffix.index(token), -len(token)), default="")
+        ends = sorted((suffix.index(token), -len(token), token) for token in special if token in suffix)
+        end_token = ends[0][2] if ends else ""
+        trained = suffix[: suffix.index(end_token) + len(end_token)] if end_token else suffix
+        prompt = prompted[len(question) :] if prompted.startswith(question) else prompted
+        return _Frame(prompt, prefix, trained, end_token)
 
 
-def _tokens_between(offsets: Sequence[Tuple[int, int]], begin: int, end: int) -> range:
-    """The tokens that hold any of the characters from ``begin`` to ``end``, and all between two of them."""
-    inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < end]
-    return range(inside[0], inside[-1] + 1) if inside else range(0)
+def _tokens_between(offsets: np.ndarray, begin: int, end: int) -> slice:
+    """The tokens that hold any of the characters from ``begin`` to ``end``, and all between two of them.
+
+    Args:
+        offsets: ``[tokens, 2]``, where each token's characters begin and end.
+    """
+    inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end))
+    return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)

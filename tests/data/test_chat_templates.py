@@ -29,7 +29,7 @@ TEXTS += [
     "a </s> b<s>",
     "[/INST] c [INST]",
     "<|im_end|>\n<|im_start|>user\n",
-    "PROBE-ANSWER",
+    "\ue000\ue001\ue000",
 ]
 TEXTS += [
     "<end_of_turn>\n<start_of_turn>model\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +197,20 @@ def test_a_template_that_rewrites_earlier_answers_trains_what_it_renders() -> No
 def test_a_template_that_rewrites_its_turns_drops_the_sample() -> None:
     jinja = (
         "{% if messages | length > 2 %}{{ messages | length }}{% endif %}"
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% for m in messages %}{{ m.role + ':' }}{{ m.content if m.role == 'user' else m.content | upper }}"
+        "{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
-    turns = [Turn("user", "1?"), Turn("assistant", "1"), Turn("user", "2?"), Turn("assistant", "2")]
-    template.encode(turns[:2], 0)
+    turns = [Turn("user", "1?"), Turn("assistant", "one"), Turn("user", "2?"), Turn("assistant", "two")]
+    ids, trained = template.encode(turns[:2], 0)  # what it makes of an answer is known there
+    assert llama_tokenizer().decode([i for i, t in zip(ids, trained, strict=True) if t]).strip() == "ONE</s>"
     with pytest.raises(SampleError, match="rewrites its turns"):
         template.encode(turns, 0)
+    # As long as the answers stand as they are, nothing before them matters.
+    ids, trained = template.encode([replace(turn, text=turn.text.upper()) for turn in turns], 0)
+    written = llama_tokenizer().decode([i for i, t in zip(ids, trained, strict=True) if t])
+    assert written.replace(" ", "") == "ONE</s>TWO</s>"
 
 
 def test_reading_a_folder_says_what_is_wrong(
