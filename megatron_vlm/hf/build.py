@@ -181,7 +181,7 @@ def _given(flag: str, name: str, part: str) -> _Given:
     check = check_text if part == "text_config" else check_tower
     check(own, where)
     try:
-        whole = AutoConfig.from_pretrained(folder)
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a config that it doesn't take
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}its config.json cannot be used ({reason})") from None
@@ -280,7 +280,7 @@ def _image_processor(vision: _Given, model: ModelConfig) -> Any:
     clip = dict(size={"shortest_edge": side}, crop_size=square)
     constants = {}
     try:
-        own = AutoImageProcessor.from_pretrained(vision.folder)
+        own = AutoImageProcessor.from_pretrained(vision.folder, trust_remote_code=False)
         if model.anyres is None and not hasattr(own, "image_grid_pinpoints"):
             return own
         constants = {key: getattr(own, key) for key in ("image_mean", "image_std", "resample")}
@@ -302,11 +302,13 @@ def _generation_config(text: _Given, tokenizer: Any) -> Any:
     from transformers import GenerationConfig
 
     path = text.folder / "generation_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{text.flag}: its generation_config.json cannot be read ({error})") from None
-    values.pop("_from_model_config", None)  # transformers would make it anew from config.json
+    values = {}
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("_from_model_config", None)  # transformers would make it anew from config.json
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{text.flag}: its generation_config.json cannot be read ({error})") from None
     if not values.get("do_sample"):  # transformers doesn't write these for a greedy model, nor use them
         for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             values.pop(key, None)
@@ -319,4 +321,10 @@ def _generation_config(text: _Given, tokenizer: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=values.get("bos_token_id", text.config.bos_token_id),
     )
-    return GenerationConfig.from_dict(values)
+    try:
+        config = GenerationConfig.from_dict(values)
+        config.validate(strict=True)  # else transformers refuses to write it
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{text.flag}: its generation_config.json cannot be used ({reason})") from None
+    return config

@@ -67,7 +67,10 @@ def _is_whole(folder: Path) -> bool:
         if (folder / single).is_file():
             return (folder / "config.json").is_file()
         if (folder / index).is_file():
-            files = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-            if all((folder / file).is_file() for file in files):
+            try:
+                files = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError):
+                return True  # damaged, as its reader will say
+            if all((folder / str(file)).is_file() for file in files):
                 return (folder / "config.json").is_file()
     return False

@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path) -> Any:
             return tokenizer
         if model is not None:
             return _from_sentencepiece(folder, model)
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # the tokenizers library raises plain exceptions for damaged files
@@ -143,9 +143,21 @@ def add_tokens(tokenizer: Any, rows: int) -> list[int]:
 def chat_template(tokenizer: Any, lang: str) -> str:
     """The tokenizer's own chat template if it places images, otherwise one in ``lang``."""
     own = tokenizer.chat_template
-    if isinstance(own, str) and "image" in own:
+    if isinstance(own, str) and _places_images(tokenizer, own):
         return own
     template = _CHAT_TEMPLATE
     for word, replacement in {**_CHAT_WORDS[lang], "IMAGE": IMAGE_TOKEN}.items():
         template = template.replace(word, replacement)
     return template
+
+
+def _places_images(tokenizer: Any, template: str) -> bool:
+    """Whether content in parts, as transformers' processors have it, leaves one token for an image."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+        )
+    except Exception:  # a template may raise anything on content that is not for it
+        return False
+    return bool(text.count(IMAGE_TOKEN) == 1)

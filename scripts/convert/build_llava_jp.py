@@ -66,7 +66,8 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (default: 0)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=(*cli.DTYPES, *cli.DTYPES.values()),
+        metavar="{fp32,bf16,fp16}",
         help="of all weights (default: as the text model is stored)",
     )
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
@@ -98,7 +99,7 @@ def main(argv: List[str]) -> int:
             vocab_size_padding=args.vocab_size_padding,
             lang=args.lang,
             seed=args.seed,
-            dtype=args.dtype,
+            dtype=cli.DTYPES.get(args.dtype, args.dtype),
             force=args.force,
             progress=progress,
             projector=args.projector,

@@ -226,13 +226,24 @@ def test_chat_template(tmp_path: Path, text: Path, tower: Path, lang: str, user:
     assert processor.tokenizer.decode(said) == " a</s>"
 
 
-def test_a_template_that_places_images_is_kept(tmp_path: Path, text: Path, tower: Path) -> None:
-    own = "{% for m in messages %}{{ m['content'] | replace('<image>', '<image>') }}{% endfor %}"
+@pytest.mark.parametrize(
+    "own, kept",
+    [
+        ("{% for p in messages[0].content %}{{ p.text or '<image>' }}{% endfor %}", True),
+        ("{# no image #}{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m['content'] }}image{% endfor %}", False),  # writes the list of parts
+    ],
+)
+def test_a_template_that_places_images_is_kept(
+    tmp_path: Path, text: Path, tower: Path, own: str, kept: bool
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.chat_template = own
     tokenizer.save_pretrained(text)
-    build_llava(tmp_path / "llava", str(text), str(tower))
-    assert AutoProcessor.from_pretrained(tmp_path / "llava").chat_template == own
+    build_llava(tmp_path / "llava", str(text), str(tower), lang="en")
+    template = AutoProcessor.from_pretrained(tmp_path / "llava").chat_template
+    assert template == own if kept else "USER: " in template
+    assert AutoTokenizer.from_pretrained(tmp_path / "llava").chat_template == template
 
 
 def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
@@ -540,6 +551,12 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     refused(r"--text-model .*mlp\.\S+ has shape \[32, 40\]; config.json implies \[32, 41\]", changed)
     edit_json(changed / "config.json", intermediate_size=40, tie_word_embeddings=True)
     refused(r"lm_head.weight differs from the embedding, but config.json ties them", changed)
+
+    edit_json(changed / "config.json", tie_word_embeddings=False)
+    edit_json(changed / "generation_config.json", num_return_sequences=3)
+    refused(r"--text-model .*generation_config.json cannot be used", changed)
+    (changed / "generation_config.json").write_text("[]")
+    refused(r"--text-model .*generation_config.json cannot be read", changed)
 
     changed = copy(text, 2)
     for file in changed.glob("*token*"):

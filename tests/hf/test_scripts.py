@@ -107,6 +107,7 @@ def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     [
         (["--image-grid-pinpoints", "336x672"], "--image-grid-pinpoints needs --model-type llava_next"),
         (["--model-type", "llava_next", "--image-grid-pinpoints", "336"], "'' is not a positive integer"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--lang", "fr"], "argument --lang: invalid choice: 'fr'"),
     ],
 )
