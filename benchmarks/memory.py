@@ -91,6 +91,9 @@ _WIDE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_
 NARROW = llava(dict(_NARROW, vocab_size=2048, max_position_embeddings=4096), _TOWER)
 GROUPED = llava(dict(_NARROW, vocab_size=2048, num_key_value_heads=2), _TOWER)
 WIDE = llava(dict(_WIDE, vocab_size=8192), _TOWER)
+EXPERTS = llava(
+    dict(_NARROW, model_type="mixtral", num_local_experts=4, vocab_size=2048, num_key_value_heads=4), _TOWER
+)
 CASES = [
     Case("TP 1", "--micro-batch-size 11 --global-batch-size 11", 1, NARROW),
     Case("TP 1, large", "--micro-batch-size 42 --global-batch-size 42", 1, NARROW),
@@ -118,6 +121,12 @@ CASES = [
         "--tp 2 --sequence-parallel --micro-batch-size 22 --global-batch-size 22",
         2,
         NARROW,
+    ),
+    Case(
+        "experts, TP 2, SP",
+        "--tp 2 --sequence-parallel --micro-batch-size 10 --global-batch-size 10 --seq-length 1024",
+        2,
+        EXPERTS,
     ),
     Case(
         "PP 2",

@@ -414,6 +414,12 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
     if rope.get("partial_rotary_factor", get.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ValueError("config.json: text_config partial_rotary_factor is not 1; supported: 1")
     heads = get["num_attention_heads"]
+    groups = get["num_key_value_heads"] or heads
+    if heads % groups:
+        raise ValueError(
+            f"config.json: text_config.num_key_value_heads is {groups}; it has to divide the {heads} "
+            "num_attention_heads"
+        )
     # A family without such a switch would read it but not obey it.
     attention_bias = family.attention_bias and bool(get["attention_bias"])
     return LanguageConfig(
@@ -422,7 +428,7 @@ def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConf
         ffn_hidden_size=get["intermediate_size"],
         num_layers=get["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=get["num_key_value_heads"] or heads,
+        num_key_value_heads=groups,
         # Qwen2's attention reads a head_dim from its config too, when there is one.
         head_dim=get.get("head_dim") or get["hidden_size"] // heads,
         vocab_size=get["vocab_size"],

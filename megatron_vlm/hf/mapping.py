@@ -127,7 +127,7 @@ def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, 
         *VISION_TABLES[model.vision.family](model.vision, model.num_vision_layers_run),
         *PROJECTOR_TABLES[model.projector.kind](model.projector, model.language.hidden_size),
         *newline_table(model),
-        *LANGUAGE_TABLES[model.language.family](model.language, padded_vocab_size),
+        *decoder_table(model.language, padded_vocab_size),
     ]
 
     def on_disk(hf: tuple[tuple[str, Shape], ...]) -> tuple[tuple[str, Shape], ...]:
@@ -388,4 +388,3 @@ def _check_identity(name: str, tensor: Tensor) -> None:
 
 VISION_TABLES = {"clip": clip_table, "siglip": siglip_table}
 PROJECTOR_TABLES = {"mlp2x_gelu": mlp2x_gelu_table, "linear": linear_table}
-LANGUAGE_TABLES = dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), decoder_table)

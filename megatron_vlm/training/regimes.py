@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,14 @@ class Regime:
             model; tied weights once, the vocabulary without its padding.
         trained: number of the entry that trains a parameter; those not in it are frozen.
         own: this rank's parameters, or its parts of them, with their names.
+        experts: how many of how many experts work on a token; None where there are none.
     """
 
     entries: tuple[TrainEntry, ...]
     shapes: dict[str, list[int]]
     trained: dict[str, int]
     own: list[tuple[str, torch.nn.Parameter]]
+    experts: tuple[int, int] | None = None
 
     def size(self, name: str) -> int:
         """Number of elements of a whole parameter."""
@@ -63,7 +65,8 @@ def set_trainable(
         parameter.requires_grad = name in trained
         if name in trained:
             parameter.train_entry = trained[name]  # type: ignore[attr-defined]
-    return Regime(entries, shapes, trained, own)
+    chosen, experts = model.language.experts_per_token, model.language.num_experts
+    return Regime(entries, shapes, trained, own, (chosen, experts) if chosen and experts else None)
 
 
 def table(regime: Regime, rates: Sequence[float], weight_decay: float) -> str:
@@ -92,6 +95,9 @@ def table(regime: Regime, rates: Sequence[float], weight_decay: float) -> str:
     count = f"{sum(map(regime.size, regime.trained)):,}"
     total = f"{sum(map(regime.size, regime.shapes)):,}"
     lines.append(("total", "", count, total, "", ""))
+    if regime.experts is not None:
+        count, total = (f"{_active(regime, names):,}" for names in (regime.trained, regime.shapes))
+        lines.append(("at work on a token", "", count, total, "", ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     numbers = (2, 3, 4)  # columns of numbers are aligned on the right
     return "\n".join(
@@ -100,6 +106,16 @@ def table(regime: Regime, rates: Sequence[float], weight_decay: float) -> str:
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
+    )
+
+
+def _active(regime: Regime, names: Iterable[str]) -> int:
+    """Parameters that a token meets: of its own experts only."""
+    assert regime.experts is not None
+    chosen, experts = regime.experts
+    sizes = [(regime.size(name), ".mlp.experts." in name) for name in names]
+    return sum(size for size, of_one in sizes if not of_one) + (
+        sum(size for size, of_one in sizes if of_one) * chosen // experts
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,9 @@ def check_keys_are_the_configs(message: str, config: dict[str, Any]) -> None:
         ),
         (config_of("llama", hidden_act="gelu"), "hidden_act is 'gelu'; supported: 'silu'"),
         (config_of("llama", pretraining_tp=2), "pretraining_tp is 2; supported: 1"),
+        (config_of("mixtral", router_jitter_noise=0.1), "router_jitter_noise is 0.1; supported: 0"),
+        (config_of("mixtral", num_experts_per_tok=1), "num_experts_per_tok is 1 of 8 experts; supported: 2"),
+        (config_of("llama", num_key_value_heads=12), "num_key_value_heads is 12; it has to divide the 32"),
         ({"model_type": "internlm2"}, "is 'internlm2'; supported: 'llama'"),
     ],
 )
@@ -126,3 +130,30 @@ def test_siglip_2_at_a_fixed_resolution(config: dict[str, Any]) -> None:
 def test_siglip_2_with_native_aspect_ratios_says_what_works() -> None:
     message = refusal(vision=config_of("siglip2_vision_model"))
     assert "NaFlex" in message and "google/siglip2-so400m-patch14-384, work" in message
+
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "families.md").read_text()
+
+
+def test_the_docs_name_every_family_and_every_refusal() -> None:
+    supported, refused = (part.split("\n## ")[0] for part in DOCS.split("\n## What is refused\n"))
+    known = [*families.LLAVA_FAMILIES, *families.TEXT_FAMILIES, *families.TOWERS, *families.ROPE_TYPES]
+    assert [name for name in known if f"`{name}`" not in supported] == []
+    reasons = families._REFUSED_TEXT, families._REFUSED_TOWERS, families._REFUSED_ROPE, families._REFUSED_KEYS
+    named = set(re.findall(r"`([a-z0-9_]+)`", refused))
+    others = {"partial_rotary_factor", "vision_config"}
+    assert named - others == {name for table in reasons for name in table}
+
+
+def test_the_docs_show_what_is_there() -> None:
+    """The diff that adds a family, against the files it is of."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", DOCS, re.DOTALL)
+    files = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
+    assert len(files) == 4
+    for path, hunks in zip(files[::2], files[1::2], strict=True):
+        text = (ROOT / path).read_text()
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE):
+            lines = hunk.splitlines(keepends=True)
+            assert all(line.startswith("+") for line in lines)
+            assert "".join(line[1:] for line in lines) in text, hunk

@@ -89,7 +89,15 @@ def tower(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind, tied", [("Llama", False), ("Llama", True), ("Mistral", False), ("Qwen2", True), ("Qwen3", True)]
+    "kind, tied",
+    [
+        ("Llama", False),
+        ("Llama", True),
+        ("Mistral", False),
+        ("Mixtral", False),
+        ("Qwen2", True),
+        ("Qwen3", True),
+    ],
 )
 @pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
 def test_parts_are_copied_and_new_rows_are_the_mean(

@@ -20,7 +20,7 @@ from tests.distributed import Pool
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run
 from tests.hf.upstream import load_classic_and_save
-from tests.tiny import save_tiny_llava, tiny_config
+from tests.tiny import build, save_tiny_llava, tiny_config
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 
@@ -58,6 +58,39 @@ def wide(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "hf"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("tp, pp, spec", [(8, 4, TE), (4, 2, LOCAL), (1, 4, TE), (2, 1, LOCAL)])
+def test_experts(tmp_path: Path, tp: int, pp: int, spec: str) -> None:
+    """HF -> classic -> HF, HF -> native -> HF, and from either to the other."""
+    sizes = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=4, intermediate_size=72)
+    config = tiny_config(text="mixtral", text_extra=dict(sizes, hidden_size=64))
+    config.vision_config.num_attention_heads = 8
+    config.vision_config.intermediate_size = 56
+    torch.manual_seed(0)
+    build(config).bfloat16().save_pretrained(tmp_path / "hf")
+    classic = to_classic(tmp_path / "hf", tmp_path / "classic", even(tp, pp, spec=spec))
+    native = import_hf(tmp_path / "hf", tmp_path / "native", tp, pp, verify=True)
+    assert verify(tmp_path / "hf", export_hf(classic, tmp_path / "from-classic"))
+    assert verify(tmp_path / "hf", export_hf(native, tmp_path / "from-native"))
+    assert verify(classic, native)
+    assert verify(native, reshard(classic, tmp_path / "again", 2, 1))
+
+
+def test_experts_as_grouped_products_name_them(tmp_path: Path) -> None:
+    """``TEGroupedMLP`` of Megatron-LM counts its weights instead of its experts."""
+    source = make(tmp_path / "hf", "clip-mixtral")
+    folder = to_classic(source, tmp_path / "classic", even(2, 1))
+
+    def rename(content: dict[str, Any]) -> None:
+        pattern = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
+        model = {pattern.sub(r"experts.\2\1", name): tensor for name, tensor in content["model"].items()}
+        assert "language_model.decoder.layers.3.mlp.experts.linear_fc2.weight4" in model
+        content["model"] = model
+
+    for rank in range(2):
+        change(folder / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", rename)
+    assert verify(source, folder)
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])

@@ -6,6 +6,7 @@ import pytest
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_vlm.models import specs
+from megatron_vlm.models.experts import MixtureOfExperts
 from megatron_vlm.models.specs import choose_transformer_impl, layer_spec, standalone_norm
 
 
@@ -15,6 +16,13 @@ def test_queries_and_keys_are_normalised_where_the_model_says_so(impl: str, qk_n
     attention = layer_spec(impl, causal=True, output_bias=False, qk_norm=qk_norm).submodules.self_attention
     expected = standalone_norm(impl) if qk_norm else IdentityOp
     assert attention.submodules.q_layernorm is attention.submodules.k_layernorm is expected
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_experts_stand_where_the_mlp_would(impl: str) -> None:
+    layer = layer_spec(impl, causal=True, output_bias=False, experts=True).submodules
+    assert layer.mlp is MixtureOfExperts and layer.pre_mlp_layernorm is standalone_norm(impl)
+    assert "pre_mlp_layernorm." not in layer.sharded_state_dict_keys_map
 
 
 def test_transformer_engine_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
