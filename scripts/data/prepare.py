@@ -82,7 +82,8 @@ def main(argv: List[str]) -> int:
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
-        paths = [args.check] if args.check else [*args.input, args.save_dir]
+        # Its folder: what is unfinished lies beside it.
+        paths = [args.check] if args.check else [*args.input, os.path.dirname(os.path.abspath(args.save_dir))]
         paths += [path for path in (args.image_root, args.tokenizer_load_dir) if path]
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
     if args.check:

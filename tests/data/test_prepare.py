@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.prepare import build
 from megatron_vlm.data.prepare.build import Options, prepare
+from megatron_vlm.data.prepare.pictures import ENCODINGS
+from megatron_vlm.data.prepare.plan import DUPLICATES
+from megatron_vlm.data.prepare.records import SHAPES
 from megatron_vlm.data.processing import load_processing
 from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
 from tests.data.tiny_data import jpeg
@@ -152,6 +155,9 @@ def test_the_report_says_what_became_of_every_record(llava_json: Path, prepared:
     assert histograms["turns"]["bins"] == {"2": 191}
     assert histograms["images"]["bins"] == {"0": 80 - 4, "1": 120 - 5}
     assert (histograms["longer side"]["min"], histograms["longer side"]["max"]) == (24, 28)
+    lines = (prepared / "dropped.jsonl").read_text().splitlines()
+    lost = Counter(json.loads(line)["reason"] for line in lines)
+    assert lost == {reason: facts["count"] for reason, facts in report["dropped"].items()}
     text = (prepared / "report.md").read_text()
     assert "200 records read, 191 samples kept." in text and f"`{path}:6 (id 5): 5.jpg`" in text
 
@@ -381,6 +387,17 @@ def test_images_are_made_smaller_where_asked(tmp_path: Path) -> None:
     encoded = samples_of(tmp_path / "jpg")
     assert [encoded[str(i)]["images"] for i in range(4)] == [["0.jpg"]] * 4
     assert all(item["data"][0][:2] == b"\xff\xd8" for item in encoded.values())
+
+
+def test_the_script_offers_what_the_package_knows() -> None:
+    """The script repeats the names, for it hands itself to a container where nothing is installed."""
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True).stdout
+    for flag, names in (("--format", SHAPES), ("--duplicates", DUPLICATES), ("--encode", ENCODINGS)):
+        assert f"{flag} {{{','.join(names)}}}" in shown
+    defaults = Options(input=(), save_dir="")
+    assert f"(default: {','.join(map(str, defaults.split))})" in " ".join(shown.split())
+    assert f"(default: {defaults.shard_samples})" in shown and f"(default: {defaults.quality})" in shown
+    assert subprocess.run([sys.executable, "-S", SCRIPT, "--help"], capture_output=True).returncode == 0
 
 
 def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ plan.py      duplicates, split, order, shards
 pictures.py  images looked through, made smaller where asked
 shards.py    second pass: planned samples to tars
 workers.py   the processes of both passes
-counts.py    reasons and histograms; report.py makes the report of them
+losses.py    every record that is not trained on, by reason
+histogram.py how long and how large samples are; lengths.py counts their tokens
+report.py    the report of all that
 check.py     a prepared folder looked through before training
 """

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config.dataset import PREPARED
-from megatron_vlm.data.prepare.counts import EXAMPLES, Dropped
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
+from megatron_vlm.data.prepare.losses import Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
 from megatron_vlm.data.prepare.records import SHAPES
-from megatron_vlm.data.prepare.report import Names, make_report, to_markdown
-from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished
+from megatron_vlm.data.prepare.report import make_report, to_markdown
+from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished, losses_of
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
 from megatron_vlm.data.prepare.workers import Workers, check_measure
@@ -121,16 +121,14 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
         stack.enter_context(_locked(options.partial))
         _check_settings(options, units)
         _first_pass(options, units, workers, progress)
-        staged, plans, dropped = _plan(options, units)
+        staged, plans = _plan(options, units)
         _second_pass(options, plans, workers, progress)
-        facts = [_finished(options, plan) for plan in plans]
-        for shard in facts:
-            dropped.merge(shard.dropped, shard.examples)
-        shards = [shard for shard in facts if shard.samples]
+        losses = _losses(options, staged, plans)
+        shards = [shard for shard in (_finished(options, plan) for plan in plans) if shard.samples]
         if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
             shutil.rmtree(options.partial)
-            raise ValueError(f"nothing is left to train on; {_why(dropped)}")
-        report = make_report(_settings(options, units), staged, dropped, shards)
+            raise ValueError(f"nothing is left to train on; {losses}")
+        report = make_report(_settings(options, units), staged, losses, shards)
         _finish(options, shards, report)
     return report
 
@@ -181,7 +179,7 @@ def _check_settings(options: Options, units: Sequence[Unit]) -> None:
     path = os.path.join(options.partial, "settings.json")
     settings, begun = _settings(options, units), read_json(path)
     if begun is not None and begun != settings:
-        if not options.force and os.listdir(os.path.join(options.partial, "shards")):
+        if not options.force and _any_shard(options):
             names = [name for name in settings if settings[name] != begun.get(name)]
             what = "changed input files" if names == ["files"] else "another --" + names[0].replace("_", "-")
             raise ValueError(
@@ -192,6 +190,10 @@ def _check_settings(options: Options, units: Sequence[Unit]) -> None:
     for name in ("units", "shards", "dataset"):
         os.makedirs(os.path.join(options.partial, name), exist_ok=True)
     write_json(path, settings)
+
+
+def _any_shard(options: Options) -> bool:
+    return any(name.endswith(".json") for name in os.listdir(os.path.join(options.partial, "shards")))
 
 
 def _unit_path(options: Options, number: int) -> str:
@@ -208,45 +210,57 @@ def _first_pass(options: Options, units: Sequence[Unit], workers: Workers, progr
     workers.stage([(units[i], _unit_path(options, i), reading) for i in left], begun, total, progress)
 
 
-def _plan(options: Options, units: Sequence[Unit]) -> tuple[dict[str, Any], list[ShardPlan], Dropped]:
-    """The first pass's counts, the shards to write, and what was dropped so far."""
+def _plan(options: Options, units: Sequence[Unit]) -> tuple[dict[str, Any], list[ShardPlan]]:
+    """What the first pass has counted, and the shards to write."""
     facts = [unit_facts(_unit_path(options, i)) or {} for i in range(len(units))]
     indices = [unit_index(_unit_path(options, i)) for i in range(len(units))]
     positions = [fact["positions"] for fact in facts]
-    bases = np.cumsum([0, *positions]).tolist()
+    bases: list[int] = np.cumsum([0, *positions]).tolist()
     staged: dict[str, Any] = {"read": sum(fact["read"] for fact in facts), "notes": {}, "shapes": {}}
-    staged["names"] = Names([unit.path for unit in units], bases)
-    dropped = Dropped()
-    for fact, base in zip(facts, bases, strict=False):
-        moved = {
-            reason: [[base + position, *more] for position, *more in examples]
-            for reason, examples in fact["examples"].items()
-        }
-        dropped.merge(fact["dropped"], moved)
+    staged["places"] = Places([unit.path for unit in units], bases)
+    staged["logs"] = [(_unit_path(options, i) + ".losses", bases[i]) for i in range(len(units))]
+    for fact in facts:
         for kind in ("notes", "shapes"):
             for name, count in fact[kind].items():
                 staged[kind][name] = staged[kind].get(name, 0) + count
     rows = sample_rows(indices, positions)
     ids, contents = (np.concatenate([index[name] for index in indices]) for name in ("id", "content"))
     repeats, same_id = duplicates(ids, contents, options.duplicates)
-    for number, row in enumerate(rows[repeats]):
-        named = number < EXAMPLES
-        dropped.add("duplicate id", int(row["ordinal"]), _id_of(options, row) if named else None, "")
+    staged["logs"].append((_log_duplicates(options, rows[repeats]), 0))
     if same_id:
         staged["notes"]["same id as an earlier sample, other content"] = same_id
     if repeats.all():
+        losses = _losses(options, staged, [])
         shutil.rmtree(options.partial)
-        raise ValueError(f"nothing that can be used in {', '.join(options.input)}; {_why(dropped, staged)}")
+        raise ValueError(
+            f"nothing that can be used in {', '.join(options.input)}; {staged['read']} records read; {losses}"
+        )
     plans = plan_shards(
         rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
     )
-    return staged, plans, dropped
+    return staged, plans
 
 
-def _id_of(options: Options, row: np.void) -> Any:
-    with open(_unit_path(options, int(row["unit"])) + ".jsonl", "rb") as file:
-        file.seek(int(row["offset"]))
-        return json.loads(file.readline())["extra"].get("id")
+def _log_duplicates(options: Options, rows: np.ndarray) -> str:
+    path = os.path.join(options.partial, "duplicates.losses")
+    with LossLog(path) as losses:
+        for row in rows:
+            with open(_unit_path(options, int(row["unit"])) + ".jsonl", "rb") as file:
+                file.seek(int(row["offset"]))
+                identity = json.loads(file.readline())["extra"].get("id")
+            losses.add("duplicate id", int(row["ordinal"]), identity, "")
+    return path
+
+
+def _losses(options: Options, staged: dict[str, Any], plans: Sequence[ShardPlan]) -> Losses:
+    """Both passes' losses, counted, and all of them in ``dropped.jsonl``."""
+    losses = Losses()
+    logs = staged["logs"] + [(losses_of(_done(options, plan)), 0) for plan in plans]
+    with open(os.path.join(_dataset(options), "dropped.jsonl"), "wb") as file:
+        for loss in read_logs(logs, staged["places"]):
+            losses.add(loss)
+            file.write(json.dumps(loss, ensure_ascii=False).encode() + b"\n")
+    return losses
 
 
 def _done(options: Options, plan: ShardPlan) -> str:
@@ -295,7 +309,7 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
     listed = {s.name: {"samples": s.samples, "bytes": s.bytes, "hash": s.hash} for s in shards}
     write_json(os.path.join(meta, PREPARED), {"version": VERSION, "hash": HASH, "shards": listed}, indent=1)
     write_json(os.path.join(dataset, "report.json"), report, indent=1)
-    write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="backslashreplace"))
+    write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="replace"))
     if os.path.isdir(options.save_dir):
         os.rename(options.save_dir, os.path.join(options.partial, f"replaced-{uuid.uuid4()}"))
     os.rename(dataset, options.save_dir)
@@ -319,9 +333,3 @@ def _energon_prepare(dataset: str, workers: int) -> None:
     except (click.ClickException, SystemExit) as error:
         last = (said.getvalue().strip().splitlines() or [str(error)])[-1]
         raise RuntimeError(f"energon prepare failed on {dataset}: {last}") from error
-
-
-def _why(dropped: Dropped, staged: dict[str, Any] | None = None) -> str:
-    read = f"{staged['read']} records read; " if staged else ""
-    reasons = sorted(dropped.counts.items(), key=lambda item: -item[1])
-    return read + ("; ".join(f"{count} dropped: {reason}" for reason, count in reasons[:5]) or "no records")

@@ -9,9 +9,7 @@ from typing import Any
 
 def write_json(path: str, value: Any, indent: int | None = None) -> None:
     """Write a JSON file under another name first."""
-    write_bytes(
-        path, json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
-    )
+    write_bytes(path, json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="replace") + b"\n")
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.data.prepare.counts import Dropped, Histogram, bin_label
+from megatron_vlm.data.prepare.histogram import Histogram, bin_label
+from megatron_vlm.data.prepare.losses import UNTRAINED, Losses
 from megatron_vlm.data.prepare.plan import SPLITS
 from megatron_vlm.data.prepare.shards import ShardFacts
 
 _BAR = 40
 
 
-class Names:
-    """What a sample is called to people: its file, and its line, element or row there.
-
-    Args:
-        paths: of the units, in order; those of one file follow each other.
-        bases: places before each unit, and behind the last one.
-    """
-
-    def __init__(self, paths: Sequence[str], bases: Sequence[int]) -> None:
-        self._paths, self._bases = paths, bases
-
-    def __call__(self, ordinal: int, identity: Any, detail: str) -> str:
-        """The name of a sample, with its id and what is wrong with it."""
-        unit = bisect.bisect_left(self._bases, ordinal) - 1
-        path = self._paths[unit]
-        name = f"{path}:{ordinal - self._bases[self._paths.index(path)]}"
-        return name + ("" if identity is None else f" (id {identity})") + (f": {detail}" if detail else "")
-
-
 def make_report(
-    settings: Mapping[str, Any], staged: Mapping[str, Any], dropped: Dropped, shards: Sequence[ShardFacts]
+    settings: Mapping[str, Any], staged: Mapping[str, Any], losses: Losses, shards: Sequence[ShardFacts]
 ) -> dict[str, Any]:
     """The report of a finished dataset.
 
     Returns:
-        ``read`` is the sum of ``kept`` and of the counts in ``dropped``.
+        ``read`` is the sum of ``kept`` and of the counts in ``dropped``; ``untrained`` are among ``kept``.
     """
-    names: Names = staged["names"]
-    untrained = Dropped()
-    for shard in shards:
-        untrained.merge(**shard.untrained)
+    dropped = losses.state()
+    untrained = dropped.pop(UNTRAINED, None)
     histograms: dict[str, Histogram] = {}
     for shard in shards:
         for name, state in shard.histograms.items():
@@ -53,19 +32,12 @@ def make_report(
         "files": [path for path, _, _ in settings["files"]],
         "read": staged["read"],
         "kept": sum(shard.samples for shard in shards),
-        "dropped": _named(dropped, names),
-        "untrained": _named(untrained, names),
+        "dropped": dropped,
+        "untrained": {UNTRAINED: untrained} if untrained else {},
         "notes": dict(sorted(staged["notes"].items())),
         "shapes": dict(sorted(staged["shapes"].items())),
         "splits": {split: _split(split, shards) for split in SPLITS},
         "histograms": {name: histogram.state() for name, histogram in histograms.items()},
-    }
-
-
-def _named(dropped: Dropped, names: Names) -> dict[str, Any]:
-    return {
-        reason: {"count": count, "examples": [names(*example) for example in dropped.examples[reason]]}
-        for reason, count in sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0]))
     }
 
 
@@ -86,9 +58,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for split, facts in report["splits"].items():
         row = (facts["samples"], facts["images"], facts["shards"], f"{facts['bytes'] / 1e6:.1f}")
         lines.append(f"| {split} | " + " | ".join(map(str, row)) + " |")
-    for heading, named in (("Dropped", report["dropped"]), ("Kept, but not trained", report["untrained"])):
-        lines += ["", f"## {heading}"] if named else []
-        for reason, facts in named.items():
+    lost = {**report["dropped"], **report["untrained"]}
+    if lost:
+        lines += ["", "## Dropped", "", "All of them are in dropped.jsonl."]
+        for reason, facts in lost.items():
             lines += ["", f"{facts['count']} x {reason}:", ""]
             lines += [f"- `{example.replace('`', '')}`" for example in facts["examples"]]
             if facts["count"] > len(facts["examples"]):

@@ -16,15 +16,15 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron_vlm.data.prepare.counts import Dropped, Histogram
 from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.data.prepare.histogram import Histogram
+from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
 from megatron_vlm.data.prepare.records import Rejected
 from megatron_vlm.data.templates import SampleError
 
 HASH = "xxh3_128"
-UNTRAINED = "training leaves it out"
 # Of a key, messages and images: lengths in tokens, by name; a SampleError where training leaves it out.
 Measure = Callable[[str, Sequence[Mapping[str, Any]], Sequence[Picture]], Mapping[str, int]]
 _REPORT_EVERY = 16
@@ -41,19 +41,14 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a finished shard holds. ``untrained`` are samples that are there and that training leaves out;
-    examples of these and of ``dropped`` begin with the sample's place in the input.
-    """
+    """What a finished shard holds."""
 
     name: str
     samples: int
     images: int
     bytes: int
     hash: str
-    dropped: dict[str, int]
-    examples: dict[str, list[list[Any]]]
     histograms: dict[str, Any]
-    untrained: dict[str, Any]
 
 
 def write_shard(
@@ -70,14 +65,13 @@ def write_shard(
     Args:
         folder: of the shard.
         units: folder of the first pass's files.
-        done: the file that says the shard is finished.
+        done: the file that says the shard is finished; what it lost is logged beside it.
         progress: told how many more samples are done.
     """
     path = os.path.join(folder, plan.name)
-    dropped, untrained = Dropped(), Dropped()
     histograms: dict[str, Histogram] = {}
     samples = num_images = 0
-    with _Hashed(path + ".tmp") as file, _Reader(units) as reader:
+    with _Hashed(path + ".tmp") as file, _Reader(units) as reader, LossLog(losses_of(done)) as losses:
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for number, row in enumerate(plan.rows, 1):
                 if number % _REPORT_EVERY == 0:
@@ -87,7 +81,7 @@ def write_shard(
                 try:
                     pictures = [encoding(reader.image(unit, reference)) for reference in line["images"]]
                 except Rejected as error:
-                    dropped.add(error.reason, ordinal, line["extra"].get("id"), error.detail)
+                    losses.add(error.reason, ordinal, line["extra"].get("id"), error.detail)
                     continue
                 names = [f"{i}.{picture.suffix}" for i, picture in enumerate(pictures)]
                 value = {"messages": line["messages"], "images": names, **line["extra"]}
@@ -101,7 +95,7 @@ def write_shard(
                         tokens = measure(f"{ordinal:09d}", line["messages"], pictures)
                         lengths.update({name: [length] for name, length in tokens.items()})
                     except SampleError as error:
-                        untrained.add(UNTRAINED, ordinal, line["extra"].get("id"), str(error))
+                        losses.add(UNTRAINED, ordinal, line["extra"].get("id"), str(error))
                 for name, values in lengths.items():
                     for length in values:
                         histograms.setdefault(name, Histogram()).add(length)
@@ -113,13 +107,15 @@ def write_shard(
         images=num_images,
         bytes=size if samples else 0,
         hash=digest,
-        dropped=dropped.counts,
-        examples=dropped.examples,
         histograms={name: histogram.state() for name, histogram in histograms.items()},
-        untrained=vars(untrained),
     )
     write_json(done, vars(facts))
     progress(len(plan.rows) % _REPORT_EVERY)
+
+
+def losses_of(done: str) -> str:
+    """The log of a shard's losses."""
+    return done.removesuffix(".json") + ".losses"
 
 
 def finished(plan: ShardPlan, folder: str, done: str) -> ShardFacts | None:

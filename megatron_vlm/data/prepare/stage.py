@@ -1,8 +1,8 @@
 """First pass: every unit's records become conversations, laid down where any of them can be read again.
 
 A unit makes ``<n>.jsonl`` (a conversation a line), ``<n>.bin`` (images that came inside the records),
-``<n>.npy`` (an :data:`INDEX` row for each line) and, last of all, ``<n>.json``, without which the others
-don't count. Images that lie in files or tars stay there.
+``<n>.npy`` (an :data:`INDEX` row for each line), ``<n>.losses`` (what became none) and, last of all,
+``<n>.json``, without which the others don't count. Images that lie in files or tars stay there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.prepare.counts import Dropped
 from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.data.prepare.losses import LossLog
 from megatron_vlm.data.prepare.records import Conversation, Image, Rejected, TarPart, to_conversation
 from megatron_vlm.data.prepare.sources import Unit, read_unit
 
@@ -55,11 +55,15 @@ def stage_unit(
     Raises:
         ValueError: the input is damaged.
     """
-    dropped, notes, shapes = Dropped(), Counter[str](), Counter[str]()
+    notes, shapes = Counter[str](), Counter[str]()
     read = last = reported = 0
     rows: list[tuple[int, ...]] = []
     root = reading.image_root or os.path.dirname(unit.path)
-    with open(path + ".jsonl.tmp", "wb") as lines, open(path + ".bin.tmp", "wb") as images:
+    with (
+        open(path + ".jsonl.tmp", "wb") as lines,
+        open(path + ".bin.tmp", "wb") as images,
+        LossLog(path + ".losses") as losses,
+    ):
         for raw in read_unit(unit):
             last = raw.position
             if last % _REPORT_EVERY == 0:
@@ -75,8 +79,7 @@ def stage_unit(
                 conversation = to_conversation(raw.fields, reading.shape, raw.images)
                 stored = [_store(image, images, root) for image in conversation.images]
             except Rejected as error:
-                name = (raw.fields or {}).get("id")
-                dropped.add(error.reason, last, None if name is None else str(name)[:200], error.detail)
+                losses.add(error.reason, last, (raw.fields or {}).get("id"), error.detail)
                 continue
             shapes[conversation.shape] += 1
             notes.update(conversation.notes)
@@ -91,8 +94,8 @@ def stage_unit(
     np.save(path + ".npy.tmp.npy", np.array(rows, dtype=INDEX))
     for suffix, made in ((".jsonl", ".jsonl.tmp"), (".bin", ".bin.tmp"), (".npy", ".npy.tmp.npy")):
         os.replace(path + made, path + suffix)
-    facts = {"positions": last, "read": read, "dropped": dropped.counts, "examples": dropped.examples}
-    write_json(path + ".json", {**facts, "notes": dict(notes), "shapes": dict(shapes)})
+    facts = {"positions": last, "read": read, "notes": dict(notes), "shapes": dict(shapes)}
+    write_json(path + ".json", facts)
     progress(unit.size - reported)
 
 

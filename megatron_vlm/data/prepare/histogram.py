@@ -1,35 +1,11 @@
-"""Counts that add up: what was dropped and why, and how long and how large samples are."""
+"""Histograms that add up: how long and how large samples are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-EXAMPLES = 10  # named in the report, for each reason
 _EXACT = 8  # up to here every value has a bin of its own
-
-
-@dataclass
-class Dropped:
-    """Records that became no sample, by reason, each with the first few of them."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
-
-    def add(self, reason: str, *example: Any) -> None:
-        """Count one; ``example`` says which it was."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        named = self.examples.setdefault(reason, [])
-        if len(named) < EXAMPLES:
-            named.append(list(example))
-
-    def merge(self, counts: Mapping[str, int], examples: Mapping[str, Iterable[list[Any]]]) -> None:
-        """Add those of another, which come after."""
-        for reason, count in counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-        for reason, named in examples.items():
-            self.examples[reason] = [*self.examples.get(reason, []), *named][:EXAMPLES]
 
 
 class Histogram:
