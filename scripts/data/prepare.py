@@ -129,7 +129,7 @@ def _check(path: str, workers: int) -> int:
         for problem in check(path, workers, bars):
             print(problem, flush=True)
             count += 1
-    print(f"{path}: {count} problems" if count else f"{path}: nothing is wrong")
+    print(f"{path}: {count} problem{'s' * (count > 1)}" if count else f"{path}: nothing is wrong")
     return 2 if count else 0
 
 

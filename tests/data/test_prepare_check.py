@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -188,16 +189,14 @@ def test_questions_and_answers_in_shards_of_ones_own(tmp_path: Path) -> None:
     ]
 
 
-def test_exit_codes(whole: Path, tmp_path: Path) -> None:
-    def run(path: Path) -> tuple[int, str, str]:
-        command = [sys.executable, str(SCRIPT), "--check", str(path), "--workers", "1"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    code, said, _ = run(whole)
-    assert (code, said) == (0, f"{whole}: nothing is wrong\n")
+def test_exit_codes(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["--check", str(whole), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{whole}: nothing is wrong\n"
     data = Path(shutil.copytree(whole, tmp_path / "data"))
     (data / "val-000000.tar").unlink()
-    code, said, _ = run(data)
-    assert (code, said) == (2, f"val-000000.tar: missing\n{data}: 1 problems\n")
-    assert run(tmp_path)[::2] == (2, f"error: --check {tmp_path}: not prepared, it has no .nv-meta\n")
+    assert main(["--check", str(data), "--workers", "1"]) == 2
+    assert capsys.readouterr().out == f"val-000000.tar: missing\n{data}: 1 problem\n"
+    done = subprocess.run([sys.executable, SCRIPT, "--check", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --check {tmp_path}: not prepared, it has no .nv-meta\n"
