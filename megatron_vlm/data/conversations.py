@@ -53,6 +53,24 @@ def read_json(data: bytes) -> Any:
         raise SampleError(f"its json can't be read ({message})", kind="corrupt") from None
 
 
+def checked_text(value: Any, what: str) -> str:
+    """A text that can be tokenised.
+
+    Args:
+        what: names it in messages.
+
+    Raises:
+        SampleError: it is no text, or holds half of a surrogate pair, as JSON can spell; of kind ``corrupt``.
+    """
+    if not isinstance(value, str):
+        raise SampleError(f"{what} is no text", kind="corrupt")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SampleError(f"{what} holds half of a character", kind="corrupt") from None
+    return value
+
+
 def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
     """The turns that a model is trained on, by LLaVA's rules where it has any.
 
@@ -86,8 +104,6 @@ def _turn(number: int, message: Any) -> Turn:
     role, text, loss = message.get("role"), message.get("content"), message.get("loss", True)
     if role not in ROLES:
         raise SampleError(f"{where} has the role {role!r}, not one of {', '.join(ROLES)}", kind="corrupt")
-    if not isinstance(text, str):
-        raise SampleError(f"{where} has no text as its content", kind="corrupt")
     if not isinstance(loss, bool):
         raise SampleError(f"{where} has the loss {loss!r}, not true or false", kind="corrupt")
-    return Turn(role, text, loss)
+    return Turn(role, checked_text(text, f"the content of {where}"), loss)

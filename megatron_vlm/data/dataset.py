@@ -20,7 +20,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 from megatron_vlm.config.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command, prepared_sizes
-from megatron_vlm.data.conversations import read_conversation, read_json
+from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
 from megatron_vlm.data.templates import SampleError, Turn
 
 
@@ -132,11 +132,12 @@ class PreparedDataset:
         from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
         path = EPath(self.path)
-        by_name = SqliteITarEntryReader(path)
-        by_number = ShardInfosITarReader(path, WebdatasetMeta.from_config(path, split_part=self.split).shards)
+        numbers = all(isinstance(one, int) for one in which)
+        shards = WebdatasetMeta.from_config(path, split_part=self.split).shards if numbers else []
+        reader = ShardInfosITarReader(path, shards) if numbers else SqliteITarEntryReader(path)
         for one in which:
             try:
-                crude = by_number[one] if isinstance(one, int) else by_name[one]
+                crude: Any = reader[one]
             except KeyError:
                 raise ValueError(f"--data-path {self.path}: there is no sample {one}") from None
             yield _cook(crude)
@@ -262,12 +263,10 @@ def _read_field(parts: Mapping[str, bytes], access: str, default: str | None = N
                 value = value[int(step) if isinstance(value, list) else step]
             if isinstance(value, list):  # several accepted answers: the first is the one to learn
                 value = value[0]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             message = f"{type(error).__name__}: {error}"
             raise SampleError(f"its {access} can't be read ({message})", kind="corrupt") from None
-        if isinstance(value, str):
-            return value
-        raise SampleError(f"its {access} is no text", kind="corrupt")
+        return checked_text(value, f"its {access}")
     if default is not None:
         return default
     raise SampleError(f"it has no {access}", kind="corrupt")

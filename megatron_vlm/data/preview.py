@@ -183,6 +183,7 @@ def terminal(view: View, colored: bool, with_ids: bool = False) -> str:
     """A view as text: trained tokens in green, or between ``⟦`` and ``⟧`` where there are no colours."""
 
     def paint(text: str, code: str) -> str:
+        text = visible(text)
         # Line by line: a pager or a narrow terminal forgets colours at a line's end.
         return "\n".join(f"\x1b[{code}m{line}\x1b[0m" for line in text.split("\n")) if colored else text
 
@@ -197,13 +198,19 @@ def terminal(view: View, colored: bool, with_ids: bool = False) -> str:
         if piece.picture is not None:
             text.append(paint(f"[{picture_text(piece.picture, view.pictures[piece.picture])}]", "35"))
         elif piece.trained:
-            text.append(paint(piece.text, "30;42") if colored else f"⟦{piece.text}⟧")
+            text.append(paint(piece.text, "30;42") if colored else f"⟦{visible(piece.text)}⟧")
         else:
-            text.append(piece.text)
+            text.append(visible(piece.text))
     lines.append("".join(text))
     if with_ids:
         lines += _token_lines(view)
     return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """Text with pictures of its control characters, which a terminal would obey; newlines and tabs stay."""
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return text.translate({**pictures, 127: 0x2421})
 
 
 def summary(view: View) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlm.data.preview import Picture, Piece, View, picture_text, summary
+from megatron_vlm.data.preview import Picture, Piece, View, picture_text, summary, visible
 
 _STYLE = """
 :root {
@@ -161,4 +161,4 @@ def _data_uri(tile: Tensor) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text)
+    return html.escape(visible(text))

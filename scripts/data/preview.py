@@ -8,6 +8,7 @@ Takes the flags of run.py, so that a run's own command line can be given, and en
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import List
@@ -32,4 +33,6 @@ def main(argv: List[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a locale can't write is no reason to stop
     sys.exit(cli.run(main))

@@ -116,6 +116,11 @@ def test_text_only_samples(dataset_dir: Path) -> None:
             r"its json\[question\] can't be read \(KeyError: 'question'",
         ),
         ({"txt": b"7", "json": b'{"question": 7}'}, r"its json\[question\] is no text"),
+        (
+            {"txt": b"7", "json": b'{"question": "\\ud83d"}'},
+            r"its json\[question\] holds half of a character",
+        ),
+        ({"txt": b"7", "json": b"[" * 100_000}, "its json"),
         ({"txt": b"\xff\xfe", "json": b'{"question": "?"}'}, r"its txt can't be read \(UnicodeDecodeError"),
     ],
 )

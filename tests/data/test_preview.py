@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,9 @@ def test_terminal_view(data: Path, processing: Processing) -> None:
     stars = [line for line in listed if line.startswith("    ") and " * " in line]
     assert len(stars) == view.num_trained
     assert sum("image 1" in line and line.startswith(" ") for line in listed) == 1
+    hostile = raw.parts | {"json": b'{"messages": [{"role": "user", "content": "\\u001b[2J"}]}'}
+    refused = terminal(look(dataset, processing, replace(raw, parts=hostile)), colored=True)
+    assert "user: ␛[2J" in refused and "\x1b[2J" not in refused
     (raw,) = dataset.pick(["00001"])
     assert "corrupt: its image is in no format" in terminal(look(dataset, processing, raw), colored=False)
 
