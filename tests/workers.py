@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +22,9 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.loader import build_train_loader
+from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
@@ -31,7 +36,7 @@ from megatron_vlm.models.weights import load_weights, named_parameters, sharded_
 from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import trainer
-from megatron_vlm.training.batch import Batch, GlobalBatch
+from megatron_vlm.training.batch import Batch, BatchReader, GlobalBatch
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules, train_step
@@ -181,6 +186,62 @@ def train(argv: list[str]) -> None:
         sections.tp, sections.pp, config.training.seed, sections.device, vpp=sections.vpp
     )
     trainer.run(config, layout)
+
+
+def packed_and_apart(argv: list[str]) -> list[tuple[float, int, dict[str, torch.Tensor]]]:
+    """Loss, trained tokens and gradients of a packed global batch, and of its samples each in its own row."""
+    config = RunConfig.from_flags(argv)
+    layout = parallel.initialize(config.parallel.tp, config.parallel.pp)
+    checkpoint = Path(str(config.model.megatron_load_dir)) / "release"
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    processing = build_processing(config, model)
+    chunks = build_model(
+        model,
+        layout,
+        sequence_parallel=config.parallel.sequence_parallel,
+        layers_per_stage=config.layers_per_stage(model),
+        recompute=config.parallel.recompute,
+    )
+    set_trainable(chunks, parse_train_modules("all"), layout)
+    load_weights(checkpoint, chunks)
+    models = wrap_model(chunks, config.parallel.dist_optim, overlap_grad_reduce=False)
+    prepare_for_schedules(models)
+
+    packed: list[Microbatch] = []
+    if layout.loads_data:
+        with closing(build_train_loader(config, processing, layout.dp_rank, layout.dp)) as loader:
+            packed = [next(loader) for _ in range(config.num_microbatches(layout.world_size))]
+    apart = [sample for microbatch in packed for sample in _apart(microbatch, processing)]
+    results = []
+    for microbatches in (packed, apart):
+        counts: list[int] = [0] * dist.get_world_size(layout.model_group)
+        dist.all_gather_object(counts, len(microbatches), group=layout.model_group)
+        multiple = layout.tp if config.parallel.sequence_parallel else 1
+        reader = BatchReader(
+            iter(microbatches), layout, model, processing, max(counts), torch.float32, multiple
+        )
+        batch = reader.next()
+        for chunk in models:
+            chunk.zero_grad_buffer()
+        loss, trained = compute_gradients(models, batch, layout)
+        gradients = {name: p.main_grad.detach().clone() for name, p in named_parameters(chunks)}
+        results.append((loss, trained, gradients))
+    return results
+
+
+def _apart(microbatch: Microbatch, processing: Processing) -> list[Microbatch]:
+    lengths = microbatch.lengths.tolist()
+    found, image = [], 0
+    for number, (ids, labels) in enumerate(
+        zip(microbatch.input_ids.split(lengths, 1), microbatch.labels.split(lengths, 1), strict=True)
+    ):
+        images = int((ids == processing.image_token_id).sum()) // processing.model.image_tokens
+        pixels, sizes = (
+            tensor[image : image + images] for tensor in (microbatch.pixels, microbatch.image_sizes)
+        )
+        image += images
+        found.append(Microbatch(ids, labels, torch.tensor([lengths[number]]), pixels, sizes, ["one"]))
+    return found
 
 
 def train_on(

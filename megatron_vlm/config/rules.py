@@ -20,6 +20,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
     """
     rules: List[Callable[[], object]] = [
         lambda: _data(config),
+        lambda: _packing(config),
         lambda: _weights(config),
         lambda: config.checkpoint.run_dir,
         lambda: _schedule(config),
@@ -53,6 +54,14 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
 def _data(config: RunConfig) -> None:
     if config.data.data_path is None:
         raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
+
+
+def _packing(config: RunConfig) -> None:
+    if config.data.packing and config.training.train_iters is None:
+        raise ValueError(
+            "--packing needs --train-iters: how many sequences the samples make is only known once they are "
+            "packed; a pass over them takes about samples x mean length / --seq-length / --global-batch-size"
+        )
 
 
 def _weights(config: RunConfig) -> None:

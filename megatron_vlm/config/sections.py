@@ -222,14 +222,30 @@ class DataSection:
         shown_default="the smallest such number that is 4 or more, else the largest",
     )
     shuffle_buffer_size: int = flag(DATA, 1000, "samples shuffled among each other, per loader worker")
+    packing: bool = flag(
+        DATA,
+        False,
+        "put several samples into each sequence of --seq-length tokens, where none sees the others; batch "
+        "sizes then count sequences",
+    )
+    group_by_length: bool = flag(
+        DATA, False, "make micro batches of samples of like length, with images or without, against padding"
+    )
+    packing_buffer_size: int = flag(
+        DATA,
+        500,
+        "samples from which --packing or --group-by-length chooses what goes together, per loader worker",
+    )
     max_corrupt_rate: float = flag(DATA, 0.1, "stop when more than this part of the samples cannot be read")
 
     def __post_init__(self) -> None:
-        positive(self, "seq_length", "data_workers")
+        positive(self, "seq_length", "data_workers", "packing_buffer_size")
         if self.template == "llm_jp" and self.lang != "jp":
             raise ValueError("--template llm_jp is Japanese, and --lang en is not; leave one of them out")
         not_negative(self, "shuffle_buffer_size")
         between(self, "max_corrupt_rate", 0.0, 1.0)
+        if self.packing and self.group_by_length:
+            raise ValueError("--group-by-length has no padding to save with --packing; drop one of them")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,23 @@ def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[
     )
 
 
+def collate_packed(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[int]) -> Microbatch:
+    """As :func:`collate`, but one after the other in one row, without padding."""
+    row = Sample(
+        key="",
+        input_ids=[token for sample in samples for token in sample.input_ids],
+        labels=[label for sample in samples for label in sample.labels],
+        pixels=[tile for sample in samples for tile in sample.pixels],
+        image_sizes=[size for sample in samples for size in sample.image_sizes],
+    )
+    return replace(
+        collate([row], pad_token_id, image_shape),
+        lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
+        keys=[sample.key for sample in samples],
+        packed=True,
+    )
+
+
 def fill_up(
     microbatch: Microbatch | None, rows: int, pad_token_id: int, image_shape: Sequence[int] = ()
 ) -> Microbatch:
@@ -119,8 +136,10 @@ def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str
     ids = microbatch.input_ids[0].tolist()
     labels = microbatch.labels[0].tolist()
     trained = [False] + [label != IGNORE_INDEX for label in labels[:-1]]
-    end = len(ids)
-    if len(microbatch.keys) > 1:  # what every sample has after its last trained token may be padding
+    end = int(microbatch.lengths[0]) if microbatch.packed else len(ids)
+    if (
+        len(microbatch.keys) > 1 and not microbatch.packed
+    ):  # what every sample has after its last trained token may be padding
         end = max((i + 1 for i, is_trained in enumerate(trained) if is_trained), default=len(ids))
     text: List[str] = []
     start = 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from typing import Callable, List
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, List
 
+from megatron import energon
 from megatron.energon import SkipSample, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
+from PIL import Image
 
-from megatron_vlm.data.batch import Microbatch, Sample, collate
+from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
 from megatron_vlm.data.dataset import RAW_COOKER, PreparedDataset, RawSample
+from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.templates import SampleError
 
@@ -23,87 +28,161 @@ MESSAGES_PER_WORKER = 20
 STOPPED = "[data] "  # begins the message of an error that ends the run, also after a worker's traceback
 
 
-class VisionLanguageEncoder(TaskEncoder[RawSample, Sample, Microbatch, Microbatch]):
+@dataclass
+class Tokenized(energon.Sample):
+    """A sample whose images are not decoded yet: what waits in the buffer from which groups are chosen."""
+
+    sample: Sample
+    images: List[Image.Image]  # opened
+
+
+class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch]):
     """Encodes, counts and batches in a loader worker; each worker has its own copy after the fork.
 
-    No method draws random numbers, so that the loader's state needs none of the global generators'.
+    No method draws from a global random generator, so that the loader's state needs none of their states.
 
     Args:
         dataset: reads a raw sample's fields.
         processing: encodes them.
         max_corrupt_rate: share of unreadable samples above which the run stops, 0 to 1.
+        grouping: which samples of a buffer come together; None for those that follow each other.
     """
 
     decoder = None
     cookers = (RAW_COOKER,)
 
-    def __init__(self, dataset: PreparedDataset, processing: Processing, max_corrupt_rate: float) -> None:
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        processing: Processing,
+        max_corrupt_rate: float,
+        grouping: Packing | LengthGroups | None = None,
+    ) -> None:
         self._dataset = dataset
         self._processing = processing
         self._max_corrupt_rate = max_corrupt_rate
+        self._grouping = grouping
         self._counts: Counter[str] = Counter()  # since this worker's last microbatch
         self._totals: Counter[str] = Counter()  # since this worker started
-        self._unusable_in_a_row = 0
+        self._unusable_in_a_row: Counter[str] = Counter()  # by what was done to them
 
     @stateless
-    def encode_sample(self, sample: RawSample) -> Sample:
-        """Tokenise and decode.
+    def preencode_sample(self, sample: RawSample) -> Tokenized:
+        """Read and tokenise.
 
         Raises:
             SkipSample: it can't be used; it is counted and its reason logged.
             FatalSampleError: too many can't.
         """
-        self._count("seen")
-        try:
-            turns, images = self._dataset.read(sample)
-            encoded = self._processing.encode(sample.__key__, turns, images)
-        except SampleError as error:
-            self._count(error.kind)
-            self._report(sample, error)
-            self._check_rates(error)
-            raise SkipSample() from None
-        except Exception as error:  # not foreseen: stops the run, and says where
-            raise RuntimeError(f"encoding {_name(sample)} failed") from error
-        if encoded.truncated:
-            self._count("truncated")
-        self._unusable_in_a_row = 0
-        return encoded
+        self._totals["seen"] += 1
+        with self._usable(sample, "tokenizing"):
+            turns, encoded = self._dataset.read(sample)
+            images = self._processing.images.open(encoded)
+            tokenized = self._processing.tokenize(sample.__key__, turns, images)
+        return Tokenized.derive_from(sample, sample=tokenized, images=images)
 
     @stateless
-    def batch(self, samples: List[Sample]) -> Microbatch:
-        """Collate, and hand over the counts since the previous microbatch."""
-        microbatch = collate(samples, self._processing.pad_token_id, self._processing.images.shape)
-        microbatch.counts = dict(self._counts)
+    def postencode_sample(self, sample: Tokenized) -> Sample:
+        """Decode the images.
+
+        Raises:
+            as :meth:`preencode_sample`.
+        """
+        with self._usable(sample, "decoding"):
+            decoded = self._processing.decode(sample.sample, sample.images)
+        # Counted here, since a buffer of tokenised samples is made again on a restore.
+        self._counts["seen"] += 1
+        self._counts["truncated"] += decoded.truncated
+        return decoded
+
+    def select_samples_to_pack(self, samples: List[Tokenized]) -> List[List[Tokenized]]:
+        """Share a full buffer out into groups."""
+        assert self._grouping is not None
+        groups = self._grouping.select(
+            [len(sample.sample.input_ids) for sample in samples],
+            [bool(sample.images) for sample in samples],
+            # How many buffers this worker has had, whatever number of workers its rank has.
+            self.current_sample_index // max(1, _worker_config().num_workers),
+        )
+        return [[samples[index] for index in group] for group in groups]
+
+    @stateless
+    def pack_selected_samples(self, samples: List[Sample]) -> List[Sample]:
+        """A group, less those of its samples that could not be decoded.
+
+        Raises:
+            SkipSample: that is all of them.
+        """
+        if not samples:
+            raise SkipSample()
+        return samples
+
+    @stateless
+    def batch(self, samples: List[Any]) -> Microbatch:
+        """Collate, and hand over the counts since the previous microbatch.
+
+        Args:
+            samples: groups of samples where there is a grouping.
+        """
+        form = self._processing.pad_token_id, self._processing.images.shape
+        if self._grouping is None:
+            microbatch = collate(samples, *form)
+        elif isinstance(self._grouping, Packing):
+            microbatch = collate_packed([sample for group in samples for sample in group], *form)
+        else:
+            (group,) = samples
+            microbatch = fill_up(collate(group, *form), self._grouping.size, self._processing.pad_token_id)
+        microbatch.counts = {name: count for name, count in self._counts.items() if count}
         microbatch.worker = _worker_config().global_worker_id()
         self._counts.clear()
         return microbatch
 
-    def _count(self, name: str) -> None:
-        self._counts[name] += 1
-        self._totals[name] += 1
+    def build_batch(self, dataset: Any, *, packing_buffer_size: int | None = None, **options: Any) -> Any:
+        """As energon's, without a progress bar for each worker."""
+        built = super().build_batch(dataset, packing_buffer_size=packing_buffer_size, **options)
+        if packing_buffer_size is not None:
+            fill = built.dataset._fill_reading_buffer
+            built.dataset._fill_reading_buffer = lambda source, log_progress=False: fill(source)
+        return built
 
-    def _report(self, sample: RawSample, error: SampleError) -> None:
+    @contextlib.contextmanager
+    def _usable(self, sample: RawSample | Tokenized, what: str) -> Iterator[None]:
+        """Skip and count the sample if it can't be used."""
+        try:
+            yield
+        except SampleError as error:
+            for name in ("seen", error.kind):
+                self._counts[name] += 1
+            self._totals[error.kind] += 1
+            self._report(sample, error)
+            self._check_rates(error, what)
+            raise SkipSample() from None
+        except Exception as error:  # not foreseen: stops the run, and says where
+            raise RuntimeError(f"{what} {_name(sample)} failed") from error
+        self._unusable_in_a_row[what] = 0
+
+    def _report(self, sample: RawSample | Tokenized, error: SampleError) -> None:
         reported = self._totals["corrupt"] + self._totals["dropped"]
         log: Callable[..., None] = logger.warning if reported <= MESSAGES_PER_WORKER else logger.debug
         log("%s is skipped (%s): %s", _name(sample), error.kind, error)
         if reported == MESSAGES_PER_WORKER:
             logger.warning("this loader worker goes on counting, without a message for each")
 
-    def _check_rates(self, error: SampleError) -> None:
-        self._unusable_in_a_row += 1
+    def _check_rates(self, error: SampleError, what: str) -> None:
+        self._unusable_in_a_row[what] += 1
         seen, corrupt = self._totals["seen"], self._totals["corrupt"]
         if seen >= MIN_SEEN_FOR_RATE and corrupt > self._max_corrupt_rate * seen:
             raise FatalSampleError(
                 f"{STOPPED}{corrupt} of {seen} samples are corrupt, more than --max-corrupt-rate "
                 f"{self._max_corrupt_rate:g} allows; the last one: {error}"
             )
-        if self._unusable_in_a_row >= MAX_UNUSABLE_IN_A_ROW:
+        if self._unusable_in_a_row[what] >= MAX_UNUSABLE_IN_A_ROW:
             raise FatalSampleError(
-                f"{STOPPED}{self._unusable_in_a_row} samples in a row can't be used; the last one: {error}"
+                f"{STOPPED}{MAX_UNUSABLE_IN_A_ROW} samples in a row can't be used; the last one: {error}"
             )
 
 
-def _name(sample: RawSample) -> str:
+def _name(sample: RawSample | Tokenized) -> str:
     shard = sample.__sources__[0].shard_name if sample.__sources__ else "unknown shard"
     return f"sample {sample.__key__} of {shard}"
 

@@ -34,6 +34,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.encoder import STOPPED, VisionLanguageEncoder
+from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.state import from_json, to_json
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 SAMPLES_PER_SLICE = 100  # consecutive samples that are read in one go, before the shuffle buffer
 CHECKPOINT_SECONDS = 1.0  # a worker notes its state this often: the most that a restore has to repeat
 TIMEOUT_SECONDS = 600.0
+_NO_GROUPING = "neither --packing nor --group-by-length"
 
 
 class TrainLoader(Iterator[Microbatch]):
@@ -53,8 +55,10 @@ class TrainLoader(Iterator[Microbatch]):
         processing: encodes samples.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         data_workers: N, loader workers over all ranks; a multiple of ``dp_size``.
-        micro_batch_size: samples per microbatch.
+        micro_batch_size: samples per microbatch; sequences with packing.
         shuffle_buffer_size: samples, still encoded, that each worker draws from; at most its share of them.
+        grouping: which samples come together, of a buffer in each worker; None for those that follow each
+            other.
         seed: of the order of samples.
         max_corrupt_rate: share of corrupt samples above which the run stops.
         timeout: seconds to wait for a microbatch or a worker's state.
@@ -73,6 +77,7 @@ class TrainLoader(Iterator[Microbatch]):
         data_workers: int,
         micro_batch_size: int,
         shuffle_buffer_size: int = 1000,
+        grouping: Packing | LengthGroups | None = None,
         seed: int = 0,
         max_corrupt_rate: float = 0.01,
         timeout: float = TIMEOUT_SECONDS,
@@ -95,6 +100,7 @@ class TrainLoader(Iterator[Microbatch]):
             "data_workers": data_workers,
             "micro_batch_size": micro_batch_size,
             "shuffle_buffer_size": shuffle_buffer_size,
+            "grouping": str(grouping or ""),
         }
         worker_config = WorkerConfig(
             rank=dp_rank,
@@ -103,14 +109,15 @@ class TrainLoader(Iterator[Microbatch]):
             seed_offset=seed,
             global_error_handler=reraise_exception,  # what is not foreseen stops the run, and is not skipped
         )
-        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate)
+        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate, grouping)
+        share = dataset.num_samples // data_workers  # a buffer that is larger would mix a worker's epochs
         self._loader = _Loader(
             encoder.build_train_datasets(
                 datasets=[dataset.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE)],
                 worker_config=worker_config,
-                batch_size=micro_batch_size,
-                # One that is larger than a worker's share would mix its epochs.
-                shuffle_buffer_size=min(shuffle_buffer_size, dataset.num_samples // data_workers),
+                batch_size=1 if isinstance(grouping, LengthGroups) else micro_batch_size,
+                shuffle_buffer_size=min(shuffle_buffer_size, share),
+                packing_buffer_size=grouping and grouping.buffer_within(share),
             ),
             dataset.path,
             timeout,
@@ -209,13 +216,19 @@ class TrainLoader(Iterator[Microbatch]):
         return {"identity": self._identity, "microbatches": 0, "counts": {}, "checkpoint": None}
 
     def _check_identity(self, saved: Mapping[str, Any]) -> None:
-        flags = {name: "--" + name.replace("_", "-") for name in self._identity if name != "data"}
-        for name, flag in flags.items():
+        for name in ("data_workers", "micro_batch_size", "shuffle_buffer_size"):
+            flag = "--" + name.replace("_", "-")
             if saved[name] != self._identity[name]:
                 raise ValueError(
                     f"{flag} {self._identity[name]} differs from {saved[name]}, with which the data loader's "
                     f"state was saved; go on with {flag} {saved[name]}, or start a new run"
                 )
+        before, now = saved.get("grouping", ""), self._identity["grouping"]
+        if before != now:
+            raise ValueError(
+                f"the data loader's state was saved with {before or _NO_GROUPING}, and this run has "
+                f"{now or _NO_GROUPING}; go on as it was, or start a new run"
+            )
         if saved["data"] != self._identity["data"]:
             raise ValueError(
                 "the training data changed since the checkpoint (other shards, or prepared again); go on "
@@ -231,17 +244,30 @@ def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, 
     """
     if config.data.data_path is None:
         raise ValueError("no training data: give --data-path, a folder prepared by energon")
+    workers = config.data_workers(dp_size * config.parallel.tp * config.parallel.pp)
     return TrainLoader(
         PreparedDataset.open(config.data.data_path, "train"),
         processing,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        data_workers=config.data_workers(dp_size * config.parallel.tp * config.parallel.pp),
+        data_workers=workers,
         micro_batch_size=config.training.micro_batch_size,
         shuffle_buffer_size=config.data.shuffle_buffer_size,
+        grouping=_grouping(config, workers),
         seed=config.training.seed,
         max_corrupt_rate=config.data.max_corrupt_rate,
     )
+
+
+def _grouping(config: RunConfig, workers: int) -> Packing | LengthGroups | None:
+    if config.data.packing:
+        return Packing(config.data.packing_buffer_size, config.data.seq_length)
+    if config.data.group_by_length:
+        size = config.training.micro_batch_size
+        return LengthGroups(
+            config.data.packing_buffer_size, size, config.training.global_batch_size // size // workers
+        )
+    return None
 
 
 class ValidationLoader:

@@ -26,7 +26,9 @@ class IterationMetrics:
     tokens: int  # positions in this iteration, padding left out, image tokens included
     trained_tokens: int  # of these, the ones that carry loss
     samples: int  # in this iteration
+    samples_per_sequence: float  # 1, or more with --packing
     consumed_samples: int  # since the first iteration of the run
+    padding: float  # part of the positions that the model computed and that hold no token
     images: int  # in this iteration
     tokens_per_second: float
     images_per_second: float

@@ -53,7 +53,7 @@ class RunState:
     """How far a run is. Counts are of the whole run, over all data parallel ranks."""
 
     iteration: int = 0
-    consumed_samples: int = 0
+    consumed_samples: int = 0  # iterations times --global-batch-size: sequences with --packing
     optimizer_steps: int = 0
     skipped: int = 0  # iterations without an update
     not_finite: int = 0  # iterations without an update since a loss or gradient was not finite

@@ -42,13 +42,15 @@ class Debugger:
         self.say(f"debug: iteration {iteration}")
         for number, batch in enumerate(global_batch.microbatches):
             if number == 0 and global_batch.keys:
+                packed = batch.packed_seq_params
                 first = Microbatch(
                     input_ids=batch.input_ids.cpu(),
                     labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
-                    lengths=torch.empty(0),
+                    lengths=torch.empty(0) if packed is None else packed.cu_seqlens_q.diff().cpu(),
                     pixels=torch.empty(0),
                     image_sizes=torch.empty(0),
                     keys=global_batch.keys[0],
+                    packed=packed is not None,
                 )
                 shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)
                 self.say(f"debug:   first sample: {shown}")

@@ -18,7 +18,7 @@ from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.step import StepResult
 
-_COUNTS = ("truncated", "dropped", "corrupt")
+_COUNTS = ("seen", "truncated", "dropped", "corrupt")
 
 
 class Meter:
@@ -67,23 +67,28 @@ class Meter:
         self.counted_until = now
 
     def measure(
-        self, batch: GlobalBatch, result: StepResult, lr: float, samples: int, seen: Mapping[str, int] | None
+        self,
+        batch: GlobalBatch,
+        result: StepResult,
+        lr: float,
+        sequences: int,
+        seen: Mapping[str, int] | None,
     ) -> IterationMetrics:
         """The metrics of the iteration that was stopped last; a collective call.
 
         Args:
             batch: this rank's share of it.
-            samples: in the whole of it.
+            sequences: in the whole of it.
             seen: what this rank's loader has counted so far; None where there is no loader.
         """
         own = [seen[name] if seen is not None else 0 for name in _COUNTS]
-        sums = torch.tensor(
-            [batch.tokens, batch.images, batch.tiles, batch.attention_pairs, *own], device=self.layout.device
-        )
+        samples = sum(len(keys) for keys in batch.keys)
+        work = [samples, batch.tokens, batch.positions, batch.images, batch.tiles, batch.attention_pairs]
+        sums = torch.tensor([*work, *own], device=self.layout.device)
         dist.all_reduce(sums)
         highest = torch.tensor([self.data_seconds, _peak_memory(self.layout)], device=self.layout.device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        tokens, images, tiles, pairs, truncated, dropped, corrupt = sums.tolist()
+        samples, tokens, positions, images, tiles, pairs, counted, truncated, dropped, corrupt = sums.tolist()
         data_seconds, memory = highest.tolist()
 
         flops = training_flops(self.model, Work(tokens, result.trained_tokens, pairs, tiles), self.trains)
@@ -99,7 +104,9 @@ class Meter:
             tokens=tokens,
             trained_tokens=result.trained_tokens,
             samples=samples,
-            consumed_samples=self.state.consumed_samples,
+            samples_per_sequence=samples / sequences,
+            consumed_samples=counted - dropped - corrupt,
+            padding=1 - tokens / positions,
             images=images,
             tokens_per_second=tokens / self.seconds,
             images_per_second=images / self.seconds,

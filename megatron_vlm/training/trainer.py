@@ -404,7 +404,7 @@ class Trainer:
             global_batch,
             result,
             lr=self.schedule.at(self.state.iteration),
-            samples=self.config.training.global_batch_size,
+            sequences=self.config.training.global_batch_size,
             seen=self.loader.counts if self.loader is not None else None,
         )
         rates = self._rates_of_parts()

@@ -27,13 +27,12 @@ def main(argv: List[str]) -> int:
     parser.add_argument(
         "--weights-only", action="store_true", help="leave out the small files: config, tokenizer, processor"
     )
-    cli.add_hf_config_flag(parser)
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
-        paths = [path for path in (args.checkpoint, args.other, args.hf_config) if path]
+        paths = [args.checkpoint] + ([args.other] if args.other else [])
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
     from megatron_vlm.hf.verify import check_manifest, verify
@@ -42,7 +41,7 @@ def main(argv: List[str]) -> int:
         print(f"{args.checkpoint}: {check_manifest(args.checkpoint)} tensors are what was written")
         return 0
     with cli.ProgressBar() as progress:
-        count = verify(args.checkpoint, args.other, args.weights_only, progress, args.hf_config)
+        count = verify(args.checkpoint, args.other, args.weights_only, progress)
     print(f"equal: {count} tensors" + ("" if args.weights_only else " and all small files"))
     return 0
 

@@ -26,6 +26,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate, describe
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
+from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
@@ -71,19 +72,31 @@ def content(microbatch: Microbatch) -> tuple[Any, ...]:
     """Everything in a microbatch, comparable and exact."""
     tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
     arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
-    return (*arrays, microbatch.keys, microbatch.counts, microbatch.worker)
+    return (*arrays, microbatch.lengths.tolist(), microbatch.keys, microbatch.counts, microbatch.worker)
+
+
+def samples_of(microbatch: Microbatch) -> list[tuple[str, list[int], list[int]]]:
+    """Key, tokens and labels of each sample of a packed microbatch."""
+    lengths = microbatch.lengths.tolist()
+    ids, labels = (t[0].split(lengths) for t in (microbatch.input_ids, microbatch.labels))
+    return [(k, i.tolist(), n.tolist()) for k, i, n in zip(microbatch.keys, ids, labels, strict=True)]
 
 
 def take(loader: TrainLoader, count: int) -> list[tuple[Any, ...]]:
     return [content(next(loader)) for _ in range(count)]
 
 
-def test_global_batches_do_not_depend_on_the_data_parallel_size(make_loader: Any) -> None:
+PACKING = Packing(buffer_size=20, capacity=120)
+GROUPINGS = [None, PACKING, LengthGroups(buffer_size=20, size=MICRO_BATCH, in_a_row=2)]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=["none", "packing", "by length"])
+def test_global_batches_do_not_depend_on_the_data_parallel_size(make_loader: Any, grouping: Any) -> None:
     workers, rounds = 4, 6
 
     def by_round(dp_size: int) -> list[list[tuple[Any, ...]]]:
         """The microbatches in global order: round after round, workers in the order of their ids."""
-        ranks = [make_loader(workers, rank, dp_size) for rank in range(dp_size)]
+        ranks = [make_loader(workers, rank, dp_size, grouping=grouping) for rank in range(dp_size)]
         each = workers // dp_size
         taken = [[take(loader, each) for _ in range(rounds)] for loader in ranks]
         for loader in ranks:
@@ -96,11 +109,14 @@ def test_global_batches_do_not_depend_on_the_data_parallel_size(make_loader: Any
     assert by_round(4) == alone
 
 
-def test_an_epoch_holds_every_sample_once(make_loader: Any) -> None:
-    loader = make_loader(2, shuffle_buffer_size=1, max_corrupt_rate=1.0)
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=["none", "packing", "by length"])
+def test_an_epoch_holds_every_sample_once(make_loader: Any, grouping: Any) -> None:
+    loader = make_loader(2, shuffle_buffer_size=1, max_corrupt_rate=1.0, grouping=grouping)
     expected = {str(s["key"]) for s in make_samples(120) if s.get("jpg") != b"not a picture"}
     keys, counts = Counter[str](), Counter[str]()
-    while sum(keys.values()) < len(expected) - 2 * MICRO_BATCH:  # then a worker may begin its second epoch
+    # Then a worker may begin its second epoch, or have samples of it in its buffer.
+    reserve = 2 * MICRO_BATCH if grouping is None else 2 * 20
+    while sum(keys.values()) < len(expected) - reserve:
         microbatch = next(loader)
         keys.update(microbatch.keys)
         counts.update(microbatch.counts)
@@ -115,10 +131,18 @@ def test_the_seed_changes_the_order(make_loader: Any) -> None:
     assert take(first, 3) == take(again, 3) != take(other, 3)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1000.0], ids=["state noted always", "state noted once"])
-@pytest.mark.parametrize("from_dp, to_dp", [(1, 1), (1, 2), (2, 1)])
+RESUMES = [(1, 1, None, 0.0), (1, 2, None, 0.0), (2, 1, None, 0.0), (1, 2, None, 1000.0)]
+RESUMES += [(*sizes, grouping, 0.0) for sizes in ((1, 2), (2, 1)) for grouping in GROUPINGS[1:]]
+
+
+@pytest.mark.parametrize("from_dp, to_dp, grouping, seconds", RESUMES, ids=str)
 def test_resume_is_exact(
-    from_dp: int, to_dp: int, seconds: float, make_loader: Any, monkeypatch: pytest.MonkeyPatch
+    from_dp: int,
+    to_dp: int,
+    grouping: Any,
+    seconds: float,
+    make_loader: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also in the second epoch, with damaged pictures, counts, and at another data-parallel size."""
     monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", seconds)
@@ -126,7 +150,7 @@ def test_resume_is_exact(
     states: dict[str, Any] = {}
     expected: dict[int, list[Any]] = {}
     for rank in range(from_dp):
-        loader = make_loader(workers, rank, from_dp)
+        loader = make_loader(workers, rank, from_dp, grouping=grouping)
         take(loader, before * workers // from_dp)
         states.update(json.loads(json.dumps(loader.state_dict())))
         for microbatch in take(loader, after * workers // from_dp):
@@ -135,7 +159,7 @@ def test_resume_is_exact(
     assert any(m[-2].get("corrupt") for taken in expected.values() for m in taken)
     resumed: dict[int, list[Any]] = {}
     for rank in range(to_dp):
-        loader = make_loader(workers, rank, to_dp)
+        loader = make_loader(workers, rank, to_dp, grouping=grouping)
         loader.load_state_dict(states)
         assert loader.state_dict() == {w: states[str(w)] for w in loader.state_dict()}
         for microbatch in take(loader, after * workers // to_dp):
@@ -143,14 +167,17 @@ def test_resume_is_exact(
     assert resumed == expected
 
 
-def test_resume_at_any_microbatch_again_and_again(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers, grouping", [(2, None), (1, PACKING), (4, PACKING)], ids=str)
+def test_resume_at_any_microbatch_again_and_again(
+    workers: int, grouping: Any, make_loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", 1000.0)  # a restore has something to repeat
-    reference = make_loader(2)
+    reference = make_loader(workers, grouping=grouping)
     expected = take(reference, 16)
     states: dict[int, Any] | None = None
     taken: list[Any] = []
     for steps in (3, 1, 2, 5, 5):  # odd numbers stop between the workers
-        loader = make_loader(2)
+        loader = make_loader(workers, grouping=grouping)
         if states is not None:
             loader.load_state_dict(states)
         loader.peek()  # the workers run ahead of what is taken
@@ -160,7 +187,51 @@ def test_resume_at_any_microbatch_again_and_again(make_loader: Any, monkeypatch:
         loader.close()
     assert taken == expected
     assert counts == reference.counts
-    assert states is not None and [state["microbatches"] for state in states.values()] == [8, 8]
+    assert states is not None
+    assert [state["microbatches"] for state in states.values()] == [16 // workers] * workers
+
+
+def test_packed_samples_are_the_ones_that_are_encoded(
+    make_loader: Any, dataset: PreparedDataset, processing: Processing
+) -> None:
+    """Whole, in sequences that are nearly full, with the pictures in the order of their places."""
+    apart = make_loader(1, micro_batch_size=1)
+    samples: dict[str, Microbatch] = {}
+    while len(samples) < 114:
+        microbatch = next(apart)
+        samples.setdefault(microbatch.keys[0], microbatch)
+    packed = make_loader(1, micro_batch_size=2, grouping=Packing(buffer_size=100, capacity=400))
+    tokens = 0
+    for _ in range(5):
+        microbatch = next(packed)
+        assert microbatch.packed and len(microbatch.input_ids) == 1
+        assert microbatch.input_ids.shape[1] == int(microbatch.lengths.sum()) <= 2 * 400
+        pixels = []
+        for key, ids, labels in samples_of(microbatch):
+            alone = samples[key]
+            assert (ids, labels) == (alone.input_ids[0].tolist(), alone.labels[0].tolist())
+            pixels.append(alone.pixels)
+        assert torch.equal(microbatch.pixels, torch.cat(pixels))
+        tokens += int(microbatch.lengths.sum())
+    assert tokens > 0.95 * 5 * 2 * 400
+
+
+def test_micro_batches_of_like_length(make_loader: Any) -> None:
+    """Less padding than in order, and images and text apart but for a few."""
+
+    def look(grouping: Any) -> tuple[float, int]:
+        loader = make_loader(2, grouping=grouping, max_corrupt_rate=1.0)
+        taken = [next(loader) for _ in range(24)]
+        assert {len(m.input_ids) for m in taken} == {MICRO_BATCH}
+        positions = sum(m.input_ids.numel() for m in taken)
+        mixed = sum(0 < len(m.pixels) < MICRO_BATCH for m in taken)
+        return 1 - sum(int(m.lengths.sum()) for m in taken) / positions, mixed
+
+    (before, mixed_before), (after, mixed_after) = (
+        look(grouping) for grouping in (None, LengthGroups(buffer_size=60, size=MICRO_BATCH, in_a_row=2))
+    )
+    assert after < before / 4
+    assert mixed_after <= 6 < mixed_before
 
 
 def test_state_of_something_else_is_refused(
@@ -174,6 +245,11 @@ def test_state_of_something_else_is_refused(
         ({"micro_batch_size": 2}, "--micro-batch-size 2 differs from 3"),
         ({"shuffle_buffer_size": 8}, "--shuffle-buffer-size 8 differs from 16"),
         ({"dataset": PreparedDataset.open(str(dataset_dir), "val")}, "the training data changed"),
+        (
+            {"grouping": PACKING},
+            "with neither --packing nor --group-by-length, and this run has --packing "
+            "--packing-buffer-size 20 --seq-length 120; go on as it was",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             make_loader(**{"data_workers": 2, **options}).load_state_dict(states)
@@ -226,8 +302,8 @@ def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytes
     def broken(*_: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(Processing, "encode", broken)
-    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*encoding sample \S+ of \S+.tar failed"):
+    monkeypatch.setattr(Processing, "tokenize", broken)
+    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*tokenizing sample \S+ of \S+.tar failed"):
         next(make_loader(1))
 
 
@@ -372,13 +448,13 @@ def test_a_dead_worker_ends_the_wait(make_loader: Any) -> None:
 
 
 def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = Processing.encode
+    tokenize = Processing.tokenize
 
     def hang(self: Processing, key: str, *rest: Any) -> Sample:
         time.sleep(600.0 * key.startswith("00061"))
-        return encode(self, key, *rest)
+        return tokenize(self, key, *rest)
 
-    monkeypatch.setattr(Processing, "encode", hang)
+    monkeypatch.setattr(Processing, "tokenize", hang)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch's patience
     loader = make_loader(1)
     take(loader, 1)
@@ -401,17 +477,17 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
         folder, data = sys.argv[1:]
         processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
         dataset = PreparedDataset.open(data)
-        encode = Processing.encode
+        tokenize = Processing.tokenize
         encoded = []  # by this worker
 
         def hang_at_second(self, *sample):
             encoded.append(sample)
             time.sleep(600.0 * (len(encoded) > 1))  # torch's workers look after their parent between batches
-            return encode(self, *sample)
+            return tokenize(self, *sample)
 
         killed = os.fork()
         if not killed:
-            Processing.encode = hang_at_second
+            Processing.tokenize = hang_at_second
         options = dict(dp_rank=0, dp_size=1, data_workers=4, micro_batch_size=1, shuffle_buffer_size=4)
         loader = TrainLoader(dataset, processing, **options)
         next(loader)

@@ -26,6 +26,7 @@ RUN = Path(__file__).parents[2] / "scripts" / "train" / "run.py"
 
 def command(trainable: Trainable, folder: Path, name: str) -> list[str]:
     flags = trainable.flags(folder, name, "-g", "2", "--dist-optim", "--train-vision", "--save-optim")
+    flags += ["--packing", "--packing-buffer-size", "12"]
     return [sys.executable, str(RUN), *flags, "--save-interval", "8", "--train-iters", str(ITERATIONS)]
 
 
