@@ -226,23 +226,25 @@ def test_the_number_of_workers_changes_nothing(llava_json: Path, prepared: Path,
     assert contents(tmp_path / "b") != contents(prepared)
 
 
+@pytest.mark.parametrize("sign", ["shards/*.tar.json", "dataset/.nv-meta"], ids=["shards", "energon"])
 def test_killed_and_run_again_it_is_as_if_nothing_had_happened(
-    llava_json: Path, prepared: Path, tmp_path: Path
+    sign: str, llava_json: Path, prepared: Path, tmp_path: Path
 ) -> None:
+    """While shards are written, and while energon's own processes index them."""
     out = tmp_path / "data"
     asked = options(llava_json, out)
     flags = ["--input", asked.input[0], "--image-root", str(asked.image_root), "--save-dir", str(out)]
     flags += ["--split", "0.8,0.1,0.1", "--shard-samples", "40", "--workers", "1"]
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], stderr=subprocess.DEVNULL)
-    marks = tmp_path / "data.partial/shards"
-    while process.poll() is None and not any(marks.glob("*.tar.json")):
+    partial = tmp_path / "data.partial"
+    while process.poll() is None and not any(partial.glob(sign)):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
     assert not out.exists()
-    finished = [mark.stem for mark in marks.glob("*.tar.json")]
+    finished = [mark.stem for mark in partial.glob("shards/*.tar.json")]
     assert finished
-    before = {name: os.stat(tmp_path / "data.partial/dataset" / name).st_mtime_ns for name in finished}
+    before = {name: os.stat(partial / "dataset" / name).st_mtime_ns for name in finished}
     with pytest.raises(ValueError, match="begun with another --seed; give the same again, or --force"):
         prepare(options(llava_json, out, seed=7))
     prepare(asked)
@@ -250,7 +252,7 @@ def test_killed_and_run_again_it_is_as_if_nothing_had_happened(
         "a finished shard was redone"
     )
     assert contents(out) == contents(prepared)
-    assert not (tmp_path / "data.partial").exists()
+    assert not partial.exists()
     with pytest.raises(ValueError, match="already prepared; --force makes it anew"):
         prepare(asked)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config.dataset import PREPARED
+from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
 from megatron_vlm.data.prepare.losses import Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
@@ -33,7 +33,7 @@ from megatron_vlm.data.prepare.report import make_report, to_markdown
 from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished, losses_of
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
-from megatron_vlm.data.prepare.workers import Workers, check_measure
+from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measure
 
 VERSION = 1  # of what is written; a folder begun by another version is not gone on with
 MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for
@@ -115,20 +115,22 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
             folder is in the way; the message says what would work.
     """
     _check_target(options)
-    with Workers(options.workers, options.rendering) as workers, contextlib.ExitStack() as stack:
-        workers.call(check_measure)
-        units: list[Unit] = workers.call(find_units, options.input)
-        stack.enter_context(_locked(options.partial))
-        _check_settings(options, units)
-        _first_pass(options, units, workers, progress)
-        staged, plans = _plan(options, units)
-        _second_pass(options, plans, workers, progress)
+    with contextlib.ExitStack() as stack:
+        with Workers(options.workers, options.rendering) as workers:
+            workers.call(check_measure)
+            units: list[Unit] = workers.call(find_units, options.input)
+            stack.enter_context(_locked(options.partial))
+            _check_settings(options, units)
+            _first_pass(options, units, workers, progress)
+            staged, plans = _plan(options, units)
+            _second_pass(options, plans, workers, progress)
         losses = _losses(options, staged, plans)
         shards = [shard for shard in (_finished(options, plan) for plan in plans) if shard.samples]
         if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
             shutil.rmtree(options.partial)
             raise ValueError(f"nothing is left to train on; {losses}")
         report = make_report(_settings(options, units), staged, losses, shards)
+        call_forked(energon_prepare, _dataset(options), options.workers)
         _finish(options, shards, report)
     return report
 
@@ -301,7 +303,6 @@ def _check_space(options: Options, needed: int) -> None:
 
 def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, Any]) -> None:
     dataset = _dataset(options)
-    _energon_prepare(dataset, options.workers)
     meta = os.path.join(dataset, ".nv-meta")
     # energon draws a new one each time; the same data has the same here.
     identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(f"{shard.name} {shard.hash}\n" for shard in shards))
@@ -314,22 +315,3 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
         os.rename(options.save_dir, os.path.join(options.partial, f"replaced-{uuid.uuid4()}"))
     os.rename(dataset, options.save_dir)
     shutil.rmtree(options.partial)
-
-
-def _energon_prepare(dataset: str, workers: int) -> None:
-    import click
-    from megatron.energon.tools.prepare import command
-
-    names = os.listdir(dataset)
-    arguments = ["--non-interactive", "--force-overwrite", "--no-progress", "--num-workers", str(workers)]
-    arguments += ["--sample-type", "CrudeWebdataset"]
-    for split in SPLITS:
-        if any(name.startswith(f"{split}-") for name in names):
-            arguments += ["--split-parts", f"{split}:{split}-.*"]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            command.main([*arguments, dataset], standalone_mode=False)
-    except (click.ClickException, SystemExit) as error:
-        last = (said.getvalue().strip().splitlines() or [str(error)])[-1]
-        raise RuntimeError(f"energon prepare failed on {dataset}: {last}") from error

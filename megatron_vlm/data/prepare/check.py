@@ -25,6 +25,7 @@ from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.records import Rejected
 from megatron_vlm.data.prepare.shards import content_hash
 from megatron_vlm.data.prepare.sources import MEMBER, check_end
+from megatron_vlm.data.prepare.workers import die_with_parent
 from megatron_vlm.data.templates import SampleError
 
 
@@ -60,7 +61,8 @@ def check(
     ]
     yield from _folder_problems(path, set(counts), None if listed is None else set(listed))
     # Forked, so that energon is imported once; nothing here has started a thread.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, die_with_parent, (os.getpid(),)) as pool:
         for number, found in enumerate(pool.map(_shard_problems, tasks), 1):
             yield from found
             progress("checking", number, len(tasks))

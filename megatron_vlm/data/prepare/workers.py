@@ -83,14 +83,24 @@ def _start(counter: Any, parent: int, rendering: Rendering | None) -> None:
     """Runs first in each worker."""
     global _counter, _rendering
     _counter, _rendering = counter, rendering
-    # A killed parent takes its workers along (prctl(2): PR_SET_PDEATHSIG = 1), for the next start writes the
-    # same files.
-    if sys.platform == "linux":
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result, from a process of its own that ends with this one."""
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, fork, die_with_parent, (os.getpid(),)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def die_with_parent(parent: int) -> None:
+    """Let this process end when its parent is killed, whose next start writes the same files."""
+    if sys.platform == "linux":  # prctl(2): PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _advance(amount: int) -> None:

@@ -1,0 +1,42 @@
+"""energon's own prepare command, run on finished shards."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+
+from megatron_vlm.data.prepare.plan import SPLITS
+from megatron_vlm.data.prepare.workers import die_with_parent
+
+
+def energon_prepare(dataset: str, workers: int) -> None:
+    """Index a folder's shards and write its ``.nv-meta``, split by the shards' names.
+
+    To be called in a process of its own, for it changes that: what energon forks ends with it.
+
+    Raises:
+        RuntimeError: energon gives up.
+    """
+    import click
+    from megatron.energon.flavors.webdataset.config import MAIN_FOLDER_NAME
+    from megatron.energon.tools.prepare import command
+
+    parent = os.getpid()
+    os.register_at_fork(after_in_child=lambda: die_with_parent(parent))
+    # What a killed run has left there makes energon take the folder for one of another kind.
+    shutil.rmtree(os.path.join(dataset, MAIN_FOLDER_NAME), ignore_errors=True)
+    names = os.listdir(dataset)
+    arguments = ["--non-interactive", "--force-overwrite", "--no-progress", "--num-workers", str(workers)]
+    arguments += ["--sample-type", "CrudeWebdataset"]
+    for split in SPLITS:
+        if any(name.startswith(f"{split}-") for name in names):
+            arguments += ["--split-parts", f"{split}:{split}-.*"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            command.main([*arguments, dataset], standalone_mode=False)
+    except (click.ClickException, SystemExit) as error:
+        last = (said.getvalue().strip().splitlines() or [str(error)])[-1]
+        raise RuntimeError(f"energon prepare failed on {dataset}: {last}") from error
