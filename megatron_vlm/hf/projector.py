@@ -311,5 +311,11 @@ def _llava_config(config_dir: Path, model: ModelConfig) -> dict[str, Any]:
         "tune_mm_mlp_adapter": True,
         "use_mm_proj": True,
     }
+    if model.anyres is not None:
+        values.update(
+            image_aspect_ratio="anyres",
+            image_grid_pinpoints=[[width, height] for height, width in model.anyres.grid_pinpoints],
+            mm_patch_merge_type="spatial_unpad",
+        )
     tower = vision.get("_name_or_path")
     return {**values, "mm_vision_tower": tower} if tower else values

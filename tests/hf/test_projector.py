@@ -69,6 +69,21 @@ def forms(llava: Path, folder: Path, name: str) -> Path:
     return folder / name
 
 
+def test_a_model_that_cuts_images(tmp_path: Path) -> None:
+    """image_newline is no part of the file; LLaVA writes widths first."""
+    model = save_tiny_llava(tmp_path / "llava", "next-clip-llama")
+    import_hf(tmp_path / "llava", tmp_path / "native", 1, 1)
+    projector = build_vision_projector("mlp2x_gelu")
+    file = llava_file(tmp_path / "mm_projector.bin", projector)
+    import_projector(file, tmp_path / "native", tmp_path / "new")
+    back = load_file(export_hf(tmp_path / "new", tmp_path / "back") / "model.safetensors")
+    assert torch.equal(back["image_newline"], model.model.image_newline)
+    assert torch.equal(back["multi_modal_projector.linear_2.bias"], projector.state_dict()["2.bias"])
+    export_projector(tmp_path / "new", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["image_grid_pinpoints"][0] == [40, 20] and config["image_aspect_ratio"] == "anyres"
+
+
 @pytest.mark.parametrize("form", ["hf", "bin", "native", "classic"])
 def test_import_and_export(tmp_path: Path, llava: Path, form: str) -> None:
     """The function is LLaVA's, every other tensor stays, and what comes out is what went in, bit for bit."""
