@@ -2,10 +2,11 @@
 
     python -m benchmarks.conversion --folder <scratch>
 
-Makes a LLaVA-1.5 of random weights (14.1 GB in bfloat16; ``--layers 2`` makes one of 1.8 GB), copies
-it, converts it to Megatron and back, and builds one anew from its language model and tower. Files are
-flushed and dropped from the page cache before each step, and each step ends when what it wrote is on the
-disk. Needs three times the model's size; removes what it made.
+Makes a LLaVA-1.5 of random weights (14.1 GB in bfloat16; ``--layers 2`` makes one of 1.8 GB), converts it to
+Megatron and back, builds one anew from its language model and tower, and copies it before and after each
+step, since other users of a disk come and go. Files are flushed and dropped from the page cache before each
+step, and each step ends when what it wrote is on the disk. Needs three times the model's size; removes what
+it made.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -98,9 +100,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def measure(command: list[str], target: Path) -> tuple[float, int]:
-    """Run a command that writes ``target``; seconds until it is on the disk, and peak RssAnon in bytes."""
-    start = time.perf_counter()
+def measure(command: list[str], target: Path) -> tuple[float, int, float]:
+    """Run a command that writes ``target``.
+
+    Returns:
+        Seconds until it is on the disk, peak RssAnon in bytes, seconds of processor time.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -109,7 +115,9 @@ def measure(command: list[str], target: Path) -> tuple[float, int]:
     if process.returncode:
         raise SystemExit(f"{command}: ended with {process.returncode}")
     _for_each_file(target, os.fsync)
-    return time.perf_counter() - start, peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, peak, busy
 
 
 def anonymous_memory(pid: int) -> int:
@@ -144,36 +152,51 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="scratch; what is made in it is removed")
     parser.add_argument("--layers", type=int, default=32, help="of the language model (default: %(default)s)")
     args = parser.parse_args()
-    source, megatron, copy = (args.folder / name for name in ("hf", "megatron", "copy"))
+    source, megatron, back, copied = (args.folder / name for name in ("hf", "megatron", "back", "copy"))
     shutil.rmtree(source, ignore_errors=True)
     size = make_llava(source, args.layers)
     print(f"{size / 1e9:.2f} GB of weights, largest tensor {32064 * 4096 * 2 / 2**20:.0f} MiB", flush=True)
 
-    def step(name: str, command: list[str], inputs: Path, output: Path) -> None:
+    def step(name: str, command: list[str], inputs: Path, output: Path) -> float:
         shutil.rmtree(output, ignore_errors=True)
         drop_from_cache(inputs)
-        seconds, peak = measure(command, output)
+        seconds, peak, busy = measure(command, output)
         print(
-            f"{name:24} {seconds:6.1f} s {size / seconds / 1e9:5.2f} GB/s {peak / 2**20:6.0f} MiB", flush=True
+            f"{name:24} {seconds:6.1f} s {size / seconds / 1e9:5.2f} GB/s {busy:6.1f} s of CPU "
+            f"{peak / 2**20:6.0f} MiB",
+            flush=True,
         )
+        return seconds
+
+    def copy() -> float:
+        return step("cp", ["cp", "-r", str(source), str(copied)], source, copied)
 
     to_megatron = [sys.executable, f"{SCRIPTS}/convert_hf_to_megatron.py", f"--hf-dir={source}", "--tp=2"]
     to_megatron += [f"--megatron-dir={megatron}"]
-    to_hf = [sys.executable, f"{SCRIPTS}/convert_megatron_to_hf.py", f"--hf-dir={copy}"]
+    to_hf = [sys.executable, f"{SCRIPTS}/convert_megatron_to_hf.py", f"--hf-dir={back}"]
     to_hf += [f"--megatron-dir={megatron}"]
-    build = [sys.executable, f"{SCRIPTS}/build_llava_jp.py", f"--save-dir={copy}"]
+    build = [sys.executable, f"{SCRIPTS}/build_llava_jp.py", f"--save-dir={back}"]
     build += [f"--text-model={source}", f"--vision-model={source}", "--vocab-size-padding"]
     try:
-        step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
-        step("to Megatron", to_megatron, source, megatron)
-        step("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron)
-        step("to Hugging Face", to_hf, megatron, copy)
-        step("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, copy)
-        write_tokenizer(source)
-        step("build", build, source, copy)
-        step("cp", ["cp", "-r", str(source), str(copy)], source, copy)
+        before = copy()
+        for name, command, inputs, output in (
+            ("to Megatron", to_megatron, source, megatron),
+            ("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron),
+            ("to Hugging Face", to_hf, megatron, back),
+            ("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, back),
+            ("build", build, source, back),
+        ):
+            if command is build:
+                write_tokenizer(source)
+            shutil.rmtree(copied)
+            seconds = step(name, command, inputs, output)
+            if output == back:
+                shutil.rmtree(back)
+            after = copy()
+            print(f"{name:24} {(before + after) / 2 / seconds:6.2f} x the speed of cp", flush=True)
+            before = after
     finally:
-        for folder in (source, megatron, copy):
+        for folder in (source, megatron, back, copied):
             shutil.rmtree(folder, ignore_errors=True)
 
 

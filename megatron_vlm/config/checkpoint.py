@@ -129,11 +129,13 @@ def resolve_checkpoint(path: PathLike) -> Path:
             folder = root / checkpoint_name(_read_tracker(root))
             if (folder / MANIFEST).is_file():
                 return folder
+            _refuse_megatron_lms(folder)
             raise ValueError(f"{root / TRACKER} names {folder.name}, which is not a finished checkpoint")
         found = list_checkpoints(root)
         if found:
             names = ", ".join(str(folder) for folder in found)
             raise ValueError(f"{root}: no {TRACKER}; name the checkpoint itself: {names}")
+    _refuse_megatron_lms(path)
     raise ValueError(
         f"{path}: not a checkpoint of this project (no {MANIFEST}, no {TRACKER}); "
         "make one with scripts/convert/convert_hf_to_megatron.py"
@@ -142,7 +144,40 @@ def resolve_checkpoint(path: PathLike) -> Path:
 
 def is_checkpoint(path: PathLike) -> bool:
     """Whether ``path`` is what :func:`resolve_checkpoint` takes, rather than a Hugging Face folder."""
-    return any((Path(path) / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
+    own = any((Path(path) / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
+    return own or is_megatron_lms(path)  # which is refused, with what to do
+
+
+def megatron_lms_folder(path: PathLike) -> Path:
+    """The folder of ranks' files that ``path`` means: that folder, or the root above it; of Megatron-LM.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = path = Path(path)
+    if (path / TRACKER).is_file():
+        folder = path / checkpoint_name(_read_tracker(path))
+    if not any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder}: no mp_rank_* folders; --hf-config is for checkpoints of Megatron-LM itself"
+        )
+    return folder
+
+
+def is_megatron_lms(path: PathLike) -> bool:
+    """Whether ``path`` means a checkpoint that Megatron-LM itself wrote: ranks' files without a manifest."""
+    try:
+        return not (megatron_lms_folder(path) / MANIFEST).exists()
+    except ValueError:
+        return False
+
+
+def _refuse_megatron_lms(folder: Path) -> None:
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder} was written by Megatron-LM itself (no {MANIFEST}); scripts/convert/reshard.py with "
+            "--hf-config <Hugging Face folder of the model> makes a checkpoint of it"
+        )
 
 
 def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[Path]:

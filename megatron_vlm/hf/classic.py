@@ -203,6 +203,7 @@ class ClassicReader:
         self.path = Path(folder)
         self._rules = rules
         ranks = _rank_files(self.path)
+        self.arguments: dict[str, Any] = {}  # Megatron-LM's flags in the run that wrote it
         self.tp = 1 + max(tp_rank for tp_rank, _ in ranks)
         self.pp = 1 + max(pp_rank for _, pp_rank in ranks)
         self._shards: dict[str, list[Stored]] = {}
@@ -255,8 +256,11 @@ class ClassicReader:
         """One tensor-parallel rank's tensors, all stages together, under global names."""
         stages: dict[tuple[int, int], dict[str, Stored]] = {}
         for pp_rank in range(self.pp):
-            for chunk, model in enumerate(_models(ranks[tp_rank, pp_rank])):
+            content = _load(ranks[tp_rank, pp_rank])
+            for chunk, model in enumerate(_models(ranks[tp_rank, pp_rank], content)):
                 stages[chunk, pp_rank] = model
+            arguments = content.get("args")
+            self.arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
         found: dict[str, Stored] = {}
         before = 0  # layers of earlier stages
         for _, model in sorted(stages.items()):
@@ -269,6 +273,26 @@ class ClassicReader:
                 found[name] = tensor
             before += layers
         return found
+
+
+def check_arguments(path: Path, found: Mapping[str, Any], model: ModelConfig) -> None:
+    """Check the flags that no tensor's shape tells, though the order of its rows depends on them.
+
+    Args:
+        found: :attr:`ClassicReader.arguments`.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    language = model.language
+    for name, wanted in (
+        ("num_attention_heads", language.num_attention_heads),
+        ("num_query_groups", language.num_key_value_heads if found.get("group_query_attention") else None),
+        ("kv_channels", language.head_dim),
+    ):
+        value = found.get(name)
+        if None not in (value, wanted) and value != wanted:
+            raise ValueError(f"{path}: was trained with {name} {value}; config.json implies {wanted}")
 
 
 def _arguments(model: ModelConfig, layout: ClassicLayout, padded_vocab_size: int) -> dict[str, Any]:
@@ -378,9 +402,8 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _models(path: Path) -> list[dict[str, Stored]]:
+def _models(path: Path, content: Any) -> list[dict[str, Stored]]:
     """The state dicts of a rank's chunks, without what isn't a weight."""
-    content = _load(path)
     chunks: dict[int, dict[str, Stored]] = {}
     for key, value in content.items() if isinstance(content, dict) else ():
         match = _CHUNK.fullmatch("model" if key == BESIDE else str(key))
@@ -408,17 +431,15 @@ class _Inert:
 
 def _load(path: Path) -> Any:
     """A file's content, with the places of its tensors. Megatron-LM's own classes, which describe the run,
-    come out as nothing; any other class is refused."""
+    come out as nothing, its flags as they are; any other class is refused."""
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins: list[Any] = [
             (type("_Inert", (_Inert,), {}), name)
             for name in asked
-            if name.startswith(
-                ("megatron.", "argparse.Namespace", "numpy.", "types.SimpleNamespace", "signal.")
-            )
+            if name.startswith(("megatron.", "numpy.", "types.SimpleNamespace", "signal.", "_io.BytesIO"))
         ]
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
             return saved_tensors(path)
     except Exception as error:  # torch raises many types for what is not a file of weights
         reason = str(error).strip().split("\n")[0]

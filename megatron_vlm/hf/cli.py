@@ -139,6 +139,15 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_hf_config_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--hf-config``."""
+    parser.add_argument(
+        "--hf-config",
+        metavar="FOLDER",
+        help="of a checkpoint that Megatron-LM itself wrote: the Hugging Face folder that it began with",
+    )
+
+
 def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
     """Add ``--dtype``; :data:`DTYPES` has torch's names."""
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights (default: as stored)")

@@ -26,7 +26,6 @@ from megatron_vlm.config.checkpoint import (
     RELEASE,
     appearing_folder,
     check_absent,
-    resolve_checkpoint,
     write_manifest,
     write_tracker,
 )
@@ -52,6 +51,7 @@ from megatron_vlm.hf.megatron import (
     MegatronCheckpoint,
     Source,
     and_more,
+    find_checkpoint,
     write_carried,
     write_hf_files,
 )
@@ -138,7 +138,7 @@ def import_hf(
     written: dict[str, Any] = {}
 
     with _appearing_checkpoint(root, force) as output:
-        write_hf_files(output / HF_FOLDER, folder, table, prefixes)
+        write_hf_files(output / HF_FOLDER, folder, source, table, prefixes)
         if dtype is not None:
             write_dtype(output / HF_FOLDER, dtype)
         if random_seed is not None:  # an index is of other weights, if there is one
@@ -178,6 +178,7 @@ def export_hf(
     base: PathLike | None = None,
     verify: bool = False,
     dtype: torch.dtype | None = None,
+    hf_config: PathLike | None = None,
 ) -> Path:
     """Convert a checkpoint, as :func:`import_hf` or training wrote it, to a Hugging Face folder.
 
@@ -193,6 +194,7 @@ def export_hf(
         base: the checkpoint with all weights under one of trained weights only, if it has moved.
         verify: read every tensor back from the files written, and compare.
         dtype: of all weights; None: as imported.
+        hf_config: the Hugging Face folder of the model, for a checkpoint that Megatron-LM itself wrote.
 
     Returns:
         ``hf_dir``.
@@ -203,9 +205,9 @@ def export_hf(
         Difference: what was read back is not what was written.
     """
     target = Path(hf_dir)
-    check_apart(resolve_checkpoint(checkpoint), target)
+    check_apart(find_checkpoint(checkpoint, hf_config), target)
     check_target(target, force)
-    source = MegatronCheckpoint(checkpoint, base)
+    source = MegatronCheckpoint(checkpoint, base, hf_config)
     if dtype is not None:
         source.convert_to(dtype)
     files, metadata = source.files, source.metadata
@@ -219,7 +221,7 @@ def export_hf(
 
     with appearing_folder(target, replace=force) as output:
         copy_small_files(source.hf, output)
-        (output / WEIGHTS).unlink()
+        (output / WEIGHTS).unlink(missing_ok=True)
         if dtype is not None:
             write_dtype(output, dtype)
         for path in tokenizer_files:
@@ -245,6 +247,8 @@ def reshard(
     verify: bool = False,
     classic: ClassicLayout | None = None,
     replaced: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    hf_config: PathLike | None = None,
 ) -> Path:
     """Write a checkpoint's weights as ``<megatron_dir>/release`` in another format or for another layout.
 
@@ -253,30 +257,37 @@ def reshard(
     Args:
         checkpoint: a checkpoint folder, a root, or a run folder.
         base: the checkpoint with all weights under one of trained weights only, if it has moved.
+        dtype: of all weights; None: as stored.
+        hf_config: the Hugging Face folder of the model, for a checkpoint that Megatron-LM itself wrote.
         replaced: tensors that take the place of the checkpoint's, by their Hugging Face names.
 
     Others, returns and raises: as :func:`import_hf`; besides, a checkpoint with LoRA adapters is refused.
     """
     root = Path(megatron_dir)
-    check_apart(resolve_checkpoint(checkpoint), root)
+    check_apart(find_checkpoint(checkpoint, hf_config), root)
     if not force:
         check_absent(root)
-    source = MegatronCheckpoint(checkpoint, base)
+    source = MegatronCheckpoint(checkpoint, base, hf_config)
     model = source.model
+    if dtype is not None:
+        source.convert_to(dtype)
+        model = dataclasses.replace(model, dtype=dtype_name(dtype))
     if ModelConfig.from_dict(source.manifest["model"]).lora is not None:
         raise ValueError(
             f"{source.path} has adapters; merge them with scripts/convert/convert_megatron_to_hf.py"
         )
     model.check_layout(tp, pp)
     table = build_table(model, padded_vocab_size(model.language.vocab_size, tp), source.prefixes)
-    dtypes = {row.native: source.reader.dtype(row.native) for row in table.rows}
+    dtypes = {row.native: dtype or source.reader.dtype(row.native) for row in table.rows}
     size = sum(math.prod(row.native_shape) * dtypes[row.native].itemsize for row in table.rows)
     check_free_space(root, size)
     meter = Meter(size, progress)
     written: dict[str, Any] = {}
 
     with _appearing_checkpoint(root, force) as output:
-        shutil.copytree(source.hf, output / HF_FOLDER)
+        source.write_hf_files(output / HF_FOLDER)
+        if dtype is not None:
+            write_dtype(output / HF_FOLDER, dtype)
         writer = _Writer(output, model, table, dtypes, tp, classic, source.read)
 
         def write(row: Row, tensor: Tensor) -> None:
@@ -288,6 +299,7 @@ def reshard(
             rows = zip(source.table.rows, table.rows, strict=True)
             for before, row, tensor in ahead((a, b, source.reader.read(a.native)) for a, b in rows):
                 check_finite(row.native, tensor)
+                tensor = cast(row.native, tensor, dtypes[row.native])
                 if replaced and row.hf[0][0] in replaced:
                     parts = [replaced[name] for name, _ in row.hf]
                     tensor = cast(row.native, before.op.to_native(parts), tensor.dtype)

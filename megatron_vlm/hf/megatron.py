@@ -19,9 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, read_manifest, resolve_checkpoint
+from megatron_vlm.config.checkpoint import (
+    HF_FOLDER,
+    megatron_lms_folder,
+    read_manifest,
+    resolve_checkpoint,
+)
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.classic import FORMAT, ClassicReader
+from megatron_vlm.hf.classic import FORMAT, ClassicReader, check_arguments
 from megatron_vlm.hf.folder import (
     DTYPES,
     Cast,
@@ -33,7 +38,7 @@ from megatron_vlm.hf.folder import (
     copy_small_files,
 )
 from megatron_vlm.hf.lora import find_adapters, merged
-from megatron_vlm.hf.mapping import Carry, Row, Table, build_table
+from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.random_weights import RandomWeights
 from megatron_vlm.hf.streaming import check_finite, same_bits
@@ -53,22 +58,34 @@ class MegatronCheckpoint:
     Args:
         path: a checkpoint folder, a root, or a run folder.
         base: the checkpoint with all weights under one of trained weights only, if it has moved.
+        hf_config: the Hugging Face folder that training began with, for a checkpoint that Megatron-LM wrote.
+            It gives what such a one lacks: architecture, small files, tensors that training never runs.
 
     Raises:
         ValueError: there is no such checkpoint, or a tensor is missing, unknown or misshapen.
     """
 
-    def __init__(self, path: PathLike, base: PathLike | None = None) -> None:
-        self.path = resolve_checkpoint(path)
-        self.hf = self.path / HF_FOLDER
+    def __init__(
+        self, path: PathLike, base: PathLike | None = None, hf_config: PathLike | None = None
+    ) -> None:
+        self.path = find_checkpoint(path, hf_config)
+        self.hf = Path(hf_config) if hf_config is not None else self.path / HF_FOLDER
         self.model = ModelConfig.from_hf_dir(str(self.hf))
-        self.files, self.metadata, prefixes = _read_weights_json(self.hf)
+        self.folder = HFFolder(self.hf) if hf_config is not None else None
+        if self.folder is not None:
+            prefixes = detect_prefixes(self.folder.tensors)
+            self.files, self.metadata = _as_safetensors(self.folder.files, self.folder.metadata)
+            self.manifest: dict[str, Any] = {"format": FORMAT, "model": self.model.to_dict()}
+        else:
+            self.files, self.metadata, prefixes = _read_weights_json(self.hf)
+            self.manifest = read_manifest(self.path)
         self.tensors = {info.name: info for infos in self.files.values() for info in infos}
-        self.prefixes, self.manifest = prefixes, read_manifest(self.path)
+        self.prefixes = prefixes
         self.reader: LayeredReader | ClassicReader
         if self.manifest["format"] == FORMAT:
             table = build_table(self.model, self.model.language.vocab_size, prefixes)
             self.reader = ClassicReader(self.path, {row.native: row.shard for row in table.rows})
+            check_arguments(self.path, self.reader.arguments, self.model)
         else:
             self.reader = open_weights(self.path, base)
         self.table = build_table(self.model, _padded_size(self.reader, self.model), prefixes)
@@ -117,11 +134,21 @@ class MegatronCheckpoint:
             return merged(tensor, self._adapters[name], self._lora, self.reader)
         return tensor
 
+    def write_hf_files(self, output: Path) -> None:
+        """Make the ``hf/`` folder of another checkpoint of these weights."""
+        write_hf_files(output, self, self.hf, self.table, self.prefixes)
+        carried = [carry for carry in self.table.carries if carry.hf[0][0] in self.tensors]
+        write_carried(output, self, carried, lambda tensor: None)
+
     def _read_carried(self, name: str) -> Tensor:
+        if self.folder is not None:
+            tensor = self.folder.read(name)
+            check_finite(name, tensor)
+            return tensor
         path = self.hf / CARRIED
         try:
             with safe_open(path, "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: {name} cannot be read ({error})") from None
         if tuple(tensor.shape) != self.tensors[name].shape:
@@ -144,7 +171,7 @@ class MegatronCheckpoint:
             if self.reader.shape(name) != row.native_shape:
                 raise ValueError(
                     f"{self.path}: {name} has shape {list(self.reader.shape(name))}; "
-                    f"{HF_FOLDER}/config.json implies {list(row.native_shape)}"
+                    f"{self._config} implies {list(row.native_shape)}"
                 )
         shapes = {name: shape for row in self.table.rows for name, shape in row.hf}
         required = set(shapes)
@@ -152,15 +179,29 @@ class MegatronCheckpoint:
         shapes.update((alias.name, alias.shape) for alias in self.table.aliases)
         wrong = [name for name, info in self.tensors.items() if shapes.get(name) != info.shape]
         for name in sorted(wrong) or sorted(required - self.tensors.keys()):
-            raise ValueError(
-                f"{self.path}: {HF_FOLDER}/{WEIGHTS} does not fit {HF_FOLDER}/config.json: {name}"
-            )
+            weights = f"{HF_FOLDER}/{WEIGHTS}" if self.folder is None else self.hf
+            raise ValueError(f"{self.path}: {weights} does not fit {self._config}: {name}")
+
+    @property
+    def _config(self) -> str:
+        return f"{HF_FOLDER if self.folder is None else self.hf}/config.json"
 
 
-def write_hf_files(hf: Path, source: Source, table: Table, prefixes: dict[str, str]) -> None:
-    """Make the ``hf/`` folder of a checkpoint, but for the tensors carried."""
+def find_checkpoint(path: PathLike, hf_config: PathLike | None = None) -> Path:
+    """The folder of a checkpoint; with ``hf_config`` of one that Megatron-LM itself wrote.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return resolve_checkpoint(path) if hf_config is None else megatron_lms_folder(path)
+
+
+def write_hf_files(
+    hf: Path, source: Source | MegatronCheckpoint, small: Path, table: Table, prefixes: dict[str, str]
+) -> None:
+    """Make the ``hf/`` folder of a checkpoint, but for the tensors carried; ``small`` has the small files."""
     hf.mkdir()
-    copy_small_files(source.path, hf)
+    copy_small_files(small, hf)
     for alias in table.aliases:
         if alias.name in source.tensors and not same_bits(source.read(alias.name), source.read(alias.of)):
             raise ValueError(
@@ -179,7 +220,9 @@ def write_hf_files(hf: Path, source: Source, table: Table, prefixes: dict[str, s
     (hf / WEIGHTS).write_text(text + "\n", encoding="utf-8")
 
 
-def write_carried(hf: Path, source: Source, carries: list[Carry], wrote: Callable[[Tensor], None]) -> None:
+def write_carried(
+    hf: Path, source: Source | MegatronCheckpoint, carries: list[Carry], wrote: Callable[[Tensor], None]
+) -> None:
     """Write the tensors that training doesn't run.
 
     Args:
@@ -229,12 +272,18 @@ def _read_weights_json(
         prefixes = content["prefixes"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{hf / WEIGHTS}: cannot be read ({error!r})") from None
-    if not all(file.endswith(".safetensors") for file in files):
-        # Came from .bin files: the same tensors in the same number of files, as transformers names them.
-        renamed = {file: _safetensors_name(file) for file in files}
-        files = {renamed[file]: infos for file, infos in files.items()}
-        metadata = {renamed[file]: entry for file, entry in metadata.items()}
-    return files, metadata, prefixes
+    return *_as_safetensors(files, metadata), prefixes
+
+
+def _as_safetensors(
+    files: dict[str, list[TensorInfo]], metadata: dict[str, dict[str, str]]
+) -> tuple[dict[str, list[TensorInfo]], dict[str, dict[str, str]]]:
+    """Of .bin files: the same tensors in the same number of files, as transformers names them."""
+    names = {file: file if file.endswith(".safetensors") else _safetensors_name(file) for file in files}
+    return (
+        {names[file]: infos for file, infos in files.items()},
+        {names[file]: metadata.get(file, {"format": "pt"}) for file in files},
+    )
 
 
 def _safetensors_name(bin_name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import is_checkpoint, read_manifest
+from megatron_vlm.config.checkpoint import is_checkpoint, is_megatron_lms, read_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
 from megatron_vlm.hf.mapping import detect_prefixes
@@ -38,7 +38,11 @@ class _Content:
 
 
 def verify(
-    left: PathLike, right: PathLike, weights_only: bool = False, progress: Progress | None = None
+    left: PathLike,
+    right: PathLike,
+    weights_only: bool = False,
+    progress: Progress | None = None,
+    hf_config: PathLike | None = None,
 ) -> int:
     """Compare two checkpoints by content: every tensor's bits, every small file's bytes.
 
@@ -49,6 +53,7 @@ def verify(
         left: a Hugging Face folder, a checkpoint folder, a root, or a run folder.
         right: the same.
         weights_only: leave out the small files: config, tokenizer, processor.
+        hf_config: the Hugging Face folder of the model, for checkpoints that Megatron-LM itself wrote.
 
     Returns:
         The number of tensors compared.
@@ -57,7 +62,7 @@ def verify(
         Difference: they differ; the message names the first difference and counts the others.
         ValueError: one of them is no checkpoint, or is damaged.
     """
-    a, b = _open(left), _open(right)
+    a, b = _open(left, hf_config), _open(right, hf_config)
     for here, there in ((a, b), (b, a)):
         lacking = [own for name, own in here.names.items() if name not in there.names]
         if lacking:
@@ -111,9 +116,9 @@ def check_manifest(path: PathLike) -> int:
     return len(promised)
 
 
-def _open(path: PathLike) -> _Content:
-    if is_checkpoint(path):
-        checkpoint = MegatronCheckpoint(path)
+def _open(path: PathLike, hf_config: PathLike | None) -> _Content:
+    if (hf_config is not None and is_megatron_lms(path)) or is_checkpoint(path):
+        checkpoint = MegatronCheckpoint(path, hf_config=hf_config if is_megatron_lms(path) else None)
         names, infos, files = checkpoint.names, checkpoint.tensors, checkpoint.hf
         return _Content(checkpoint.path, _canonical(names), _as_stored(checkpoint), _size(infos), files)
     folder = HFFolder(path)

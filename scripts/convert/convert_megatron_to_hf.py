@@ -38,6 +38,7 @@ def main(argv: List[str]) -> int:
         help="write a run's LoRA adapters and projector as a PEFT adapter, instead of merging them",
     )
     cli.add_dtype_flag(parser)
+    cli.add_hf_config_flag(parser)
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     # The format doesn't depend on the layout, so the two change nothing; the checkpoint knows its own.
@@ -49,20 +50,22 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.config.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
-        bases = checkpoint_layers(args.megatron_dir, args.base)[:-1]
+        bases = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
         paths = [args.megatron_dir, args.hf_dir, *map(str, bases)]
-        paths += [args.tokenizer_dir] if args.tokenizer_dir else []
+        paths += [path for path in (args.tokenizer_dir, args.hf_config) if path]
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
     import torch
 
-    from megatron_vlm.config.checkpoint import HF_FOLDER, resolve_checkpoint
+    from megatron_vlm.config.checkpoint import HF_FOLDER
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.convert import export_hf
     from megatron_vlm.hf.lora import export_adapter
+    from megatron_vlm.hf.megatron import find_checkpoint
 
-    checkpoint = resolve_checkpoint(args.megatron_dir)
-    ModelConfig.from_hf_dir(str(checkpoint / HF_FOLDER)).check_layout(args.tp or 1, args.pp or 1)
+    checkpoint = find_checkpoint(args.megatron_dir, args.hf_config)
+    hf_folder = args.hf_config or str(checkpoint / HF_FOLDER)
+    ModelConfig.from_hf_dir(hf_folder).check_layout(args.tp or 1, args.pp or 1)
     print(f"converting {checkpoint}", flush=True)
     if args.adapter_only:
         if args.tokenizer_dir or args.max_shard_size or args.dtype or args.verify:
@@ -82,6 +85,7 @@ def main(argv: List[str]) -> int:
             args.base,
             args.verify,
             dtype,
+            args.hf_config,
         )
     print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
     return 0

@@ -28,6 +28,8 @@ def main(argv: List[str]) -> int:
         help="checkpoint with all weights under one of trained weights only (default: where it was then)",
     )
     cli.add_layout_flags(parser)
+    cli.add_dtype_flag(parser)
+    cli.add_hf_config_flag(parser)
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
@@ -36,17 +38,24 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.config.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
-        inputs = checkpoint_layers(args.megatron_dir, args.base)[:-1]
+        inputs = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
         paths = [args.megatron_dir, args.save_dir, *map(str, inputs)]
+        paths += [args.hf_config] if args.hf_config else []
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
+
+    import torch
 
     from megatron_vlm.config.checkpoint import read_manifest
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import reshard
 
-    layers = ModelConfig.from_dict(read_manifest(args.megatron_dir)["model"]).language.num_layers
-    classic = ClassicLayout.from_flags(args, layers)
+    if args.hf_config:
+        model = ModelConfig.from_hf_dir(args.hf_config)
+    else:
+        model = ModelConfig.from_dict(read_manifest(args.megatron_dir)["model"])
+    classic = ClassicLayout.from_flags(args, model.language.num_layers)
+    dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:
         checkpoint = reshard(
             args.megatron_dir,
@@ -58,6 +67,8 @@ def main(argv: List[str]) -> int:
             args.base,
             args.verify,
             classic,
+            dtype=dtype,
+            hf_config=args.hf_config,
         )
     print(f"{checkpoint}: {cli.loads_where(args)}")
     return 0

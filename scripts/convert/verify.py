@@ -27,12 +27,13 @@ def main(argv: List[str]) -> int:
     parser.add_argument(
         "--weights-only", action="store_true", help="leave out the small files: config, tokenizer, processor"
     )
+    cli.add_hf_config_flag(parser)
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
-        paths = [args.checkpoint] + ([args.other] if args.other else [])
+        paths = [path for path in (args.checkpoint, args.other, args.hf_config) if path]
         return reenter([__file__, *argv], args.sif_path, args.bind, paths)
 
     from megatron_vlm.hf.verify import check_manifest, verify
@@ -41,7 +42,7 @@ def main(argv: List[str]) -> int:
         print(f"{args.checkpoint}: {check_manifest(args.checkpoint)} tensors are what was written")
         return 0
     with cli.ProgressBar() as progress:
-        count = verify(args.checkpoint, args.other, args.weights_only, progress)
+        count = verify(args.checkpoint, args.other, args.weights_only, progress, args.hf_config)
     print(f"equal: {count} tensors" + ("" if args.weights_only else " and all small files"))
     return 0
 

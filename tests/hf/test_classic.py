@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata
+from transformers import LlavaForConditionalGeneration
 
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.hf.classic import BESIDE, LOCAL, TE, ClassicLayout
@@ -19,7 +22,7 @@ from megatron_vlm.hf.verify import check_manifest, verify
 from tests.distributed import Pool
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run
-from tests.hf.upstream import load_classic_and_save
+from tests.hf.upstream import load_classic_and_save, save_as_megatron_lm
 from tests.tiny import build, save_tiny_llava, tiny_config
 
 FILE = "mp_rank_00/model_optim_rng.pt"
@@ -118,6 +121,19 @@ def test_resharding(wide: Path, tmp_path: Path) -> None:
     assert check_manifest(second) == len(read_manifest(second)["tensors"])
 
 
+@pytest.mark.parametrize("to_format", ["native", "classic"])
+def test_resharding_to_another_dtype(llava: Path, tmp_path: Path, to_format: str) -> None:
+    """As conversion from Hugging Face to that dtype: weights, those that aren't trained, and config."""
+    layout = even(2, 1) if to_format == "classic" else None
+    import_hf(llava, tmp_path / "a", 1, 1)
+    expected = import_hf(llava, tmp_path / "b", 2, 1, dtype=torch.bfloat16, classic=layout)
+    found = reshard(tmp_path / "a", tmp_path / "c", 2, 1, dtype=torch.bfloat16, classic=layout, verify=True)
+    assert verify(expected, found)
+    assert read_manifest(found) == read_manifest(expected)
+    for name in ("carried.safetensors", "weights.json", "config.json"):
+        assert (found / "hf" / name).read_bytes() == (expected / "hf" / name).read_bytes()
+
+
 UPSTREAM = [
     ("clip-llama", dict(tp=2, pp=2, vpp=1)),
     ("siglip-qwen2", dict(tp=2, pp=2, vpp=2)),
@@ -176,6 +192,85 @@ def test_upstreams_model_loads_it(tmp_path: Path, pool: Pool, family: str, cut: 
         assert set(stands) == (set() if file.parent.name.endswith(("_001", "_002")) else beside)
     assert verify(source, export_hf(classic, tmp_path / "back"))
     assert verify(native.path, reshard(classic, tmp_path / "native-2", layout.tp, layout.pp))
+
+
+# Families; rows of the embedding, which need not be padded as here; and layouts, one with unequal stages.
+TRAINED = [
+    ("clip-llama", 256, dict(tp=2, pp=2, vpp=1)),
+    ("clip-qwen3-tied", 203, dict(tp=1, pp=2, vpp=1, first=3)),
+    ("siglip-qwen2", 320, dict(tp=2, pp=2, vpp=2)),
+]
+
+
+@pytest.mark.parametrize("family, words, cut", TRAINED)
+def test_what_megatron_lm_trained(
+    tmp_path: Path, pool: Pool, monkeypatch, capsys, family: str, words: int, cut: dict[str, Any]
+) -> None:
+    """Its own files, saved from upstream's model with all that its trainer writes beside the weights."""
+    source, root = make(tmp_path / "hf", family), tmp_path / "trained"
+    folder = root / "iter_0000007"
+    folder.mkdir(parents=True)
+    (root / "latest_checkpointed_iteration.txt").write_text("7")
+    pool.run(cut["tp"] * cut["pp"], save_as_megatron_lm, folder, source, cut, words)
+    like = ["--hf-config", source]
+
+    assert (
+        run(monkeypatch, "convert_megatron_to_hf", "--megatron-dir", root, "--hf-dir", tmp_path / "a", *like)
+        == 0
+    )
+    reshard_to = ["--save-dir", tmp_path / "b", "--tp", 2, "--verify"]
+    assert run(monkeypatch, "reshard", "--megatron-dir", folder, *reshard_to, *like) == 0
+    assert run(monkeypatch, "verify", root, tmp_path / "a", *like) == 0
+    assert run(monkeypatch, "verify", tmp_path / "b", folder, *like) == 0
+    assert verify(export_hf(tmp_path / "b", tmp_path / "c"), tmp_path / "a")
+    assert check_manifest(tmp_path / "b")
+    # transformers reads what upstream computed with: all that is trained is new, the rest as it was.
+    net, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    files = sorted(folder.glob("mp_rank_00*/*.pt"))
+    states = [torch.load(file, weights_only=False) for file in files]
+    first, last = states[0], states[-1]
+    chunk = "model" if cut["vpp"] == 1 else "model0"
+    projector = first[chunk]["vision_projection.encoder.linear_fc2.bias"]
+    assert torch.equal(net.model.multi_modal_projector.linear_2.bias, projector)
+    norm = last["model" if cut["vpp"] == 1 else "model1"][NORM]
+    assert torch.equal(net.model.language_model.norm.weight, norm)
+    before = load_file(source / "model.safetensors")
+    carried = [name for name in before if "encoder.layers.2." in name and "tied" not in family]
+    after = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in carried)
+
+    capsys.readouterr()
+    for flags in (["convert_megatron_to_hf", "--hf-dir"], ["reshard", "--save-dir"]):
+        assert run(monkeypatch, flags[0], "--megatron-dir", root, flags[1], tmp_path / "x") == 2
+        assert "written by Megatron-LM itself" in capsys.readouterr().err
+    assert run(monkeypatch, "verify", folder, source) == 2
+    assert "written by Megatron-LM itself" in capsys.readouterr().err
+
+
+def test_megatron_lms_checkpoint_of_another_model(llava: Path, tmp_path: Path, pool: Pool) -> None:
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    pool.run(1, save_as_megatron_lm, folder, llava, dict(tp=1, pp=1, vpp=1), 256)
+    config = json.loads((llava / "config.json").read_text())
+
+    def convert(**changes: object) -> None:
+        text = {**config["text_config"], **changes}
+        (llava / "config.json").write_text(json.dumps({**config, "text_config": text}))
+        export_hf(folder, tmp_path / "back", hf_config=llava)
+
+    with pytest.raises(ValueError, match=r"was trained with num_attention_heads 4; config.json implies 8"):
+        convert(num_attention_heads=8, num_key_value_heads=4, head_dim=6)
+    with pytest.raises(ValueError, match=r"fc1.weight has shape \[136, 48\]; .*config.json implies \[144"):
+        convert(intermediate_size=72)
+    with pytest.raises(ValueError, match=r"word_embeddings.weight has 256 rows; the vocabulary has 300"):
+        convert(vocab_size=300)
+    with pytest.raises(ValueError, match="no mp_rank_"):
+        export_hf(llava, tmp_path / "back", hf_config=llava)
+    (llava / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        convert()
+    assert not (tmp_path / "back").exists()
 
 
 def test_both_specs_names(llava: Path, tmp_path: Path) -> None:

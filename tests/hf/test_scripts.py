@@ -137,6 +137,8 @@ def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
             ["--megatron-dir", str(trained), "--hf-dir", "b", "--tokenizer-dir", "c"],
             [str(trained), "b", str(base), "c"],
         ),
+        "reshard": (["--megatron-dir", str(trained), "--save-dir", "b"], [str(trained), "b", str(base)]),
+        "verify": (["a", "b", "--hf-config", "c"], ["a", "b", "c"]),
         "build_llava_jp": (
             [
                 "--save-dir",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import io
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_vlm import parallel
@@ -46,6 +51,81 @@ def load_classic_and_save(
         }
     sharded_files.save(sharded, str(saved))
     return kept
+
+
+def save_as_megatron_lm(folder: Path, hf_dir: Path, layout: dict[str, Any], padded_vocab_size: int) -> None:
+    """Make upstream's model of random weights, and save this rank's file as Megatron-LM's trainer does.
+
+    Source: Megatron-LM ``megatron/training/checkpointing.py``, ``generate_state_dict`` and ``get_rng_state``.
+    """
+    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+
+    from megatron_vlm.parallel import cpu
+
+    model = ModelConfig.from_hf_dir(str(hf_dir))
+    ranks = parallel.initialize(tp=layout["tp"], pp=layout["pp"], vpp=layout["vpp"])
+    cpu.import_megatron_core()
+    chunks = [
+        build(model, ranks, layout.get("first"), padded_vocab_size, chunk) for chunk in range(layout["vpp"])
+    ]
+    generator = torch.Generator().manual_seed(ranks.rank)
+    shared = torch.Generator().manual_seed(1000)
+    embedding = torch.randn(padded_vocab_size, model.language.hidden_size, generator=shared)
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            rows = len(parameter)
+            if "word_embeddings" in name or ("output_layer" in name and model.language.tie_word_embeddings):
+                value = embedding[ranks.tp_rank * rows : (ranks.tp_rank + 1) * rows]
+            elif getattr(parameter, "tensor_model_parallel", False):
+                value = torch.randn(parameter.shape, generator=generator)
+            else:  # the same on every tensor-parallel rank
+                seed = sum(name.encode()) + 31 * (number * ranks.pp + ranks.pp_rank)
+                value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.data.copy_(value)
+        # Transformer Engine's modules leave bytes behind, in a tensor or in a file in memory.
+        extra = {f"extra{i}._extra_state": item for i, item in enumerate((None, io.BytesIO(b"x")))}
+        state["model" if len(chunks) == 1 else f"model{number}"] = {**chunk.state_dict(), **extra}
+    language = model.language
+    parameters = [parameter.data for chunk in chunks for parameter in chunk.parameters()]
+    content = {
+        "args": argparse.Namespace(
+            num_layers=language.num_layers,
+            num_attention_heads=language.num_attention_heads,
+            group_query_attention=True,
+            num_query_groups=language.num_key_value_heads,
+            kv_channels=language.head_dim,
+            params_dtype=torch.float32,
+            attention_backend=AttnBackend.auto,
+            attn_mask_type=AttnMaskType.causal,
+            exit_signal=signal.SIGTERM,
+        ),
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        "num_floating_point_operations_so_far": 1.5e9,
+        "optimizer": {
+            "optimizer": {
+                "state": {i: {"exp_avg": p.clone(), "step": 7} for i, p in enumerate(parameters)},
+                "param_groups": [{"lr": 1e-4, "params": list(range(len(parameters)))}],
+            },
+            "fp32_from_fp16_params": [[p.clone() for p in parameters]],
+        },
+        "opt_param_scheduler": {"max_lr": 1e-4, "num_steps": 7},
+        **state,
+        "rng_state": [
+            {
+                "random_rng_state": random.getstate(),
+                "np_rng_state": np.random.get_state(),
+                "torch_rng_state": torch.get_rng_state(),
+                "cuda_rng_state": torch.get_rng_state(),
+                "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+            }
+        ],
+    }
+    suffix = f"_{ranks.pp_rank:03d}" if ranks.pp > 1 else ""
+    own = folder / f"mp_rank_{ranks.tp_rank:02d}{suffix}"
+    own.mkdir()
+    torch.save(content, own / "model_optim_rng.pt")
 
 
 def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: int, chunk: int) -> Any:
