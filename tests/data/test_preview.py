@@ -165,6 +165,22 @@ def test_terminal_view(data: Path, processing: Processing) -> None:
     assert "corrupt: its image is in no format" in terminal(look(dataset, processing, raw), colored=False)
 
 
+def test_no_text_is_markup(data: Path, processing: Processing) -> None:
+    """What a sample says, its name and the reason for which it is dropped."""
+    dataset = PreparedDataset.open(str(data))
+    (raw,) = dataset.pick([0])
+    unanswered = json.dumps({"messages": [{"role": "user", "content": NASTY}]}).encode()
+    dropped = replace(raw, __key__="<q>", parts={"json": unanswered})
+    broken = replace(raw, __key__="<kbd>", parts={"json": b'{"messages": [{"role": "<u>"}], "<s>": 0}'})
+    reader = Reader()
+    reader.feed(
+        page([look(dataset, processing, one) for one in (raw, dropped, broken)], {"<em>": "<p>"}, 9, True)
+    )
+    assert not {"script", "q", "kbd", "u", "s", "em", "p"} & reader.tags
+    for text in (NASTY, "<q>", "<kbd>", "has the role '<u>'", '"<s>": 0', "<em>", "<p>"):
+        assert text in reader.text
+
+
 def test_the_page_lists_ids_on_request(data: Path, processing: Processing) -> None:
     dataset = PreparedDataset.open(str(data))
     views = [look(dataset, processing, raw) for raw in dataset.pick([0, 4])]
