@@ -81,7 +81,7 @@ def build_llava(
     tokens. The text model's own chat template stays if it places images, otherwise one in ``lang`` takes
     its place.
 
-    Memory: one embedding, and what waits to be written.
+    Memory: two embeddings at most, and what waits to be written.
 
     Args:
         save_dir: the folder to make; must not hold anything unless ``force``.
