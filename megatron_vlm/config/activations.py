@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional, Tuple
 
 from megatron_vlm.config.model import LanguageConfig, ModelConfig, padded_vocab_size
-from megatron_vlm.config.parameters import EMBEDDING, OUTPUT_LAYER, ROUTER, expert_weight
+from megatron_vlm.config.parameters import EMBEDDING, OUTPUT_LAYER, PROJECTOR_NORM, ROUTER, expert_weight
 from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 
 LOSS_CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits exist at once: CHUNK of models/loss.py
@@ -365,6 +365,9 @@ def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) ->
     middle = 0 if linear else out // shape.tp
     flows_out = flows or trained or second
     kept = features * trained + middle * ((flows or trained) + second)
+    if model.projector.norm_epsilon is not None:  # what it normalises
+        flows = flows or trains(PROJECTOR_NORM)
+        kept += features * flows + middle * (not trained and flows)
     packed = 2 * out * (model.anyres is not None)  # tiles' features put together as images
     peak = kept + features + 2 * middle + 2 * out + packed
     return Block(kept * flows_out, peak, (kept + 2 * out + 2 * middle) * flows_out, peak), flows_out

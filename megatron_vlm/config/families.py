@@ -150,7 +150,10 @@ LLAVA_FAMILIES: Dict[str, Dict[str, Any]] = {
         "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
         "vision_aspect_ratio": "anyres_max_9",
     },
+    "vipllava": {**_LLAVA, "vision_feature_layer": [-2, -5, -8, -11, 6], "projector_layernorm_eps": 1e-5},
 }
+# What VipLlava does whatever config.json says.
+_VIPLLAVA: Dict[str, Any] = {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 _SCALED_NORM = "its norms multiply by 1 + weight and its embeddings are scaled"
@@ -248,6 +251,26 @@ def check_text(text: Mapping[str, Any], where: str = "config.json: text_config."
 def check_tower(vision: Mapping[str, Any], where: str = "config.json: vision_config.") -> None:
     """As :func:`check_text`, of a tower."""
     _check_type(where, vision.get("model_type", "clip_vision_model"), TOWERS, _REFUSED_TOWERS)
+
+
+def llava_config(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """A whole model's config, with what its ``model_type`` assumes where a key is left out.
+
+    Raises:
+        ValueError: the type is not supported.
+    """
+    kind = config.get("model_type")
+    if kind not in LLAVA_FAMILIES:
+        raise ValueError(
+            f"config.json: model_type is {kind!r}; supported: {_quoted(LLAVA_FAMILIES)} (build one with "
+            "scripts/convert/build_llava_jp.py)"
+        )
+    given = {key: value for key, value in config.items() if value not in (None, {})}
+    if kind == "vipllava":
+        if "vision_feature_layers" in given:  # as older releases wrote it
+            given["vision_feature_layer"] = given["vision_feature_layers"]
+        given.update(_VIPLLAVA)
+    return {**LLAVA_FAMILIES[kind], **given}
 
 
 def check_keys(config: Mapping[str, Any], where: str = "config.json: ") -> None:

@@ -163,6 +163,8 @@ def _projector(model: ModelConfig, work: Work) -> Iterator[_Step]:
     features = work.tiles * model.tile_tokens
     projector, hidden = model.projector, model.language.hidden_size
     prefix = "vision_projection.encoder"
+    if projector.norm_epsilon is not None:
+        yield [[("vision_projection.norm.weight", 0)]]
     if projector.kind == "linear":
         yield [[(f"{prefix}.weight", 2 * features * projector.input_size * hidden)]]
     else:

@@ -14,13 +14,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from megatron_vlm.config.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
 from megatron_vlm.config.families import (
-    LLAVA_FAMILIES,
     TOWERS,
     TextFamily,
     check_keys,
     check_rope_type,
     check_text,
     check_tower,
+    llava_config,
 )
 from megatron_vlm.config.lora import LoRAConfig
 
@@ -73,6 +73,7 @@ class ProjectorConfig:
     input_size: int
     activation: str
     bias: bool
+    norm_epsilon: Optional[float] = None  # of a LayerNorm before it, as ViP-LLaVA has it; None: there is none
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class LanguageConfig:
 class ModelConfig:
     """A LLaVA model: tower, projector, language model, and how they are joined.
 
-    Source: transformers ``LlavaConfig`` and ``LlavaForConditionalGeneration``, and those of LLaVA-NeXT and
-    LLaVA-OneVision.
+    Source: transformers ``LlavaConfig`` and ``LlavaForConditionalGeneration``, and those of LLaVA-NeXT,
+    LLaVA-OneVision and ViP-LLaVA.
     """
 
     vision: VisionConfig
@@ -208,16 +209,9 @@ class ModelConfig:
             ValueError: the model is of a kind that is not supported; the message names the key,
                 its value, and what is supported.
         """
-        model_type = config.get("model_type")
-        if model_type not in LLAVA_FAMILIES:
-            supported = ", ".join(map(repr, LLAVA_FAMILIES))
-            raise ValueError(
-                f"config.json: model_type is {model_type!r}; supported: {supported} "
-                "(build one with scripts/convert/build_llava_jp.py)"
-            )
+        config = llava_config(config)
         check_keys(config)
-        given = {key: value for key, value in config.items() if value not in (None, {})}
-        config = {**LLAVA_FAMILIES[model_type], **given}
+        model_type = config["model_type"]
         vision = _vision_config(config["vision_config"])
         language = _language_config(config["text_config"], config)
         layer = config["vision_feature_layer"]
@@ -267,6 +261,7 @@ class ModelConfig:
                 input_size=vision.hidden_size * len(layers),
                 activation=activation,
                 bias=config.get("multimodal_projector_bias", True),
+                norm_epsilon=config["projector_layernorm_eps"] if model_type == "vipllava" else None,
             ),
             language=language,
             image_token_id=image_token_id,

@@ -14,6 +14,7 @@ from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"
 OUTPUT_LAYER = f"{LANGUAGE}output_layer.weight"
 IMAGE_NEWLINE = f"{PROJECTOR}image_newline"
+PROJECTOR_NORM = f"{PROJECTOR}norm.weight"
 ROUTER = "mlp.router.weight"  # in a layer
 
 
@@ -100,6 +101,9 @@ def _projector(model: ModelConfig, tp: int) -> Iterator[Parameter]:
     projector, hidden = model.projector, model.language.hidden_size
     if model.anyres is not None:
         yield Parameter(IMAGE_NEWLINE, hidden)
+    if projector.norm_epsilon is not None:
+        yield Parameter(PROJECTOR_NORM, projector.input_size)
+        yield Parameter(f"{PROJECTOR}norm.bias", projector.input_size)
     prefix = f"{PROJECTOR}encoder"
     first = prefix if projector.kind == "linear" else f"{prefix}.linear_fc1"
     yield Parameter(f"{first}.weight", projector.input_size * hidden // tp)

@@ -5,7 +5,7 @@ strictly. A rank numbers its layers from 0 on; with interleaved stages its chunk
 and so on; with tied embeddings and more than one stage, the last one has a copy of the embedding as its
 output layer. Both of upstream's layer specs are known: Transformer Engine fuses a norm with the
 linear layer behind it, the local spec has modules of their own. What upstream's model has no place for,
-``image_newline``, stands in the file beside the model, under :data:`BESIDE`.
+``image_newline`` and ViP-LLaVA's norm, stands in the file beside the model, under :data:`BESIDE`.
 
 Source: Megatron-LM ``megatron/training/checkpointing.py`` (``get_checkpoint_name``, ``generate_state_dict``)
 and megatron-core ``models/multimodal/llava_model.py``.
@@ -44,7 +44,11 @@ _LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # TEGroupedMLP's
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"
-_NOT_IN_LLAVA_MODEL = ("vision_projection.image_newline",)
+_NOT_IN_LLAVA_MODEL = (
+    "vision_projection.image_newline",
+    "vision_projection.norm.weight",
+    "vision_projection.norm.bias",
+)
 _TE_TO_LOCAL = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

@@ -126,7 +126,7 @@ def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, 
     entries = [
         *VISION_TABLES[model.vision.family](model.vision, model.num_vision_layers_run),
         *PROJECTOR_TABLES[model.projector.kind](model.projector, model.language.hidden_size),
-        *newline_table(model),
+        *projector_extras_table(model),
         *decoder_table(model.language, padded_vocab_size),
     ]
 
@@ -213,8 +213,12 @@ def linear_table(c: ProjectorConfig, hidden_size: int) -> Entries:
     yield Carry(tuple(identity), "the identity", check=_check_identity)
 
 
-def newline_table(model: ModelConfig) -> Entries:
-    """The vector behind each row of features, where images are cut into tiles."""
+def projector_extras_table(model: ModelConfig) -> Entries:
+    """The vector behind each row of features, where images are cut into tiles, and ViP-LLaVA's norm."""
+    if model.projector.norm_epsilon is not None:
+        for name in ("weight", "bias"):
+            norm = (f"{{projector}}projector_layernorm.{name}", (model.projector.input_size,))
+            yield Row(f"vision_projection.norm.{name}", (norm,))
     if model.anyres is not None:
         yield Row("vision_projection.image_newline", (("{newline}", (model.language.hidden_size,)),))
 

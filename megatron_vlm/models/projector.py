@@ -17,9 +17,9 @@ from megatron_vlm.models.tiles import FeatureIndex
 class Projector(MegatronModule):
     """``linear`` or ``mlp2x_gelu``, as LLaVA names them; with ``image_newline`` where images are cut.
 
-    Equals transformers' ``LlavaMultiModalProjector``. Parameters are named as in megatron-core's
-    ``MultimodalProjector``, which can't be used for ``linear``: with tensor parallelism it adds one
-    shard of the bias to the gathered output.
+    Equals transformers' ``LlavaMultiModalProjector`` and, with a norm, ``VipLlavaMultiModalProjector``.
+    Parameters are named as in megatron-core's ``MultimodalProjector``, which can't be used for ``linear``:
+    with tensor parallelism it adds one shard of the bias to the gathered output.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
@@ -28,6 +28,11 @@ class Projector(MegatronModule):
         if model.anyres is not None:
             newline = torch.zeros(config.hidden_size, dtype=config.params_dtype)
             self.image_newline = torch.nn.Parameter(newline)
+        self.norm: torch.nn.Module = torch.nn.Identity()
+        if projector.norm_epsilon is not None:
+            self.norm = torch.nn.LayerNorm(
+                projector.input_size, projector.norm_epsilon, dtype=config.params_dtype
+            )
         if projector.kind == "linear":
             self.encoder = ColumnParallelLinear(
                 projector.input_size,
@@ -52,6 +57,6 @@ class Projector(MegatronModule):
         Returns:
             ``[features, language hidden_size]``.
         """
-        output, bias = self.encoder(features)
+        output, bias = self.encoder(self.norm(features))
         output = output if bias is None else output + bias
         return output.flatten(0, 1) if index is None else index.gather(output, self.image_newline)
