@@ -148,6 +148,16 @@ def test_a_7b_model() -> None:
     assert flops.total == 6 * products * 2048 + attention
 
 
+def test_mixtral_8x7b() -> None:
+    """Operations of two experts of the eight, and of the router."""
+    text = {"model_type": "mixtral"}
+    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
+    flops = training_flops(model, Work(2048, 2048, causal_pairs([2048]), 0), lambda name: True)
+    of_layer = 2 * 4096**2 + 2 * 4096 * 1024 + 8 * 4096 + 2 * 3 * 4096 * 14336
+    attention = 32 * 3 * 2 * 4096 * 2048 * 2049
+    assert flops.total == 6 * (32 * of_layer + 32000 * 4096) * 2048 + attention
+
+
 @pytest.mark.parametrize(
     ("device", "peak"),
     [

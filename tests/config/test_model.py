@@ -119,7 +119,7 @@ def test_the_manifest_holds_all_of_it(family: str) -> None:
 
 def test_a_manifest_of_an_older_release() -> None:
     values = read({"model_type": "llama"}).to_dict()
-    for key in ("qk_norm", "rope_scaling", "sliding_window"):
+    for key in ("qk_norm", "rope_scaling", "sliding_window", "num_experts", "experts_per_token"):
         del values["language"][key]
     assert ModelConfig.from_dict(values) == read({"model_type": "llama"})
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 
 from megatron_vlm import parallel
 from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.model import ModelConfig, padded_vocab_size
 from megatron_vlm.config.parameters import stage_parameters
+from megatron_vlm.config.train_modules import LANGUAGE
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import named_parameters, saved_name, sharded_weights
 from tests.distributed import Pool
@@ -45,3 +48,18 @@ def test_they_are_those_of_the_model(pool: Pool, family: str, with_adapters: boo
         ]
         for rank, chunks in pool.run(sizes.world, built, model, sizes, layers):
             assert chunks == expected[rank :: sizes.pp]
+
+
+def test_mixtral_8x7b() -> None:
+    """All experts are stored: 46.7 billion parameters, on one rank and on eight together."""
+    with torch.device("meta"):
+        theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig()).num_parameters()
+    text = {"model_type": "mixtral"}
+    model = ModelConfig.from_hf({"model_type": "llava", "text_config": text, "image_token_index": 7})
+    for tp in (1, 8):
+        (stage,) = stage_parameters(model, tp, [32])
+        own = [p for p in stage if p.name.startswith(LANGUAGE)]
+        whole = sum(p.size for p in own if "norm" in p.name or "router" in p.name)
+        padding = padded_vocab_size(32000, tp) - 32000
+        sizes = tp * sum(p.size for p in own) - (tp - 1) * whole - 2 * padding * 4096
+        assert sizes == theirs == 46_702_792_704

@@ -47,7 +47,6 @@ MATRIX += [
 ]
 CASES["stage 2, experts"] = ("experts", ["--stage", "2"])
 MATRIX += [
-    ("stage 2, experts", Layout(tp=2, pp=2, sequence_parallel=True)),
     ("stage 2, experts", Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True)),
     ("stage 2, experts", Layout(pp=2, dp=2, distributed_optimizer=True)),
 ]
