@@ -62,8 +62,9 @@ class Shape:
     """What the model is run on, and how.
 
     Attributes:
-        batch: samples of a micro batch, an image each; the largest, where they are cut.
-        sequence: tokens of each, those of the image included.
+        batch: rows of a micro batch: samples, or 1 where they are packed.
+        sequence: tokens of each, those of the images included.
+        images: of a micro batch; the largest, where they are cut.
         element: bytes of a weight, and of an activation.
         device: "cuda" or "cpu"; on a GPU norms and SwiGLU keep their inputs only.
         fused_norm: Transformer Engine's linears, with the norm inside.
@@ -73,6 +74,7 @@ class Shape:
 
     batch: int
     sequence: int
+    images: int
     tp: int
     sequence_parallel: bool
     element: int
@@ -321,7 +323,7 @@ def _rms_norm(shape: Shape, hidden: int, trained: bool) -> int:
 
 def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Block], bool]:
     vision, a = model.vision, shape.element
-    n = shape.batch * model.image_tiles * vision.sequence_length
+    n = shape.images * model.image_tiles * vision.sequence_length
     hidden, ffn = vision.hidden_size, vision.ffn_hidden_size // shape.tp
     stream, inner = n * hidden * a, n * hidden // shape.tp * a
     heads = n * vision.num_attention_heads // shape.tp * _FP32
@@ -355,7 +357,7 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
 
 def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Tuple[Block, bool]:
     a, hidden = shape.element, model.language.hidden_size
-    tiles = shape.batch * model.image_tiles
+    tiles = shape.images * model.image_tiles
     positions, n = tiles * model.vision.sequence_length, tiles * model.tile_tokens
     features, out = positions * model.projector.input_size * a, n * hidden * a
     linear = model.projector.kind == "linear"

@@ -63,6 +63,9 @@ def estimate(
 ) -> List[StageMemory]:
     """Memory of each pipeline rank, for samples of the largest image and text that fill ``--seq-length``.
 
+    With ``--packing`` the tower is taken to have as many images as fit into the sequences, the output layer
+    to have one image's tokens less than all.
+
     Args:
         device: "cuda" or "cpu"; None for what ``--device`` says, and "cuda" if it says nothing.
 
@@ -111,9 +114,15 @@ def _shape(config: RunConfig, model: ModelConfig, device: str) -> Shape:
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
     impl = config.parallel.transformer_impl or ("transformer_engine" if device == "cuda" else "local")
     multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
+    rows, length = config.training.micro_batch_size, config.data.seq_length
+    images = rows
+    if config.data.packing:
+        images = rows * max(1, length // model.image_tokens)  # as many as there can be
+        rows, length = 1, rows * length
     return Shape(
-        batch=config.training.micro_batch_size,
-        sequence=-(-config.data.seq_length // multiple) * multiple,
+        batch=rows,
+        sequence=-(-length // multiple) * multiple,
+        images=images,
         tp=config.parallel.tp,
         sequence_parallel=config.parallel.sequence_parallel,
         element=2 if precision == "bf16" else _FP32,
@@ -141,7 +150,7 @@ def _inputs(model: ModelConfig, shape: Shape, microbatches: int, first: bool) ->
     tile = vision.num_channels * vision.image_size**2 * shape.element
     index = (2 + (model.anyres is not None)) * 8 * model.image_tokens
     pixels = model.image_tiles * tile + index
-    return microbatches * (shape.tokens * (8 + 8 + 1) + shape.batch * pixels * first)
+    return microbatches * (shape.tokens * (8 + 8 + 1) + shape.images * pixels * first)
 
 
 def _buffers(model: ModelConfig, shape: Shape) -> int:

@@ -38,6 +38,29 @@ def test_every_category_is_right(case: Case, measured: dict[str, list[Measured]]
             ), (found, predicted[found.rank])
 
 
+def test_packed_sequences() -> None:
+    """One row of all sequences, and as many images as fit: the tower takes more, the text no more."""
+    model = MODELS["Vicuna 7B"]
+    flags = [
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "4",
+        "--seq-length",
+        "2048",
+        "--train-iters",
+        "1",
+    ]
+    padded, packed = (
+        estimate(RunConfig.from_flags([*flags, *more, "--pp", "2"]), model, world_size=2)
+        for more in ([], ["--packing"])
+    )
+    tiles = 2 * (2048 // 576) - 2  # images more than 2, in bfloat16
+    assert packed[0].activations - padded[0].activations >= 2 * tiles * 3 * 336**2 * 2
+    assert packed[1].activations == pytest.approx(padded[1].activations, rel=0.01)
+    assert packed[0].weights == padded[0].weights
+
+
 def test_the_runs_are_large_and_differ(measured: dict[str, list[Measured]]) -> None:
     peaks = [
         max(sum(getattr(one, category) for category in CATEGORIES) for one in ranks)

@@ -201,6 +201,8 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--lr", "-1"], ["--lr", "0 or more"]),
         (["--gpus", "0"], ["--gpus 0", "-1 for all"]),
         (["--stage", "3"], ["--stage", "3"]),
+        (["--packing", "--group-by-length"], ["--group-by-length", "--packing", "drop one"]),
+        (["--packing-buffer-size", "0"], ["--packing-buffer-size 0", "above 0"]),
         (["--stage", "1", "--no-freeze-lm"], ["--no-freeze-lm", "--stage 1"]),
         (["--backend", "mpi"], ["--backend mpi", "nccl", "gloo"]),
         (["--backend", "nccl", "--device", "cpu"], ["--backend nccl", "--device cpu"]),
@@ -448,6 +450,18 @@ def test_rules_that_need_the_model() -> None:
 
 
 INIT = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--init"]
+
+
+def test_packing_needs_to_know_how_long() -> None:
+    """For a pass over the samples it would have to pack them first."""
+    flags = ["--packing", "--data-path", "d", "--megatron-load-dir", "e", "--save-dir", "s", "--name", "n"]
+    for config in (
+        RunConfig.from_flags([*flags, "--train-samples", "1000"]),
+        RunConfig.from_flags(flags).for_one_epoch(1000),
+    ):
+        with pytest.raises(ValueError, match="--packing needs --train-iters"):
+            config.validate(1)
+    RunConfig.from_flags([*flags, "--train-iters", "5"]).validate(1)
 
 
 @pytest.mark.parametrize(
