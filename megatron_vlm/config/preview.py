@@ -14,6 +14,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 from megatron_vlm.config.checks import not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
 from megatron_vlm.config.headings import GROUPS
+from megatron_vlm.config.mixture import data_folders, is_mixture
 from megatron_vlm.config.run import SECTIONS, RunConfig
 
 PREVIEW = "What is shown"
@@ -75,8 +76,10 @@ class PreviewConfig:
     def paths(self) -> List[str]:
         """Files and folders that are read or written."""
         run = self.run
+        data = run.data.data_path
         named = (
-            run.data.data_path,
+            data,
+            *(data_folders(data) if data is not None and is_mixture(data) else ()),
             run.model.tokenizer_load_dir,
             run.model.megatron_load_dir,
             run.model.base,

@@ -197,7 +197,9 @@ class ParallelSection:
 class DataSection:
     """What the model is trained on."""
 
-    data_path: Optional[str] = flag(DATA, None, "dataset folder on which `energon prepare` was run")
+    data_path: Optional[str] = flag(
+        DATA, None, "dataset folder on which `energon prepare` was run, or a mixture of several: a .yaml file"
+    )
     seq_length: int = flag(DATA, 1024, "longest sequence in tokens, those of the images included")
     overlong: str = flag(
         DATA,

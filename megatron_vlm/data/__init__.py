@@ -7,6 +7,7 @@ chat_templates.py  the built-in templates, system prompts and questions for capt
 images.py          image bytes to uint8 pixels, as the folder's own image processor makes them
 processing.py      both together: one raw sample to ids, labels and pixels
 dataset.py         folders that `energon prepare` has prepared, checked when opened
+mixture.py         one such folder, or several by weights or epochs
 encoder.py         energon's task encoder: what happens to samples that can't be used, counts
 batch.py           the microbatch, padding, a look at what the model sees
 loader.py          worker processes, data order over data-parallel ranks, exact resume

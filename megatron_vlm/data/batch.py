@@ -24,6 +24,7 @@ class Sample:
     pixels: List[Tensor]  # one uint8 [c, H, W] per tile, image by image in the order of their placeholders
     truncated: bool = False
     image_sizes: List[Size] = field(default_factory=list)  # one per image: how it is cut, if it is
+    source: int = 0  # index of its dataset in the mixture
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Microbatch:
             ``(pixels * rescale - mean) / std``, see :class:`~megatron_vlm.data.images.ImageTransform`.
         image_sizes: int64 ``[images, 2]``; see :meth:`~megatron_vlm.data.images.ImageTransform.sizes`.
         keys: the samples' names, for messages.
+        sources: of each sample, the index of its dataset in the mixture.
         counts: samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on the way from the same
             worker's previous microbatch to this one.
         worker: global id of the loader worker that made it.
@@ -53,6 +55,7 @@ class Microbatch:
     keys: List[str]
     counts: Dict[str, int] = field(default_factory=dict)
     worker: int = 0
+    sources: List[int] = field(default_factory=list)
     packed: bool = False
 
     def pin_memory(self) -> Microbatch:
@@ -86,6 +89,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[
         pixels=torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8),
         image_sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         keys=[sample.key for sample in samples],
+        sources=[sample.source for sample in samples],
     )
 
 
@@ -102,6 +106,7 @@ def collate_packed(samples: Sequence[Sample], pad_token_id: int, image_shape: Se
         collate([row], pad_token_id, image_shape),
         lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
         keys=[sample.key for sample in samples],
+        sources=[sample.source for sample in samples],
         packed=True,
     )
 
@@ -117,7 +122,7 @@ def fill_up(
     """
     if microbatch is None:
         blank = Sample(key="", input_ids=[pad_token_id], labels=[IGNORE_INDEX], pixels=[])
-        return replace(collate([blank] * rows, pad_token_id, image_shape), keys=[])
+        return replace(collate([blank] * rows, pad_token_id, image_shape), keys=[], sources=[])
     missing = rows - len(microbatch.input_ids)
     return replace(
         microbatch,

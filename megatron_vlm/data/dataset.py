@@ -100,6 +100,12 @@ class PreparedDataset:
         digest = hashlib.sha256(repr((uuid, split, shards)).encode()).hexdigest()
         return cls(path, split, shards, read_field_map(path), digest[:16])
 
+    @staticmethod
+    def lacks(path: str, split: str) -> bool:
+        """Whether a folder is prepared and has no samples in a split."""
+        prepared = os.path.isfile(os.path.join(path, ".nv-meta", ".info.json"))
+        return prepared and not _split_shards(path, split)
+
     def load(self, worker_config: WorkerConfig, **kwargs: Any) -> LoadedDataset:
         """The split for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
 
@@ -108,7 +114,7 @@ class PreparedDataset:
         """
         known = {name: access for name, access in (self.field_map or {}).items() if name in FIELD_MAP}
         names = {option[0] for access in known.values() for option in _options(access)}
-        dataset = CrudeWebdataset(
+        dataset = _Crude(
             EPath(self.path),
             split_part=self.split,
             training=self.split == "train",
@@ -155,6 +161,15 @@ class PreparedDataset:
             if isinstance(loaded, dict) and "messages" in loaded:
                 return read_conversation(loaded, parts)
         return _read_question(sample, self.field_map or FIELD_MAP)
+
+
+class _Crude(CrudeWebdataset):
+    """energon's, with the length of its subset: what a blend takes for the dataset's share."""
+
+    def __len__(self) -> int:
+        total = super().__len__()
+        start, end = self.subset.compute_subset(total) if self.subset is not None else (0, total)
+        return int(end - start)
 
 
 @stateless

@@ -14,7 +14,8 @@ from megatron.energon.errors import FatalSampleError
 from PIL import Image
 
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
-from megatron_vlm.data.dataset import RAW_COOKER, PreparedDataset, RawSample
+from megatron_vlm.data.dataset import RAW_COOKER, RawSample
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.templates import SampleError
@@ -42,8 +43,8 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
     No method draws from a global random generator, so that the loader's state needs none of their states.
 
     Args:
-        dataset: reads a raw sample's fields.
-        processing: encodes them.
+        mixture: reads a raw sample's fields, and says how its dataset's samples are encoded.
+        processing: how they are, where it doesn't say.
         max_corrupt_rate: share of unreadable samples above which the run stops, 0 to 1.
         grouping: which samples of a buffer come together; None for those that follow each other.
     """
@@ -53,12 +54,13 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
 
     def __init__(
         self,
-        dataset: PreparedDataset,
+        mixture: Mixture,
         processing: Processing,
         max_corrupt_rate: float,
         grouping: Packing | LengthGroups | None = None,
     ) -> None:
-        self._dataset = dataset
+        self._mixture = mixture
+        self._processings = mixture.processings(processing)
         self._processing = processing
         self._max_corrupt_rate = max_corrupt_rate
         self._grouping = grouping
@@ -75,10 +77,12 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
             FatalSampleError: too many can't.
         """
         self._totals["seen"] += 1
+        source = self._mixture.source_of(sample)
         with self._usable(sample, "tokenizing"):
-            turns, encoded = self._dataset.read(sample)
+            turns, encoded = self._mixture.sources[source].dataset.read(sample)
             images = self._processing.images.open(encoded)
-            tokenized = self._processing.tokenize(sample.__key__, turns, images)
+            tokenized = self._processings[source].tokenize(sample.__key__, turns, images)
+        tokenized.source = source
         return Tokenized.derive_from(sample, sample=tokenized, images=images)
 
     @stateless

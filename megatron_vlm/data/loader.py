@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
 import torch
 from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig
 from megatron.energon.errors import FatalSampleError, reraise_exception
-from megatron.energon.flavors.webdataset.structs import DatasetSubset
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
 
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.encoder import STOPPED, VisionLanguageEncoder
+from megatron_vlm.data.mixture import Mixture, mixture_change
 from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.state import from_json, to_json
@@ -51,7 +51,7 @@ class TrainLoader(Iterator[Microbatch]):
     """An endless stream of microbatches for one data-parallel rank.
 
     Args:
-        dataset: the training split.
+        dataset: the training split, of one folder or of a mixture.
         processing: encodes samples.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         data_workers: N, loader workers over all ranks; a multiple of ``dp_size``.
@@ -69,7 +69,7 @@ class TrainLoader(Iterator[Microbatch]):
 
     def __init__(
         self,
-        dataset: PreparedDataset,
+        dataset: PreparedDataset | Mixture,
         processing: Processing,
         *,
         dp_rank: int,
@@ -87,16 +87,14 @@ class TrainLoader(Iterator[Microbatch]):
                 f"--data-workers {data_workers} can't be shared by {dp_size} data-parallel ranks; "
                 f"try {max(1, data_workers // dp_size) * dp_size}"
             )
-        if dataset.num_samples < data_workers:
-            raise ValueError(
-                f"--data-path {dataset.path}: {dataset.num_samples} samples in the {dataset.split} split are "
-                f"fewer than --data-workers {data_workers}; use fewer workers or more data"
-            )
+        mixture = dataset if isinstance(dataset, Mixture) else Mixture.of(dataset)
+        mixture.check_shares(data_workers)
         per_rank = data_workers // dp_size
         self._worker_ids = range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
         # What must be the same for a saved state to mean the same samples.
         self._identity: Dict[str, Any] = {
-            "data": dataset.fingerprint,
+            "data": mixture.fingerprint,
+            "mixture": mixture.description,
             "data_workers": data_workers,
             "micro_batch_size": micro_batch_size,
             "shuffle_buffer_size": shuffle_buffer_size,
@@ -109,11 +107,12 @@ class TrainLoader(Iterator[Microbatch]):
             seed_offset=seed,
             global_error_handler=reraise_exception,  # what is not foreseen stops the run, and is not skipped
         )
-        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate, grouping)
-        share = dataset.num_samples // data_workers  # a buffer that is larger would mix a worker's epochs
+        encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate, grouping)
+        share = mixture.num_samples // data_workers  # a buffer that is larger would mix a worker's epochs
         self._loader = _Loader(
             encoder.build_train_datasets(
-                datasets=[dataset.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE)],
+                datasets=mixture.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE),
+                blend_mode=mixture.blend_mode,
                 worker_config=worker_config,
                 batch_size=1 if isinstance(grouping, LengthGroups) else micro_batch_size,
                 shuffle_buffer_size=min(shuffle_buffer_size, share),
@@ -229,6 +228,12 @@ class TrainLoader(Iterator[Microbatch]):
                 f"the data loader's state was saved with {before or _NO_GROUPING}, and this run has "
                 f"{now or _NO_GROUPING}; go on as it was, or start a new run"
             )
+        changed = mixture_change(saved.get("mixture", {}), self._identity["mixture"])
+        if changed:
+            raise ValueError(
+                f"the mixture changed since the checkpoint: {changed}; go on with the old one, or start a "
+                "new run from the checkpoint's weights"
+            )
         if saved["data"] != self._identity["data"]:
             raise ValueError(
                 "the training data changed since the checkpoint (other shards, or prepared again); go on "
@@ -240,13 +245,13 @@ def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, 
     """The training loader of one data-parallel rank, as the run's flags say.
 
     Raises:
-        ValueError: as :meth:`PreparedDataset.open`, ``RunConfig.data_workers`` and :class:`TrainLoader`.
+        ValueError: as :meth:`Mixture.open`, ``RunConfig.data_workers`` and :class:`TrainLoader`.
     """
     if config.data.data_path is None:
-        raise ValueError("no training data: give --data-path, a folder prepared by energon")
+        raise ValueError("no training data: give --data-path, a folder prepared by energon, or a mixture")
     workers = config.data_workers(dp_size * config.parallel.tp * config.parallel.pp)
     return TrainLoader(
-        PreparedDataset.open(config.data.data_path, "train"),
+        Mixture.open(config.data.data_path, "train"),
         processing,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -277,17 +282,18 @@ class ValidationLoader:
     by one worker of its own, which draws nothing from this process's random generators.
 
     Args:
-        dataset: usually ``PreparedDataset.open(path, "val")``.
+        dataset: usually ``Mixture.open(path, "val")``.
         processing: encodes samples.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         micro_batch_size: samples per microbatch; the last one of a pass may have fewer.
-        max_samples: samples of the split that are used, over all ranks; None for all.
+        max_samples: samples of the split that are used, over all ranks; None for all. The datasets of a
+            mixture share them by their sizes.
         timeout: seconds to wait for a microbatch.
     """
 
     def __init__(
         self,
-        dataset: PreparedDataset,
+        dataset: PreparedDataset | Mixture,
         processing: Processing,
         *,
         dp_rank: int,
@@ -302,11 +308,11 @@ class ValidationLoader:
         worker_config = WorkerConfig(
             rank=dp_rank, world_size=dp_size, num_workers=1, global_error_handler=reraise_exception
         )
-        encoder = VisionLanguageEncoder(dataset, processing, max_corrupt_rate=1.0)
-        subset = DatasetSubset(absolute_range=(0, self.num_samples))
+        mixture = dataset if isinstance(dataset, Mixture) else Mixture.of(dataset)
+        encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate=1.0)
         self._loader = _Loader(
             encoder.build_val_datasets(
-                datasets=[dataset.load(worker_config, subset=subset)],
+                datasets=mixture.load(worker_config, mixture.first_samples(self.num_samples)),
                 worker_config=worker_config,
                 batch_size=micro_batch_size,
             ),

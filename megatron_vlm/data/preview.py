@@ -23,6 +23,7 @@ from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
+from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError, Turn
 
@@ -102,10 +103,14 @@ def show(config: PreviewConfig) -> int:
         raise ValueError("--data-path is missing: a folder prepared by energon")
     model, hf_dir = _model(config.run)
     processing = build_processing(config.run, model, hf_dir)
-    dataset = PreparedDataset.open(config.run.data.data_path, config.preview.split)
-    chosen = _chosen(dataset, config.preview, config.run.training.seed)
-    views = [look(dataset, processing, raw) for raw in dataset.pick(chosen)]
-    about = _about(config.run, processing, views)
+    mixture = Mixture.open(config.run.data.data_path, config.preview.split)
+    processings = mixture.processings(processing)
+    views = []
+    for number, raw in _chosen(mixture, config.preview, config.run.training.seed):
+        source = mixture.sources[number]
+        view = look(source.dataset, processings[number], raw)
+        views.append(dataclasses.replace(view, shard=os.path.join(source.name, view.shard)))
+    about = _about(config.run, processings, views)
     if config.preview.html is not None:
         _write(Path(config.preview.html), page(views, about, config.run.data.seq_length, config.preview.ids))
         print(f"{config.preview.html}: {about['samples']}", file=sys.stderr)
@@ -307,17 +312,34 @@ def _pictures(processing: Processing, sample: Sample, images: Sequence[bytes]) -
     return pictures
 
 
-def _chosen(dataset: PreparedDataset, choice: PreviewSection, seed: int) -> Sequence[int] | Sequence[str]:
-    """Names of samples, or their numbers in the split."""
-    if choice.keys:
-        return choice.keys
-    numbers = list(range(dataset.num_samples))
-    if choice.shuffle:
-        random.Random(seed).shuffle(numbers)
-    chosen = numbers[choice.skip : choice.skip + choice.samples]
-    if not chosen:
-        raise ValueError(f"--skip {choice.skip}: the {choice.split} split has {dataset.num_samples} samples")
-    return chosen
+def _chosen(mixture: Mixture, choice: PreviewSection, seed: int) -> Iterator[tuple[int, RawSample]]:
+    """Samples, of each dataset as many as the flags say, and the dataset's number."""
+    for key in choice.keys:
+        found = [
+            (number, raw) for number, source in enumerate(mixture.sources) for raw in _named(source, key)
+        ]
+        if not found:
+            raise ValueError(f"--data-path {mixture.path}: there is no sample {key}")
+        yield from found
+    for number, source in enumerate(mixture.sources) if not choice.keys else ():
+        numbers = list(range(source.start, source.end))
+        if choice.shuffle:
+            random.Random(seed).shuffle(numbers)
+        chosen = numbers[choice.skip : choice.skip + choice.samples]
+        if not chosen:
+            where = f" of {source.name}" if source.name else ""
+            raise ValueError(
+                f"--skip {choice.skip}: the {choice.split} split{where} has {source.num_samples} samples"
+            )
+        for raw in source.dataset.pick(chosen):
+            yield number, raw
+
+
+def _named(source: Source, key: str) -> Sequence[RawSample]:
+    try:
+        return list(source.dataset.pick([key]))
+    except ValueError:
+        return ()
 
 
 def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
@@ -332,7 +354,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
     return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir), None
 
 
-def _about(config: RunConfig, processing: Processing, views: Sequence[View]) -> dict[str, str]:
+def _about(config: RunConfig, processings: Sequence[Processing], views: Sequence[View]) -> dict[str, str]:
     """What was looked at, and what came of it; one line each."""
     states = Counter(view.state for view in views)
     used = [view for view in views if view.sample is not None]
@@ -344,8 +366,8 @@ def _about(config: RunConfig, processing: Processing, views: Sequence[View]) -> 
     return {
         "samples": f"{len(views)}: {', '.join(counts)}",
         "tokens": f"{tokens:,}: {trained:,} trained, {images:,} of images",
-        "template": processing.template.name,
-        "tokenizer": processing.tokenizer.name_or_path,
+        "template": ", ".join(dict.fromkeys(each.template.name for each in processings)),
+        "tokenizer": processings[0].tokenizer.name_or_path,
         "data": str(config.data.data_path),
         "--seq-length": f"{config.data.seq_length}",
     }

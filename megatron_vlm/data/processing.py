@@ -86,6 +86,27 @@ class Processing:
         """
         return replace(sample, pixels=self.images.tiles(images))
 
+    def varied(
+        self,
+        template: str | None = None,
+        lang: str | None = None,
+        mask_thinking: bool | None = None,
+        overlong: str | None = None,
+    ) -> Processing:
+        """The same, but for what is given.
+
+        Raises:
+            ValueError: as :class:`ChatTemplate`.
+        """
+        options = {"lang": lang, "mask_thinking": mask_thinking}
+        changed = {name: value for name, value in options.items() if value is not None}
+        return replace(
+            self,
+            template=self.template.varied(template, **changed) if template or changed else self.template,
+            lang=lang or self.lang,
+            overlong=overlong or self.overlong,
+        )
+
     def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:
         """Token ids that a model answers, as :meth:`encode` would have them before the answer.
 

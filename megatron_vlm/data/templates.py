@@ -92,6 +92,7 @@ class ChatTemplate:
         if problem:
             raise ValueError(problem)
         self.name = name
+        self._given = {"jinja": jinja, "lang": lang, "mask_thinking": mask_thinking}
         self._tokenizer = tokenizer
         self._jinja = jinja if name == "chat" else BUILTIN_TEMPLATES[name]
         self._image_token = image_token
@@ -103,6 +104,15 @@ class ChatTemplate:
         self.end_token_id: int | None = tokenizer.eos_token_id if self._append_eos else None
         if self._frame.end_token:
             self.end_token_id = tokenizer.convert_tokens_to_ids(self._frame.end_token)
+
+    def varied(self, name: str | None = None, **options: Any) -> ChatTemplate:
+        """Another template, or the same with other ``options`` of its own, for this tokenizer.
+
+        Raises:
+            ValueError: as the class.
+        """
+        name, options = name or self.name, {**self._given, **options}
+        return ChatTemplate(self._tokenizer, name, self._image_token, **options)
 
     def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
         """Token ids, one image token per image, and which of them are trained.

@@ -12,10 +12,28 @@ from megatron_vlm.config.dataset import (
     split_parts,
     split_samples,
 )
+from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 
 
 def dataset_problems(path: str) -> Iterator[str]:
-    """Why ``path`` is no prepared energon dataset with samples."""
+    """Why ``path`` is no prepared energon dataset with samples, or no mixture of such.
+
+    Raises:
+        ValueError: the mixture's file, or what ``energon prepare`` has written, is damaged.
+    """
+    if not is_mixture(path):
+        yield from _folder_problems(path)
+        return
+    for source in MixtureConfig.load(path).sources:
+        try:
+            problems = list(_folder_problems(source.path, needs_train=source.train))
+        except ValueError as error:
+            problems = [str(error)]
+        for problem in problems:
+            yield f"--data-path {path}: dataset {source.name}: " + problem.replace("--data-path ", "", 1)
+
+
+def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
     if not os.path.isdir(path):
         yield f"--data-path {path}: no such folder; give one on which `energon prepare` was run"
         return
@@ -28,7 +46,7 @@ def dataset_problems(path: str) -> Iterator[str]:
     counts = shard_counts(path)
     if not sum(counts.values()):
         yield f"--data-path {path}: its shards hold no samples"
-    elif split_samples(path) == 0:
+    elif needs_train and split_samples(path) == 0:
         yield (
             f"--data-path {path}: its train split is empty ({len(counts)} shards; energon splits by whole "
             f"shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
@@ -45,9 +63,17 @@ def dataset_problems(path: str) -> Iterator[str]:
 
 
 def held_out_problems(path: str) -> Iterator[str]:
-    """Why a prepared dataset has no samples for evaluations, as far as its split tells without YAML."""
-    parts = split_parts(path)
-    if parts is not None and not parts.get("val"):
+    """Why there are no samples for evaluations, as far as splits tell that can be read without YAML."""
+    if is_mixture(path):
+        parts = [split_parts(source.path) for source in MixtureConfig.load(path).of_split("val")]
+        if all(part is not None and not part.get("val") for part in parts):
+            yield (
+                f"--eval-interval needs held-out samples, and no dataset of --data-path {path} has a val "
+                "split with samples; leave it out, or prepare one with more shards"
+            )
+        return
+    own = split_parts(path)
+    if own is not None and not own.get("val"):
         yield (
             f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
             f"leave it out, or write more shards and prepare again: {prepare_command(path)}"

@@ -10,6 +10,7 @@ from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.launching import LaunchSection
+from megatron_vlm.config.mixture import data_folders, is_mixture
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.config.sections import ParallelSection
 from megatron_vlm.config.slurm import SlurmSection
@@ -355,6 +356,7 @@ def _inputs(config: RunConfig) -> List[str]:
     where = config.checkpoint
     paths = [
         config.data.data_path,
+        *_datasets(config),
         config.model.megatron_load_dir,
         config.model.tokenizer_load_dir,
         config.model.base,
@@ -363,6 +365,15 @@ def _inputs(config: RunConfig) -> List[str]:
         *_bases(config),
     ]
     return [path for path in paths if path]
+
+
+def _datasets(config: RunConfig) -> List[str]:
+    """The folders of a mixture."""
+    path = config.data.data_path or ""
+    try:
+        return data_folders(path) if is_mixture(path) else []
+    except ValueError:
+        return []  # the preflight tells what is wrong
 
 
 def _bases(config: RunConfig) -> List[str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, checkpoint_layers, read_manifest
-from megatron_vlm.config.dataset import shard_counts, split_samples
+from megatron_vlm.config.dataset import shard_counts
 from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
+from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture, one_pass
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import (
@@ -49,7 +50,8 @@ class Inspection:
             is none to be read.
         resumes: the last of them is the run's own.
         model: the architecture, with the adapters that the flags ask for.
-        train_samples: of the training split.
+        train_samples: of one pass over the training data.
+        mixture: a line for each of its datasets.
         memory: estimate for each pipeline rank.
         gpu_memory: of one GPU, in GiB.
         disk: one line: checkpoints to come, and the room for them.
@@ -64,6 +66,7 @@ class Inspection:
     resumes: bool = False
     model: Optional[ModelConfig] = None
     train_samples: Optional[int] = None
+    mixture: List[str] = field(default_factory=list)
     memory: Sequence[StageMemory] = ()
     gpu_memory: Optional[float] = None
     disk: str = ""
@@ -88,7 +91,15 @@ class Inspection:
             start = "from random weights (--init)"
         else:
             start = f"from {self.config.model.megatron_load_dir}"
-        return Facts(start, self.model, self.train_samples, tuple(self.memory), self.gpu_memory, self.disk)
+        return Facts(
+            start,
+            self.model,
+            self.train_samples,
+            self.mixture,
+            tuple(self.memory),
+            self.gpu_memory,
+            self.disk,
+        )
 
     @property
     def hf_folders(self) -> List[str]:
@@ -165,9 +176,11 @@ def _dataset(found: Inspection) -> None:
     found.errors += problems
     if problems:
         return
-    found.train_samples = split_samples(path)
-    batch, one_pass = found.config.training.global_batch_size, found.config.training.iterations is None
-    if one_pass and found.train_samples is not None and found.train_samples < batch:
+    found.train_samples = one_pass(path)
+    if is_mixture(path):
+        found.mixture = MixtureConfig.load(path).lines()
+    batch, whole_pass = found.config.training.global_batch_size, found.config.training.iterations is None
+    if whole_pass and found.train_samples is not None and found.train_samples < batch:
         found.errors.append(
             f"--data-path {path}: its train split of {found.train_samples} samples is less than one "
             f"iteration of --global-batch-size {batch}; lower that, or give --train-iters"
@@ -338,9 +351,11 @@ def _container_paths(found: Inspection) -> None:
     folders["--megatron-load-dir"] += [str(layer / HF_FOLDER) for layer in found.layers]
     folders["--tokenizer-load-dir"] = list(filter(None, [config.model.tokenizer_load_dir]))
     data = config.data.data_path
-    if data is not None and os.path.isfile(os.path.join(data, ".nv-meta", ".info.json")):
-        inner = {".", ".nv-meta", *(os.path.dirname(name) or "." for name in shard_counts(data))}
-        folders["--data-path"] = [os.path.normpath(os.path.join(data, name)) for name in sorted(inner)]
+    folders["--data-path"] = [data] if data is not None and is_mixture(data) else []
+    for folder in data_folders(data) if data is not None else ():
+        if os.path.isfile(os.path.join(folder, ".nv-meta", ".info.json")):
+            inner = {".", ".nv-meta", *(os.path.dirname(name) or "." for name in shard_counts(folder))}
+            folders["--data-path"] += [os.path.normpath(os.path.join(folder, name)) for name in sorted(inner)]
     for flag, paths in folders.items():
         links = [link for path in paths for link in storage.links_in(path)]
         lost = storage.unseen([*paths, *links], found.plan.command, os.path.expanduser("~"))

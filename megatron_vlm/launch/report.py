@@ -25,6 +25,7 @@ class Facts:
         start: one line: where the run begins.
         model: the architecture, with the adapters that the flags ask for.
         train_samples: of the training split.
+        mixture: a line for each of its datasets; empty where ``--data-path`` is a folder.
         memory: estimate for each pipeline rank.
         gpu_memory: of one GPU, in GiB.
         disk: one line: checkpoints to come, and the room for them.
@@ -33,6 +34,7 @@ class Facts:
     start: str
     model: Optional[ModelConfig] = None
     train_samples: Optional[int] = None
+    mixture: Sequence[str] = ()
     memory: Tuple[StageMemory, ...] = ()
     gpu_memory: Optional[float] = None
     disk: str = ""
@@ -137,6 +139,7 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
             f"{_count(batch, 'sample')} an iteration",
         )
     ]
+    lines += [_line("" if number else "mixture", text) for number, text in enumerate(facts.mixture)]
     samples, iterations = facts.train_samples, config.training.iterations
     if iterations is None and samples is None:
         return [*lines, _line("length", "one pass over the training split")]

@@ -14,8 +14,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch, fill_up
-from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel import Layout, on_first_rank
 from megatron_vlm.training.batch import BatchReader, sample_names
@@ -148,9 +148,9 @@ class Evaluator:
             yield fill_up(None, rows, pad, shape)
 
 
-def _held_out(path: str) -> PreparedDataset:
+def _held_out(path: str) -> Mixture:
     try:
-        return PreparedDataset.open(path, "val")
+        return Mixture.open(path, "val")
     except ValueError as error:
         raise ValueError(f"--eval-interval needs held-out samples. {error}") from None
 

@@ -11,7 +11,7 @@ from typing import IO
 from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, read_manifest, resolve_checkpoint
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import LOCK, LOCK_SECONDS, Start, own_checkpoint
-from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.observe.metrics import LOGS
 from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
@@ -69,9 +69,10 @@ def choose_start(config: RunConfig, run: Path) -> Start:
         return Start(source, False, f"starting {run} from the weights of {source}")
     if not read_manifest(source)["has_optimizer"]:
         raise ValueError(f"--load-optim: {source} has no optimizer state; leave the flag out")
-    dataset = PreparedDataset.open(str(config.data.data_path), "train")
+    data = Mixture.open(str(config.data.data_path), "train")
     same_data = all(
-        worker["identity"]["data"] == dataset.fingerprint for worker in load_data_state(source).values()
+        identity["data"] == data.fingerprint and identity.get("mixture", {}) == data.description
+        for identity in (worker["identity"] for worker in load_data_state(source).values())
     )
     taken = "its optimizer state and position" if same_data else "its optimizer state, on other data"
     return Start(source, True, f"starting {run} from {source}, with {taken}", with_position=same_data)

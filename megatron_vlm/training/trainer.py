@@ -27,8 +27,8 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import Start, check_restart, check_same_model, check_same_run, with_adapters
 from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.batch import describe
-from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.vlm import build_model
@@ -438,7 +438,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
         ValueError: the flags don't fit the model, the data or the number of ranks.
     """
     path = str(config.data.data_path)  # a look at each shard, which is much for all ranks at once
-    samples = parallel.on_first_rank(lambda: PreparedDataset.open(path, "train").num_samples)
+    samples = parallel.on_first_rank(lambda: Mixture.open(path, "train").num_samples)
     config = config.for_one_epoch(samples)
     workers = config.data.data_workers
     if start.with_position and workers is None and config.launch.num_workers is None:

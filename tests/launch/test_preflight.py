@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import pytest
 from megatron_vlm.config.checkpoint import read_manifest, write_manifest, write_tracker
 from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import container, machine, preflight, storage
+from megatron_vlm.launch import container, machine, preflight, report, storage
+from megatron_vlm.launch.dataset_files import held_out_problems
 from megatron_vlm.launch.plan import make_plan, plan_job
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 
@@ -401,3 +403,38 @@ def test_torch_has_to_be_installed(monkeypatch) -> None:
     config = RunConfig.from_flags([*BASE, "--submit", "-g", "1", "--setup", "module load pytorch"])
     found = preflight.inspect(plan_job(config, {}))
     assert found.problems == [] and "or let --setup bring it" in found.warnings[0]
+
+
+def test_a_mixture(workplace, tmp_path_factory) -> None:
+    """Each dataset is looked at, named on the first screen, and bound; what is wrong says where."""
+    write_dataset(workplace / "sets/first", samples=40)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_dataset(elsewhere / "second", samples=60)
+    mix = workplace / "sets/mix.yaml"
+    mix.write_text(
+        "datasets:\n  one: {path: first, weight: 1, subset: [0%, 50%]}\n"
+        f"  two: {{path: {elsewhere}/second, weight: 3, template: plain}}\n"
+    )
+    found = inspect("--data-path", "sets/mix.yaml")
+    assert found.problems == [] and found.train_samples == 20 + 60
+    shown = report.screen(found.plan, found.facts)
+    assert "mixture  one: weight 1, subset [0%, 50%] (25.0 % of the samples)\n" in shown
+    assert " two: weight 3, template plain (75.0 % of the samples)\n" in shown
+    (workplace / "image.sif/.singularity.d").mkdir(parents=True)
+    command = inspect("--data-path", "sets/mix.yaml", "--sif-path", "image.sif").plan.command
+    bound = {command[i + 1] for i, word in enumerate(command) if word == "--bind"}
+    assert {str(workplace), str(elsewhere / "second")} <= bound
+
+    (elsewhere / "second/0.tar").unlink()
+    expected = "--data-path sets/mix.yaml: dataset two: .*second: shard 0.tar is gone since it was prepared"
+    assert re.match(expected, problem("--data-path", "sets/mix.yaml"))
+    assert "no dataset of --data-path sets/mix.yaml has a val split" in str(
+        list(held_out_problems("sets/mix.yaml"))
+    )
+    mix.write_text("datasets:\n  one: {path: first, weigth: 1}\n")
+    assert problem("--data-path", "sets/mix.yaml") == (
+        "--data-path sets/mix.yaml: dataset one: unknown key 'weigth'; did you mean weight?"
+    )
+    mix.write_text("datasets:\n  one: {path: first, subset: [0, 41]}\n")
+    assert "dataset one: subset [0, 41] reaches beyond its 40" in problem("--data-path", "sets/mix.yaml")
+    assert "none.yaml: no such file" in problem("--data-path", "none.yaml")
