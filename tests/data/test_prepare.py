@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -242,6 +243,7 @@ def test_killed_and_run_again_it_is_as_if_nothing_had_happened(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
     assert not out.exists()
+    (partial / "dataset/.k1ll3d").touch()  # as energon's files are called before they have their names
     finished = [mark.stem for mark in partial.glob("shards/*.tar.json")]
     assert finished
     before = {name: os.stat(partial / "dataset" / name).st_mtime_ns for name in finished}
@@ -429,6 +431,14 @@ def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: py
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage(10_000))
     with pytest.raises(ValueError, match=r"0\.0 GB are free there, about .* are needed"):
+        prepare(options(llava_json, out, force=True))
+    monkeypatch.undo()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build, "write_json", full)
+    with pytest.raises(ValueError, match="no space is left there; make room and run the same command again"):
         prepare(options(llava_json, out, force=True))
     assert not out.exists()
 

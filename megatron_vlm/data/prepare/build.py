@@ -11,11 +11,13 @@ is finished, so that the same command goes on where it was killed:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,6 +106,24 @@ class Options:
         return Encoding(self.max_side, self.encode, self.quality)
 
 
+@dataclass
+class Staged:
+    """What the first pass has found.
+
+    Attributes:
+        read: records.
+        notes, shapes: how many samples have each.
+        places: where a sample stands in the input.
+        logs: files that name what was lost so far, and from which place on each counts.
+    """
+
+    read: int
+    notes: Counter[str]
+    shapes: Counter[str]
+    places: Places
+    logs: list[tuple[str, int]]
+
+
 def prepare(options: Options, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
     """Make a dataset, or finish one that was begun.
 
@@ -116,6 +136,7 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
     """
     _check_target(options)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_named_space(options))
         with Workers(options.workers, options.rendering) as workers:
             workers.call(check_measure)
             units: list[Unit] = workers.call(find_units, options.input)
@@ -129,7 +150,8 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
         if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
             shutil.rmtree(options.partial)
             raise ValueError(f"nothing is left to train on; {losses}")
-        report = make_report(_settings(options, units), staged, losses, shards)
+        counted = (staged.read, staged.notes, staged.shapes)
+        report = make_report(_settings(options, units), *counted, losses, shards)
         call_forked(energon_prepare, _dataset(options), options.workers)
         _finish(options, shards, report)
     return report
@@ -152,6 +174,18 @@ def _check_target(options: Options) -> None:
         if not os.path.isdir(os.path.join(options.partial, "dataset")):
             shutil.rmtree(options.partial, ignore_errors=True)  # killed after it was finished
         raise ValueError(f"--save-dir {target}: already prepared; --force makes it anew")
+
+
+@contextlib.contextmanager
+def _named_space(options: Options) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"--save-dir {options.save_dir}: no space is left there; make room and run the same command again"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -212,30 +246,30 @@ def _first_pass(options: Options, units: Sequence[Unit], workers: Workers, progr
     workers.stage([(units[i], _unit_path(options, i), reading) for i in left], begun, total, progress)
 
 
-def _plan(options: Options, units: Sequence[Unit]) -> tuple[dict[str, Any], list[ShardPlan]]:
+def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPlan]]:
     """What the first pass has counted, and the shards to write."""
     facts = [unit_facts(_unit_path(options, i)) or {} for i in range(len(units))]
     indices = [unit_index(_unit_path(options, i)) for i in range(len(units))]
     positions = [fact["positions"] for fact in facts]
     bases: list[int] = np.cumsum([0, *positions]).tolist()
-    staged: dict[str, Any] = {"read": sum(fact["read"] for fact in facts), "notes": {}, "shapes": {}}
-    staged["places"] = Places([unit.path for unit in units], bases)
-    staged["logs"] = [(_unit_path(options, i) + ".losses", bases[i]) for i in range(len(units))]
-    for fact in facts:
-        for kind in ("notes", "shapes"):
-            for name, count in fact[kind].items():
-                staged[kind][name] = staged[kind].get(name, 0) + count
+    staged = Staged(
+        read=sum(fact["read"] for fact in facts),
+        notes=sum((Counter(fact["notes"]) for fact in facts), Counter[str]()),
+        shapes=sum((Counter(fact["shapes"]) for fact in facts), Counter[str]()),
+        places=Places([unit.path for unit in units], bases),
+        logs=[(_unit_path(options, i) + ".losses", bases[i]) for i in range(len(units))],
+    )
     rows = sample_rows(indices, positions)
     ids, contents = (np.concatenate([index[name] for index in indices]) for name in ("id", "content"))
     repeats, same_id = duplicates(ids, contents, options.duplicates)
-    staged["logs"].append((_log_duplicates(options, rows[repeats]), 0))
+    staged.logs.append((_log_duplicates(options, rows[repeats]), 0))
     if same_id:
-        staged["notes"]["same id as an earlier sample, other content"] = same_id
+        staged.notes["same id as an earlier sample, other content"] = same_id
     if repeats.all():
         losses = _losses(options, staged, [])
         shutil.rmtree(options.partial)
         raise ValueError(
-            f"nothing that can be used in {', '.join(options.input)}; {staged['read']} records read; {losses}"
+            f"nothing that can be used in {', '.join(options.input)}; {staged.read} records read; {losses}"
         )
     plans = plan_shards(
         rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
@@ -254,12 +288,12 @@ def _log_duplicates(options: Options, rows: np.ndarray) -> str:
     return path
 
 
-def _losses(options: Options, staged: dict[str, Any], plans: Sequence[ShardPlan]) -> Losses:
+def _losses(options: Options, staged: Staged, plans: Sequence[ShardPlan]) -> Losses:
     """Both passes' losses, counted, and all of them in ``dropped.jsonl``."""
     losses = Losses()
-    logs = staged["logs"] + [(losses_of(_done(options, plan)), 0) for plan in plans]
+    logs = staged.logs + [(losses_of(_done(options, plan)), 0) for plan in plans]
     with open(os.path.join(_dataset(options), "dropped.jsonl"), "wb") as file:
-        for loss in read_logs(logs, staged["places"]):
+        for loss in read_logs(logs, staged.places):
             losses.add(loss)
             file.write(json.dumps(loss, ensure_ascii=False).encode() + b"\n")
     return losses

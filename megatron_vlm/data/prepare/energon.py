@@ -20,14 +20,12 @@ def energon_prepare(dataset: str, workers: int) -> None:
         RuntimeError: energon gives up.
     """
     import click
-    from megatron.energon.flavors.webdataset.config import MAIN_FOLDER_NAME
     from megatron.energon.tools.prepare import command
 
     parent = os.getpid()
     os.register_at_fork(after_in_child=lambda: die_with_parent(parent))
-    # What a killed run has left there makes energon take the folder for one of another kind.
-    shutil.rmtree(os.path.join(dataset, MAIN_FOLDER_NAME), ignore_errors=True)
-    names = os.listdir(dataset)
+    names = [name for name in os.listdir(dataset) if name.endswith(".tar")]
+    _clear(dataset)
     arguments = ["--non-interactive", "--force-overwrite", "--no-progress", "--num-workers", str(workers)]
     arguments += ["--sample-type", "CrudeWebdataset"]
     for split in SPLITS:
@@ -40,3 +38,13 @@ def energon_prepare(dataset: str, workers: int) -> None:
     except (click.ClickException, SystemExit) as error:
         last = (said.getvalue().strip().splitlines() or [str(error)])[-1]
         raise RuntimeError(f"energon prepare failed on {dataset}: {last}") from error
+
+
+def _clear(dataset: str) -> None:
+    """Remove what a killed energon has left: half a ``.nv-meta``, which it would stumble over, and temporary
+    files of any name."""
+    for entry in list(os.scandir(dataset)):
+        if entry.is_dir():
+            shutil.rmtree(entry.path)
+        elif not entry.name.endswith((".tar", ".jsonl")):
+            os.unlink(entry.path)

@@ -14,9 +14,19 @@ _BAR = 40
 
 
 def make_report(
-    settings: Mapping[str, Any], staged: Mapping[str, Any], losses: Losses, shards: Sequence[ShardFacts]
+    settings: Mapping[str, Any],
+    read: int,
+    notes: Mapping[str, int],
+    shapes: Mapping[str, int],
+    losses: Losses,
+    shards: Sequence[ShardFacts],
 ) -> dict[str, Any]:
     """The report of a finished dataset.
+
+    Args:
+        settings: all that it depends on.
+        read: records.
+        notes, shapes: how many samples have each.
 
     Returns:
         ``read`` is the sum of ``kept`` and of the counts in ``dropped``; ``untrained`` are among ``kept``.
@@ -30,12 +40,12 @@ def make_report(
     return {
         "settings": {name: value for name, value in settings.items() if name != "files"},
         "files": [path for path, _, _ in settings["files"]],
-        "read": staged["read"],
+        "read": read,
         "kept": sum(shard.samples for shard in shards),
         "dropped": dropped,
         "untrained": {UNTRAINED: untrained} if untrained else {},
-        "notes": dict(sorted(staged["notes"].items())),
-        "shapes": dict(sorted(staged["shapes"].items())),
+        "notes": dict(sorted(notes.items())),
+        "shapes": dict(sorted(shapes.items())),
         "splits": {split: _split(split, shards) for split in SPLITS},
         "histograms": {name: histogram.state() for name, histogram in histograms.items()},
     }
