@@ -22,7 +22,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Four gloo processes that serve every layout."""
-    pool = Pool()
+    pool = Pool(int(os.environ.get("WORLD", "4")))
     yield pool
     pool.stop()
 

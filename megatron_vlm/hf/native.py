@@ -103,6 +103,11 @@ def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
         with open(path, "rb") as file:
             loaded = _MetadataUnpickler(file).load()
     except FileNotFoundError:
+        if any(Path(folder).glob("mp_rank_*")):
+            raise ValueError(
+                f"{folder} is of Megatron-LM's format; scripts/convert/reshard.py --megatron-dir {folder} "
+                "writes it in the one that training reads"
+            ) from None
         raise ValueError(f"{folder}: no {_METADATA}; not a torch_dist checkpoint") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: refused, not the metadata of a checkpoint ({error})") from None

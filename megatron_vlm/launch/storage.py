@@ -51,6 +51,12 @@ def shard_problems(folder: Path) -> Iterator[str]:
             end = place.offset + place.length
             ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
     except FileNotFoundError:
+        if any(folder.glob("mp_rank_*")):
+            yield (
+                f"{folder} is of Megatron-LM's format; scripts/convert/reshard.py --megatron-dir {folder} "
+                "writes it in the one that training reads"
+            )
+            return
         yield f"{folder}: no .metadata; copy or convert the checkpoint again"
         return
     except Exception as error:  # a damaged pickle can raise anything

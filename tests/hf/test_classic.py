@@ -17,8 +17,9 @@ from transformers import LlavaForConditionalGeneration
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.hf.classic import BESIDE, LOCAL, TE, ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf, reshard
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.native import NativeReader, open_weights
 from megatron_vlm.hf.verify import check_manifest, verify
+from megatron_vlm.launch.storage import shard_problems
 from tests.distributed import Pool
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run
@@ -280,6 +281,14 @@ def test_a_projector_that_upstream_lacks(tmp_path: Path) -> None:
     classic = to_classic(source, tmp_path / "classic", even(2, 2))
     assert verify(source, export_hf(classic, tmp_path / "back"))
     assert verify(classic, reshard(classic, tmp_path / "native", 1, 2))
+
+
+def test_training_says_how_to_reshard(llava: Path, tmp_path: Path) -> None:
+    folder = to_classic(llava, tmp_path / "classic", even())
+    with pytest.raises(ValueError, match=r"scripts/convert/reshard\.py --megatron-dir .*/release writes it"):
+        open_weights(folder)
+    (problem,) = shard_problems(folder)
+    assert f"scripts/convert/reshard.py --megatron-dir {folder} writes it" in problem
 
 
 def test_both_specs_names(llava: Path, tmp_path: Path) -> None:

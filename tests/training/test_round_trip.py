@@ -1,0 +1,67 @@
+"""Converted, loaded by the trainer, stepped with learning rate 0, saved, converted back: bit for bit.
+
+In the native format, and in Megatron-LM's before and after.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_vlm.config.pipeline import StageCosts, deal_layers
+from megatron_vlm.hf.classic import ClassicLayout
+from megatron_vlm.hf.convert import export_hf, import_hf, reshard
+from megatron_vlm.hf.verify import verify
+from tests.distributed import Pool
+from tests.tiny import save_llava
+from tests.training.conftest import Trainable
+from tests.training.test_layouts import layout_flags
+from tests.training.test_run import metrics
+from tests.workers import Layout, train
+
+# WORLD=32 runs every layout; the pool has 4 processes otherwise.
+WORLD = int(os.environ.get("WORLD", "4"))
+SIZES = [(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) if tp * pp <= WORLD]
+STILL = ["--stage", "2", "--train-vision", "--lr", "0", "--min-lr", "0", "--train-iters", "1"]
+
+
+@pytest.fixture(scope="module")
+def wide(trainables: dict[str, Trainable], tmp_path_factory: pytest.TempPathFactory) -> Trainable:
+    """Eight heads and groups, four layers: it can be cut for TP 8 x PP 4."""
+    folder = tmp_path_factory.mktemp("wide") / "hf"
+    save_llava(folder, tie_word_embeddings=True, num_layers=4)
+    config = transformers.LlavaConfig.from_pretrained(folder)
+    config.vision_config.num_attention_heads = config.text_config.num_attention_heads = 8
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 8, 4
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return replace(trainables["tied"], hf=folder)
+
+
+@pytest.mark.parametrize("tp, pp", SIZES)
+@pytest.mark.parametrize("precision", ["--fp32", "--bf16"])
+def test_a_step_of_nothing(
+    wide: Trainable, pool: Pool, tmp_path: Path, tp: int, pp: int, precision: str
+) -> None:
+    dtype = None if precision == "--fp32" else torch.bfloat16
+    stages = ClassicLayout(tp, pp, 1, tuple(deal_layers(4, StageCosts(layer=1), pp, 1)))
+    hf = export_hf(import_hf(wide.hf, tmp_path / "first", 1, 1, dtype=dtype), tmp_path / "hf")
+    classic = import_hf(hf, tmp_path / "classic", tp, pp, classic=stages)
+    native = reshard(classic, tmp_path / "native", tp, pp)
+    start = replace(wide, checkpoint=native)
+    pool.run(tp * pp, train, start.flags(tmp_path, "run", *layout_flags(Layout(tp, pp)), *STILL, precision))
+    (line,) = metrics(tmp_path / "run")
+    assert line["lr"] == 0 and line["grad_norm"] > 0
+
+    back = export_hf(tmp_path / "run", tmp_path / "back")
+    cut = reshard(tmp_path / "run", tmp_path / "cut", tp, pp, classic=stages)
+    assert verify(hf, export_hf(cut, tmp_path / "from-classic")) and verify(hf, back)
+    before, after = (load_file(folder / "model.safetensors") for folder in (hf, back))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():  # not by our own code
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
