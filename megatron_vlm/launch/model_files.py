@@ -97,6 +97,13 @@ def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
                 f"vision_feature_select_strategy transformers would give an image {theirs} tokens, and the "
                 f"model makes {model.tile_tokens}; an exported model would not run there"
             )
+        ratio, most = processor.get("vision_aspect_ratio"), model.anyres and model.anyres.max_tiles
+        if ratio is not None and most and ratio != f"anyres_max_{most}":
+            yield (
+                f"{folder}/processor_config.json: vision_aspect_ratio is {ratio!r}, and the model's "
+                f"'anyres_max_{most}': transformers would give large images other numbers of tokens; an "
+                "exported model would not run there"
+            )
 
 
 def sequence_warnings(model: ModelConfig, seq_length: int) -> Iterator[str]:
@@ -218,6 +225,8 @@ def _height_and_width(size: Any) -> Optional[Tuple[int, int]]:
 
 def _processor_tokens(processor: Dict[str, Any], model: ModelConfig) -> Optional[int]:
     """Tokens that transformers' ``LlavaProcessor`` writes for an image of the tower's size."""
+    if isinstance(processor.get("num_image_tokens"), int):  # of LlavaOnevisionProcessor
+        return int(processor["num_image_tokens"])
     patch, strategy = processor.get("patch_size"), processor.get("vision_feature_select_strategy")
     if not isinstance(patch, int) or strategy is None:
         return None

@@ -51,6 +51,27 @@ def test_a_prompt_equals_the_processors(checkpoint: Path) -> None:
     torch.testing.assert_close(prompt.pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
+def test_a_prompt_with_images_in_tiles_equals_the_processors(tmp_path: Path) -> None:
+    save_llava(tmp_path / "hf", tie_word_embeddings=False, kind="llava_next")
+    files, text = [tmp_path / "a.jpg", tmp_path / "b.jpg"], "Which of them is a cat?"
+    for seed, (file, size) in enumerate(zip(files, [(90, 31), (20, 55)], strict=True)):
+        file.write_bytes(jpeg(seed, *size))
+    (prompt,) = ask(tmp_path, "--image", *map(str, files), "--prompt", text).encode([0])
+    content = [{"type": "image", "image": Image.open(file)} for file in files]
+    expected = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil").apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert prompt.input_ids == expected["input_ids"][0].tolist()
+    assert prompt.image_sizes == tuple(map(tuple, expected["image_sizes"].tolist()))
+    pixels = expected["pixel_values"].flatten(0, 1)
+    pixels = pixels[pixels.flatten(1).any(1)]  # without the tiles that fill up
+    torch.testing.assert_close(prompt.pixel_values, pixels, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("template", ["chat", "v1", "plain", "llama_2", "mistral", "llm_jp"])
 def test_a_prompt_is_how_a_training_sample_begins(checkpoint: Path, template: str) -> None:
     flags = ["--image", str(checkpoint / "a.jpg"), "--prompt", "What is this?", "--template", template]

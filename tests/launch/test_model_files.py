@@ -15,6 +15,7 @@ from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.launch import model_files
 from tests.data.tiny_data import FOLDERS, hf_folder
+from tests.tiny import save_llava
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -178,6 +179,30 @@ def test_a_patch_that_is_taken_for_a_class_token(tmp_path) -> None:
     change(qwen / "config.json", vision_feature_select_strategy="default")
     problem, *_ = problems(qwen)
     assert "a patch of every image is lost" in problem
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_images_in_tiles(tmp_path, kind) -> None:
+    save_llava(tmp_path, tie_word_embeddings=False, kind=kind)
+    fits = ("--seq-length", "512")
+    assert problems(tmp_path, None, *fits) == [] and not training_refuses(tmp_path, None, *fits)
+    model = ModelConfig.from_hf_dir(str(tmp_path))
+    change(tmp_path / "config.json", image_grid_pinpoints=[[20, 20], [40, 40]])
+    (problem,) = problems(tmp_path, None, *fits)
+    assert "image_grid_pinpoints are not those" in problem and training_refuses(tmp_path, None, *fits)
+    (warning,) = model_files.sequence_warnings(model, 100)
+    assert f"the largest image takes {model.image_tokens} of --seq-length 100 and leaves" in warning
+    assert list(model_files.sequence_warnings(model, 192)) == []
+
+
+def test_onevisions_processor_counts_other_tokens(tmp_path) -> None:
+    save_llava(tmp_path, tie_word_embeddings=False, kind="llava_onevision")
+    model, file = ModelConfig.from_hf_dir(str(tmp_path)), tmp_path / "processor_config.json"
+    file.write_text(json.dumps({"num_image_tokens": 25, "vision_aspect_ratio": "anyres_max_2"}))
+    assert list(model_files.image_warnings([str(tmp_path)], model)) == []
+    file.write_text(json.dumps({"num_image_tokens": 24, "vision_aspect_ratio": "anyres_max_9"}))
+    count, ratio = model_files.image_warnings([str(tmp_path)], model)
+    assert "an image 24 tokens, and the model makes 25" in count and "'anyres_max_9', and" in ratio
 
 
 def test_room_for_text() -> None:
