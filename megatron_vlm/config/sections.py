@@ -235,7 +235,7 @@ class DataSection:
     )
     packing_buffer_size: int = flag(
         DATA,
-        500,
+        200,
         "samples from which --packing or --group-by-length chooses what goes together, per loader worker",
     )
     max_corrupt_rate: float = flag(DATA, 0.1, "stop when more than this part of the samples cannot be read")
