@@ -155,6 +155,15 @@ def data_folders(path: str) -> List[str]:
     return [source.path for source in MixtureConfig.load(path).sources] if is_mixture(path) else [path]
 
 
+def trained_sources(path: str) -> List[str]:
+    """Names of the datasets that are trained on; empty for a single folder.
+
+    Raises:
+        ValueError: as :meth:`MixtureConfig.load`.
+    """
+    return [source.name for source in MixtureConfig.load(path).of_split("train")] if is_mixture(path) else []
+
+
 def one_pass(path: str) -> Optional[int]:
     """Samples in one pass over the training split of a folder or a mixture; None where that can't be told
     without YAML.

@@ -14,7 +14,7 @@ from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import LanguageConfig, RopeScaling, padded_vocab_size
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
-from megatron_vlm.models.loss import linear_cross_entropy
+from megatron_vlm.models.loss import LossParts, linear_cross_entropy
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel import Layout
 
@@ -67,6 +67,12 @@ class LanguageModel(GPTModel):
         self.real_vocab_size = language.vocab_size
         self.tp_group = layout.tp_group
 
+    def forward(self, *args: Any, loss_parts: LossParts | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel's; ``loss_parts`` is for :meth:`_postprocess`, to which GPTModel hands nothing new."""
+        self._loss_parts = loss_parts
+        output: Tensor = super().forward(*args, **kwargs)
+        return output
+
     def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         """The summed loss of the trained tokens where there are labels, else what GPTModel returns.
 
@@ -87,6 +93,7 @@ class LanguageModel(GPTModel):
             vocab_size=self.real_vocab_size,
             group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
+            parts=self._loss_parts,
         )
 
     def next_token_logits(self, embeddings: Tensor | None, cache: KeyValueCache) -> Tensor:

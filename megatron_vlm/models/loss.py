@@ -10,6 +10,7 @@ Sources: Liger Kernel's fused linear cross entropy, which computes gradients as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ from megatron_vlm.parallel.fused import weight_gradient_kernels
 CHUNK = {"cpu": 256, "cuda": 1024}
 
 
+@dataclass(frozen=True)
+class LossParts:
+    """A microbatch's loss by the datasets of a mixture; filled on the last stage.
+
+    Attributes:
+        sources: int64 ``[b, s]``, the dataset of each token.
+        sums: float64 ``[datasets]``, to which the losses of their trained tokens are added.
+    """
+
+    sources: Tensor
+    sums: Tensor
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -33,6 +47,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup,
     sequence_parallel: bool = False,
     chunk: int | None = None,
+    parts: LossParts | None = None,
 ) -> Tensor:
     """Summed cross entropy of the trained tokens; a collective call over the tensor parallel ranks.
 
@@ -49,6 +64,7 @@ def linear_cross_entropy(
         group: the tensor parallel ranks.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
         chunk: tokens whose logits exist at once; None for what suits the device.
+        parts: takes the loss of each source's tokens too.
 
     Returns:
         fp32 scalar, the same on every rank of the group.
@@ -61,7 +77,13 @@ def linear_cross_entropy(
         rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=group)
     targets = labels.t().flatten()[trained]
     chunk = chunk or CHUNK[rows.device.type]
-    return _LinearCrossEntropy.apply(rows, weight, targets, vocab_size, group, chunk, torch.is_grad_enabled())
+    losses = None if parts is None else torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        rows, weight, targets, vocab_size, group, chunk, torch.is_grad_enabled(), losses
+    )
+    if parts is not None and losses is not None:
+        parts.sums.index_add_(0, parts.sources.t().flatten()[trained], losses.to(parts.sums.dtype))
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -81,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         chunk: int,
         with_gradients: bool,
+        losses: Tensor | None,
     ) -> Tensor:
         columns = len(weight)
         first = dist.get_rank(group) * columns
@@ -103,7 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(maximum.unsqueeze(1)).exp_()
             log_sum = exponentials.sum(dim=1).log() + maximum
             log_sum, target_logits = _over_ranks(log_sum, target_logits, group)
-            loss += (log_sum - target_logits).sum()
+            of_tokens = log_sum - target_logits
+            loss += of_tokens.sum()
+            if losses is not None:
+                losses[part] = of_tokens
 
             if rows_gradient is None and weight_gradient is None:
                 continue
@@ -127,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows_gradient = rows_gradient * scale
         if weight_gradient is not None:
             weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
-        return rows_gradient, weight_gradient, None, None, None, None, None
+        return rows_gradient, weight_gradient, None, None, None, None, None, None
 
 
 def _over_ranks(log_sum: Tensor, target_logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

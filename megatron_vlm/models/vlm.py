@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
+from megatron_vlm.models.loss import LossParts
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
@@ -69,6 +70,7 @@ class VisionLanguageModel(MegatronModule):
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         feature_index: FeatureIndex | None = None,
+        loss_parts: LossParts | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -83,6 +85,7 @@ class VisionLanguageModel(MegatronModule):
             packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
                 they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
             feature_index: of :func:`index_features`, where images are cut into tiles.
+            loss_parts: on the last stage, takes the losses of a mixture's datasets.
 
         Returns:
             On the last stage the summed loss of the trained tokens, a scalar in float32, or without
@@ -101,6 +104,7 @@ class VisionLanguageModel(MegatronModule):
             labels=labels,
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
+            loss_parts=loss_parts,
         )
 
     def next_token_logits(

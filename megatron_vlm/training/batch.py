@@ -21,10 +21,12 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
+from megatron_vlm.models.loss import LossParts
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.tiles import FeatureIndex, index_features
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
+from megatron_vlm.training.sources import SourceTotals, token_sources
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Batch:
     image_positions: Tensor | None = None  # int64 [2, features]; first stage only
     packed_seq_params: PackedSeqParams | None = None  # where b is 1 and the row holds several samples
     feature_index: FeatureIndex | None = None  # where images are cut into tiles; first stage only
+    loss_parts: LossParts | None = None  # of a mixture; last stage only
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class BatchReader:
         dtype: of the pixel values.
         sequence_multiple: sequence lengths are padded up to a multiple of this (sequence
             parallelism cuts them into equal parts).
+        totals: of a mixture's datasets; takes what is read, and the losses.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class BatchReader:
         num_microbatches: int,
         dtype: torch.dtype,
         sequence_multiple: int = 1,
+        totals: SourceTotals | None = None,
     ) -> None:
         self.source = source
         self.layout = layout
@@ -98,6 +103,7 @@ class BatchReader:
         self.pad_token_id = processing.pad_token_id
         self.dtype = dtype
         self.sequence_multiple = sequence_multiple
+        self.totals = totals
 
     def next(self) -> GlobalBatch:
         """Read the next global batch.
@@ -106,6 +112,8 @@ class BatchReader:
             ValueError: image tokens and image features differ in number, on every rank alike.
         """
         read = self._read()
+        if self.totals is not None:
+            self.totals.count(read)
         shared = self._share(read)
         multiple = self.sequence_multiple
         lengths = [-(-part.input_ids.shape[1] // multiple) * multiple for part in shared]
@@ -137,12 +145,17 @@ class BatchReader:
     def _share(self, read: list[Microbatch]) -> list[_Shared]:
         """Hand what one rank read to all ranks of its model copy; images to the first stage only."""
         if dist.get_world_size(self.layout.model_group) == 1:
-            return [_Shared(m.input_ids, m.labels, m.image_sizes, m.pixels, _packed(m)) for m in read]
+            return [
+                _Shared(m.input_ids, m.labels, m.image_sizes, m.pixels, _packed(m), m.sources) for m in read
+            ]
         src, group, device = self.layout.model_src, self.layout.model_group, self.layout.device
-        sizes = torch.zeros(self.num_microbatches, 5, dtype=torch.int64)
+        sizes = torch.zeros(self.num_microbatches, 6, dtype=torch.int64)
         if read:
             sizes = torch.tensor(
-                [[*m.input_ids.shape, len(_packed(m)), len(m.image_sizes), len(m.pixels)] for m in read]
+                [
+                    [*m.input_ids.shape, len(_packed(m)), len(m.image_sizes), len(m.pixels), len(m.sources)]
+                    for m in read
+                ]
             )
         sizes = sizes.to(device)
         dist.broadcast(sizes, src, group=group)
@@ -152,13 +165,15 @@ class BatchReader:
         if own_text is not None:
             text = _to_device(own_text, device)
         else:
-            length = sum(2 * b * s + samples + 2 * images for b, s, samples, images, _ in shapes)
+            length = sum(
+                2 * b * s + samples + 2 * images + sources for b, s, samples, images, _, sources in shapes
+            )
             text = torch.empty(length, dtype=torch.int64, device=device)
         dist.broadcast(text, src, group=group)
         text = text.cpu() if own_text is None else own_text
 
         pixels = None
-        num_tiles = sum(tiles for *_, tiles in shapes)
+        num_tiles = sum(tiles for *_, tiles, _ in shapes)
         if self.layout.is_first_stage and num_tiles:
             if read:
                 pixels = _to_device(torch.cat([m.pixels for m in read]), device)
@@ -169,16 +184,18 @@ class BatchReader:
             dist.broadcast(pixels, src, group=self.layout.tp_group)
 
         shared, at, tile_at = [], 0, 0
-        for b, s, samples, images, tiles in shapes:
+        for b, s, samples, images, tiles, sources in shapes:
             ids, labels = text[at : at + 2 * b * s].view(2, b, s)
             at += 2 * b * s
             packed = text[at : at + samples].tolist()
             at += samples
             image_sizes = text[at : at + 2 * images].view(images, 2)
             at += 2 * images
+            own_sources = text[at : at + sources].tolist()
+            at += sources
             own = None if pixels is None else pixels[tile_at : tile_at + tiles]
             tile_at += tiles
-            shared.append(_Shared(ids, labels, image_sizes, own, packed))
+            shared.append(_Shared(ids, labels, image_sizes, own, packed, own_sources))
         return shared
 
     def _on_device(self, part: _Shared, length: int) -> Batch:
@@ -199,7 +216,14 @@ class BatchReader:
             image_positions=None if pixel_values is None else _to_device(positions, device),
             packed_seq_params=boundaries(part.packed, length, device) if part.packed else None,
             feature_index=None if pixel_values is None or index is None else index.to(device),
+            loss_parts=self._loss_parts(part, ids),
         )
+
+    def _loss_parts(self, part: _Shared, ids: Tensor) -> LossParts | None:
+        if self.totals is None or not self.layout.is_last_stage:
+            return None
+        sources = token_sources(part.sources, part.packed, *ids.shape)
+        return self.totals.parts(_to_device(sources.contiguous(), self.layout.device))
 
 
 def _packed(microbatch: Microbatch) -> list[int]:
@@ -211,7 +235,8 @@ def _numbers(microbatch: Microbatch) -> list[Tensor]:
     """What every rank has to know of a microbatch, one-dimensional."""
     packed = torch.tensor(_packed(microbatch), dtype=torch.int64)
     sizes = microbatch.image_sizes.flatten()
-    return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed, sizes]
+    sources = torch.tensor(microbatch.sources, dtype=torch.int64)
+    return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed, sizes, sources]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -230,3 +255,4 @@ class _Shared:
     image_sizes: Tensor  # int64 [images, 2], on the CPU
     pixels: Tensor | None  # uint8 [tiles, c, h, w]; first stage only
     packed: list[int]  # lengths of the samples that share a row; empty where each has its own
+    sources: list[int]  # of each sample, its dataset in the mixture

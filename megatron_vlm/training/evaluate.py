@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megatron_vlm.parallel import Layout, on_first_rank
 from megatron_vlm.training.batch import BatchReader, sample_names
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.signals import StopRequest
+from megatron_vlm.training.sources import SourceTotals
 from megatron_vlm.training.step import NonFiniteError, sum_losses
 
 
@@ -32,6 +33,14 @@ class Validation:
     trained_tokens: int
     samples: int  # those that could be used
     seconds: float
+    by_source: dict[str, float | None] = field(default_factory=dict)  # as SourceTotals gives it
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """By the names that TensorBoard has."""
+        values = asdict(self)
+        values |= values.pop("by_source")
+        return {f"validation/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
         return f"validation loss {self.loss:.4f} on {self.samples:,} samples in {self.seconds:.1f} s"
@@ -86,7 +95,10 @@ class Evaluator:
                 max_samples=self.max_samples,
             )
             self.loader.start()
-        self.reader = BatchReader(None, layout, model, processing, num_microbatches, dtype, sequence_multiple)
+        self.sources = SourceTotals(dataset.names, layout) if dataset.names else None
+        self.reader = BatchReader(
+            None, layout, model, processing, num_microbatches, dtype, sequence_multiple, self.sources
+        )
 
     def evaluate(
         self, models: list[DistributedDataParallel], beat: Callable[[], None], stop: StopRequest
@@ -103,6 +115,8 @@ class Evaluator:
             ValueError: none of the samples can be used, or the loss is not finite.
         """
         started = time.perf_counter()
+        if self.sources is not None:
+            self.sources.reset()
         if self.loader is not None:
             self.reader.source = self._equal_microbatches(self.loader)
         sums = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
@@ -131,7 +145,10 @@ class Evaluator:
         loss, trained, samples = sums.tolist()
         if trained == 0:
             raise ValueError(f"--eval-interval: none of {self.where} can be used; see the log for why")
-        return Validation(loss / trained, int(trained), int(samples), time.perf_counter() - started)
+        by_source = self.sources.take() if self.sources is not None else {}
+        return Validation(
+            loss / trained, int(trained), int(samples), time.perf_counter() - started, by_source
+        )
 
     def close(self) -> None:
         """End the loader's worker."""

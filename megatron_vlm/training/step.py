@@ -67,6 +67,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
         loss_mask=batch.loss_mask,
         packed_seq_params=batch.packed_seq_params,
         feature_index=batch.feature_index,
+        loss_parts=batch.loss_parts,
     )
     return output, partial(token_loss, batch.loss_mask)
 

@@ -21,6 +21,7 @@ from megatron_vlm.config.checkpoint import (
     write_best,
 )
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
+from megatron_vlm.config.mixture import trained_sources
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
@@ -46,6 +47,7 @@ from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.signals import StopRequest
+from megatron_vlm.training.sources import SourceTotals
 from megatron_vlm.training.step import NonFiniteError, StepResult, prepare_for_schedules, train_step
 
 
@@ -141,6 +143,8 @@ class Trainer:
             if start.with_position:
                 self.loader.load_state_dict(checkpoint.load_data_state(start.checkpoint))
             self._show_first_sample(self.loader, processing)
+        names = parallel.on_first_rank(lambda: trained_sources(str(self.config.data.data_path)))
+        self.sources = SourceTotals(names, self.layout) if names else None
         multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
         if self.config.training.eval_interval is not None:
             self.evaluator = Evaluator(
@@ -154,6 +158,7 @@ class Trainer:
             num_microbatches=self.config.num_microbatches(self.layout.world_size),
             dtype=self._dtype,
             sequence_multiple=multiple,
+            totals=self.sources,
         )
 
     def _build_model(self, start: Start) -> None:
@@ -336,7 +341,7 @@ class Trainer:
             return
         self.state.evaluation_due = False
         best = note_evaluation(self.state, found.loss, self.config.training.early_stopping_min_delta)
-        self.sinks.log(self.state.iteration, {f"validation/{k}": v for k, v in asdict(found).items()})
+        self.sinks.log(self.state.iteration, found.metrics)
         self.say(f"{found} at iteration {self.state.iteration}" + (", the lowest so far" if best else ""))
         if best and self.config.checkpoint.save:
             self._save(self.run / BEST, with_state=False)
@@ -409,7 +414,8 @@ class Trainer:
         )
         rates = self._rates_of_parts()
         by_part = {f"lr/{part}": rate for part, rate in rates.items()}
-        self.sinks.log(metrics.iteration, {**asdict(metrics), **by_part})
+        by_source = self.sources.take() if self.sources is not None else {}
+        self.sinks.log(metrics.iteration, {**asdict(metrics), **by_part, **by_source})
         self.say(metrics.line(self.total_iterations, rates))
 
     def _rates_of_parts(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.loader import TrainLoader, ValidationLoader
 from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.data.packing import Packing
 from megatron_vlm.data.preview import show
 from megatron_vlm.data.processing import Processing, load_processing
 from tests.data.tiny_data import make_conversations, make_samples, prepare, write_shards
@@ -153,14 +154,19 @@ def test_weights_are_shares_of_the_samples(data: Path, make_loader: Any, workers
 
 
 @pytest.mark.parametrize("datasets", [EPOCHS, WEIGHTS], ids=["epochs", "weights"])
-@pytest.mark.parametrize("workers, dp_size", [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    "workers, dp_size, packing", [(1, 1, False), (2, 1, False), (2, 2, True), (4, 2, False)]
+)
 def test_resume_is_exact(
-    data: Path, make_loader: Any, datasets: dict[str, str], workers: int, dp_size: int
+    data: Path, make_loader: Any, datasets: dict[str, str], workers: int, dp_size: int, packing: bool
 ) -> None:
     """Into the second epoch, with damaged and dropped samples, from one rank to one or several."""
     path = write(data, **datasets)
     before, after = 60, 30  # microbatches of all workers; an epoch has about 67
-    loader = make_loader(path, workers)
+    options: dict[str, Any] = {}
+    if packing:
+        before, after, options = 20, 20, {"grouping": Packing(10, 1200), "micro_batch_size": 1}
+    loader = make_loader(path, workers, **options)
     for _ in range(before):
         next(loader)
     states = json.loads(json.dumps(loader.state_dict()))
@@ -168,7 +174,7 @@ def test_resume_is_exact(
     loader.close()
     assert {source for microbatch in expected for source in microbatch[4]} == {0, 1, 2}
     assert sum(m[5].get("corrupt", 0) + m[5].get("dropped", 0) for m in expected)
-    ranks = [make_loader(path, workers, rank, dp_size) for rank in range(dp_size)]
+    ranks = [make_loader(path, workers, rank, dp_size, **options) for rank in range(dp_size)]
     for rank in ranks:
         rank.load_state_dict(states)
     resumed: list[Any] = []

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import parallel
-from megatron_vlm.models.loss import linear_cross_entropy
+from megatron_vlm.models.loss import LossParts, linear_cross_entropy
 from tests.distributed import Pool
 
 SEQUENCE, BATCH, HIDDEN = 14, 3, 24
 CHUNK = 8  # several chunks, the last one shorter
+SOURCES = (torch.arange(BATCH * SEQUENCE) * 7 % 3).view(BATCH, SEQUENCE)  # of a mixture, in some order
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ def expected(case: Case) -> tuple[float, torch.Tensor, torch.Tensor]:
     return float(loss.detach()), hidden.grad, weight.grad
 
 
+def expected_parts(case: Case) -> list[float]:
+    """The loss of each source's tokens, one by one as torch has them."""
+    given = inputs(case)
+    logits = (given["hidden"].double().transpose(0, 1) @ given["weight"].double().t())[..., : case.vocab_size]
+    losses = F.cross_entropy(logits.transpose(1, 2), given["labels"], reduction="none")
+    return [float(losses[given["mask"] & (source == SOURCES)].sum()) for source in range(3)]
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
 
@@ -72,8 +81,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int]:
-    """Loss, gradients of this rank's parts, and the size of the largest tensor."""
+def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int, torch.Tensor]:
+    """Loss, gradients of this rank's parts, the size of the largest tensor, and each source's loss."""
     layout = parallel.initialize(case.tp)
     given = inputs(case)
     hidden, weight = given["hidden"], given["weight"].chunk(case.tp)[layout.tp_rank].clone()
@@ -93,6 +102,7 @@ def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int]:
             chunk=CHUNK,
         )
         (case.grad_output * loss).backward()
+    parts = LossParts(SOURCES, torch.zeros(3, dtype=torch.float64))
     with torch.no_grad():
         again = linear_cross_entropy(
             hidden,
@@ -102,11 +112,12 @@ def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int]:
             case.vocab_size,
             layout.tp_group,
             case.sequence_parallel,
+            parts=parts,
         )
     # Other chunks, no gradients, the same sum up to its order.
     torch.testing.assert_close(again, loss.detach(), rtol=1e-6, atol=0)
     assert loss.dtype == torch.float32 and loss.shape == ()
-    return float(loss.detach()), hidden.grad, weight.grad, largest.elements
+    return float(loss.detach()), hidden.grad, weight.grad, largest.elements, parts.sums
 
 
 CASES = {
@@ -137,11 +148,14 @@ def test_equals_torch(pool: Pool, case: Case) -> None:
     # fp32 rounds to 6e-8 and bf16 to 4e-3. A logit of thousands has an absolute error to match, which the
     # softmax turns into a relative one of the gradient.
     allowed = 1e-2 if case.dtype == torch.bfloat16 else 1e-6 * case.scale
-    for found_loss, _, _, _ in answers:
+    for found_loss, _, _, _, parts in answers:
         assert found_loss == pytest.approx(loss, rel=1e-2 if case.dtype == torch.bfloat16 else 1e-6)
+        # A token's loss may be near 0, and its error is that of its logits.
+        tolerance = {"rel": 1e-2} if case.dtype == torch.bfloat16 else {"rel": 1e-5, "abs": 1e-4 * case.scale}
+        assert parts.tolist() == pytest.approx(expected_parts(case), **tolerance)
 
-    parts = [answer[1] for answer in answers]
-    found = torch.cat(parts) if case.sequence_parallel else parts[0]
+    gradients = [answer[1] for answer in answers]
+    found = torch.cat(gradients) if case.sequence_parallel else gradients[0]
     check(found, hidden_gradient, allowed)
     if case.frozen:
         assert all(answer[2] is None for answer in answers)
@@ -149,8 +163,8 @@ def test_equals_torch(pool: Pool, case: Case) -> None:
         check(torch.cat([answer[2] for answer in answers]), weight_gradient, allowed)
 
     if not case.sequence_parallel:
-        for other in parts:  # summed over the ranks, on every rank
-            assert torch.equal(other, parts[0])
+        for other in gradients:  # summed over the ranks, on every rank
+            assert torch.equal(other, gradients[0])
 
 
 def check(found: torch.Tensor, wanted: torch.Tensor, allowed: float) -> None:
@@ -161,5 +175,5 @@ def check(found: torch.Tensor, wanted: torch.Tensor, allowed: float) -> None:
 def test_whole_logits_never_exist(pool: Pool) -> None:
     """No tensor is larger than a chunk of logits or the weight itself."""
     case = Case(trained=1.0)
-    _, _, _, largest = pool.run(1, run, case)[0]
+    _, _, _, largest, _ = pool.run(1, run, case)[0]
     assert largest <= max(CHUNK * case.padded, case.padded * HIDDEN) < SEQUENCE * BATCH * case.padded
