@@ -18,7 +18,7 @@ from megatron_vlm.config.dataset import split_samples
 from megatron_vlm.config.templates import TEMPLATES
 from megatron_vlm.config.yaml_subset import Value, read_yaml
 
-OPTIONS = ("template", "lang", "overlong", "mask_thinking")
+OPTIONS = ("template", "lang", "overlong", "mask_thinking", "anyres")
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -74,7 +74,7 @@ class SourceConfig:
         epochs: how often each of its samples comes in one pass over the mixture; None with weights.
         subset: the part of its train split that is trained on.
         train, val: whether it is trained on, and evaluated on.
-        options: flags of :data:`OPTIONS` with values of its own.
+        options: what :data:`OPTIONS` names, with values of its own.
     """
 
     name: str
@@ -308,6 +308,12 @@ def _bool(where: str, value: Value) -> bool:
     return value
 
 
+def _uncut(where: str, value: Value) -> bool:
+    if value is not False:
+        raise ValueError(f"{where} {value}: only false can be said; how images are cut is the model's")
+    return False
+
+
 def _choice(choices: Sequence[str]) -> Callable[[str, Value], str]:
     def read(where: str, value: Value) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -330,4 +336,5 @@ _KEYS: Dict[str, Callable[[str, Value], Any]] = {
     "lang": _choice(("jp", "en")),
     "overlong": _choice(("truncate", "drop")),
     "mask_thinking": _bool,
+    "anyres": _uncut,
 }

@@ -93,7 +93,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
             as :meth:`preencode_sample`.
         """
         with self._usable(sample, "decoding"):
-            decoded = self._processing.decode(sample.sample, sample.images)
+            decoded = self._processings[sample.sample.source].decode(sample.sample, sample.images)
         # Counted here, since a buffer of tokenised samples is made again on a restore.
         self._counts["seen"] += 1
         self._counts["truncated"] += decoded.truncated

@@ -30,6 +30,7 @@ class ImageTransform:
         rescale: factor from uint8 to the processor's range, usually 1/255.
         mean, std: one per channel, after rescaling.
         anyres: how images are cut into tiles; None: each is one tile.
+        uncut: each is one tile all the same, that of the whole image.
     """
 
     processor: Any
@@ -38,6 +39,7 @@ class ImageTransform:
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
     anyres: Optional[AnyRes] = None
+    uncut: bool = False
 
     @classmethod
     def from_dir(
@@ -88,7 +90,7 @@ class ImageTransform:
 
     def sizes(self, images: Sequence[Image.Image]) -> List[Size]:
         """What tells how each image of a sample is cut: its height and width, or ``UNCUT``."""
-        if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
+        if self.anyres is None or self.uncut or (self.anyres.several_uncut and len(images) > 1):
             return [UNCUT] * len(images)
         return [(image.height, image.width) for image in images]
 
@@ -106,6 +108,8 @@ class ImageTransform:
                 tiles = [self._pixels(image) for image in images]
             elif self.anyres.several_uncut and len(images) > 1:
                 tiles = [pixels[0] for pixels in self._several(images)]
+            elif self.uncut:
+                tiles = [self._pixels(image)[0] for image in images]
             else:
                 tiles = [tile for image in images for tile in self._pixels(image)]
         return [torch.from_numpy(np.ascontiguousarray(tile)) for tile in tiles]

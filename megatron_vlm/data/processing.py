@@ -92,8 +92,12 @@ class Processing:
         lang: str | None = None,
         mask_thinking: bool | None = None,
         overlong: str | None = None,
+        anyres: bool = True,
     ) -> Processing:
         """The same, but for what is given.
+
+        Args:
+            anyres: False: images are not cut, of a model that has them cut.
 
         Raises:
             ValueError: as :class:`ChatTemplate`.
@@ -105,6 +109,7 @@ class Processing:
             template=self.template.varied(template, **changed) if template or changed else self.template,
             lang=lang or self.lang,
             overlong=overlong or self.overlong,
+            images=self.images if anyres else replace(self.images, uncut=True),
         )
 
     def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:

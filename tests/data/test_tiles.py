@@ -88,6 +88,24 @@ def test_onevision_cuts_an_image_that_is_alone(folders: dict[str, Path], count: 
         assert sample.input_ids.count(made.image_token_id) == sum(tokens)
 
 
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_a_dataset_whose_images_are_not_cut(folders: dict[str, Path], kind: str) -> None:
+    """Each is the first of its tiles, which is the whole image, as transformers' processor makes it.
+
+    OneVision cuts none of several images anyway.
+    """
+    made = processing(folders[kind]).varied(anyres=False)
+    processor = AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
+    for pictures in (PICTURES[:1], PICTURES[3:4], *([PICTURES[3:6]] if kind == "llava_next" else [])):
+        sample = made.encode("key", asked("What is this?", "A cat."), pictures)
+        images = [Image.open(io.BytesIO(data)) for data in pictures]
+        expected = [processor([image], return_tensors="pt")["pixel_values"][0][0] for image in images]
+        torch.testing.assert_close(finished(made, sample.pixels), torch.stack(expected), rtol=0, atol=2e-6)
+        assert sample.image_sizes == [UNCUT] * len(pictures)
+        tokens = len(pictures) * made.model.count_tokens(UNCUT)
+        assert sample.input_ids.count(made.image_token_id) == tokens
+
+
 def test_what_is_no_picture(folders: dict[str, Path]) -> None:
     made = processing(folders["llava_next"])
     for data in (b"not a picture", PICTURES[0][:-200]):
