@@ -9,12 +9,13 @@ a launcher can check a checkpoint without torch.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Union
 
@@ -267,16 +268,46 @@ def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
     ``.<name>.incomplete`` may be left, which the next writer removes.
 
     Raises:
-        ValueError: ``final`` is there, is not an empty folder, and ``replace`` is off.
+        ValueError: ``final`` is there, is not an empty folder, and ``replace`` is off; or another process is
+            writing it.
     """
-    final = Path(final)
-    staging = start_folder(final, replace)
+    final, staging = Path(os.path.abspath(final)), staging_folder(final)
+    with ExitStack() as locks:
+        with ExitStack() as start:  # of several processes that begin at once, one goes on
+            final.parent.mkdir(parents=True, exist_ok=True)
+            start.enter_context(_locked(final.parent))
+            if staging.is_dir():
+                with _locked(staging, or_say=f"{final}: another process is writing it"):
+                    pass
+            start_folder(final, replace)
+            locks.enter_context(_locked(staging))
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finish_folder(staging, final)
+
+
+@contextmanager
+def _locked(folder: Path, or_say: str = "") -> Iterator[None]:
+    """Hold a lock on a folder, until this process ends at the latest; none where the file system has none.
+
+    Raises:
+        ValueError: another process holds it; without ``or_say`` this waits instead.
+    """
+    descriptor = None
     try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finish_folder(staging, final)
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if or_say else 0))
+            except BlockingIOError:
+                raise ValueError(or_say) from None
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def start_folder(final: PathLike, replace: bool = False) -> Path:

@@ -148,6 +148,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(final) == ["new"] and os.listdir(tmp_path / "a") == ["final"]
 
 
+def test_two_writers_of_a_folder(tmp_path: Path) -> None:
+    """The second is refused; it would clear away what the first has written, and be renamed half-way."""
+    final = tmp_path / "final"
+    with appearing_folder(final) as folder:
+        (folder / "whole").touch()
+        with pytest.raises(ValueError, match="final: another process is writing it"), appearing_folder(final):
+            pass
+        with appearing_folder(tmp_path / "other"):
+            pass
+    assert os.listdir(final) == ["whole"] and sorted(os.listdir(tmp_path)) == ["final", "other"]
+
+
 def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / ".final.incomplete"
     left.mkdir()
