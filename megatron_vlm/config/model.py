@@ -284,7 +284,7 @@ class ModelConfig:
                 config = json.load(file)
         except FileNotFoundError:
             raise ValueError(f"{directory}: no config.json; give a Hugging Face LLaVA folder") from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
         try:
             model = cls.from_hf(config)

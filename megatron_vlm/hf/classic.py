@@ -29,7 +29,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.hf.mapping import Row
 from megatron_vlm.hf.ops import REPLICATED, Shape, ShardRule
-from megatron_vlm.hf.stored import Stored, saved_tensors
+from megatron_vlm.hf.stored import Stored, reason, saved_tensors
 from megatron_vlm.hf.streaming import same_bits
 
 FORMAT = "classic"
@@ -446,5 +446,4 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
             return saved_tensors(path)
     except Exception as error:  # torch raises many types for what is not a file of weights
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not a file of weights ({reason})") from None
+        raise ValueError(f"{path}: not a file of weights ({reason(error)})") from None

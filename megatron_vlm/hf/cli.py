@@ -42,6 +42,9 @@ def run(main: Callable[[List[str]], int]) -> int:
     except OSError as error:  # no space left, read-only, no permission
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except RecursionError:
+        print("error: a JSON file is nested too deeply to be one of a model", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; no output was made", file=sys.stderr)
         return 130
@@ -52,8 +55,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
+        self._given: List[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ``ArgumentParser``'s; keeps what was given for :meth:`error`."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if "arguments are required" in message:  # perhaps misspelt
+            flags = [item.partition("=")[0] for item in self._given if item.startswith("--")]
+            strange = [flag for flag in flags if flag not in self._option_string_actions]
+            message = f"unrecognized arguments: {strange[0]}" if strange else message
         unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)

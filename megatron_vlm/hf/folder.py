@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.stored import Stored, saved_tensors, stored_hash, write_at
+from megatron_vlm.hf.stored import Stored, reason, saved_tensors, stored_hash, write_at
 from megatron_vlm.hf.streaming import check_finite, digest, dtype_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -66,6 +66,8 @@ class HFFolder:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = Path(directory)
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path}: no such folder")
         names, index = self._weight_files()
         self.files: dict[str, list[TensorInfo]] = {}  # in the order of the data on disk
         self.metadata: dict[str, dict[str, str]] = {}  # what safetensors files say of themselves
@@ -163,9 +165,10 @@ class BinFile:
             else:
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for what is not a file of weights
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path}: not a file of weights ({reason})") from None
-        if not isinstance(loaded, dict) or not all(isinstance(t, Stored | Tensor) for t in loaded.values()):
+            raise ValueError(f"{path}: not a file of weights ({reason(error)})") from None
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Stored | Tensor) for name, tensor in loaded.items()
+        ):
             raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
         for name, tensor in loaded.items():
             _check_dtype(path, name, _CODES.get(tensor.dtype, str(tensor.dtype)))

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
-from megatron_vlm.hf.stored import Stored, read_into, saved_tensors, send_to_disk, stored_hash
+from megatron_vlm.hf.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
 from megatron_vlm.hf.streaming import as_bytes, digest
 
 _METADATA = ".metadata"
@@ -141,8 +141,7 @@ def check_before_loading(folder: str | os.PathLike[str]) -> None:
     try:
         torch.load(common, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{common}: refused or damaged ({reason})") from None
+        raise ValueError(f"{common}: refused or damaged ({reason(error)})") from None
 
 
 class NativeReader:
@@ -230,8 +229,7 @@ class NativeReader:
         try:
             stored = saved_tensors(path, where.offset, where.length)
         except Exception as error:  # torch raises many types for damaged files
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path}: {name} cannot be read ({reason})") from None
+            raise ValueError(f"{path}: {name} cannot be read ({reason(error)})") from None
         if not isinstance(stored, Stored):
             raise ValueError(f"{path}: {name} is no tensor")
         return stored

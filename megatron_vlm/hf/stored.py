@@ -105,6 +105,12 @@ def saved_tensors(path: Path, start: int = 0, length: int | None = None) -> Any:
     return _places(loaded, path, start, end)
 
 
+def reason(error: Exception) -> str:
+    """Why ``torch.load`` refused a file, in a line. Its own first one advises to unpickle it nonetheless."""
+    text = str(error).strip()
+    return (text.partition("WeightsUnpickler error: ")[2] or text).split("\n")[0].split(". ")[0]
+
+
 def _places(value: Any, path: Path, start: int, end: int) -> Any:
     if isinstance(value, dict):
         return {key: _places(item, path, start, end) for key, item in value.items()}

@@ -8,6 +8,7 @@ script runs itself inside that container image.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import List, Tuple
@@ -21,7 +22,9 @@ def pinpoints(text: str) -> List[Tuple[int, int]]:
     """Argument type: heights and widths, as ``336x672,672x336``."""
     sizes = []
     for item in text.split(","):
-        height, _, width = item.partition("x")
+        height, by, width = item.partition("x")
+        if not by:
+            raise argparse.ArgumentTypeError(f"{item!r} is not HxW; give pixels such as 336x672")
         sizes.append((cli.positive(height), cli.positive(width)))
     return sizes
 
@@ -74,6 +77,8 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace what is there")
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
+    if abs(args.seed) >= 2**63:
+        raise ValueError(f"--seed {args.seed}: has more than 63 bits")
     if args.image_grid_pinpoints and args.model_type != "llava_next":
         raise ValueError("--image-grid-pinpoints needs --model-type llava_next")
     if args.sif_path:

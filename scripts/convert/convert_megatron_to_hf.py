@@ -87,7 +87,7 @@ def main(argv: List[str]) -> int:
             dtype,
             args.hf_config,
         )
-    print(f"{args.hf_dir}: loads with transformers' LlavaForConditionalGeneration")
+    print(f"{args.hf_dir}: loads with transformers' AutoModelForImageTextToText")
     return 0
 
 

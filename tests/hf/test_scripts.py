@@ -95,6 +95,30 @@ def test_export_errors(tmp_path: Path, llava: Path, monkeypatch, capsys) -> None
     assert not (tmp_path / "back").exists()
 
 
+def test_a_flag_that_is_misspelt_and_required(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "convert_hf_to_megatron", "--hf-dr", "x", "--megatron-dir", "y") == 2
+    assert capsys.readouterr().err == "error: unknown flag --hf-dr; did you mean --hf-dir?\n"
+    assert run(monkeypatch, "convert_hf_to_megatron", "--megatron-dir", "y") == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --hf-dir\n"
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (b"\xff\xfe", "llava/config.json: cannot be read ('utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_config_that_is_no_json(
+    llava: Path, tmp_path: Path, monkeypatch, capsys, config: bytes, message: str
+) -> None:
+    (llava / "config.json").write_bytes(config)
+    flags = ["--hf-dir", llava, "--megatron-dir", tmp_path / "checkpoint"]
+    assert run(monkeypatch, "convert_hf_to_megatron", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
 def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--save-dir", "llava", "--text-model", "./nowhere", "--vision-model", "./nowhere"]
@@ -106,7 +130,8 @@ def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     "flags, message",
     [
         (["--image-grid-pinpoints", "336x672"], "--image-grid-pinpoints needs --model-type llava_next"),
-        (["--model-type", "llava_next", "--image-grid-pinpoints", "336"], "'' is not a positive integer"),
+        (["--model-type", "llava_next", "--image-grid-pinpoints", "336"], "'336' is not HxW; give pixels"),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: has more than 63 bits"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--lang", "fr"], "argument --lang: invalid choice: 'fr'"),
     ],
