@@ -194,6 +194,8 @@ def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[P
         ValueError: there is no such checkpoint, or a base isn't where it was.
     """
     layers = [resolve_checkpoint(path)]
+    if base is not None:
+        resolve_checkpoint(base)  # said even where it isn't needed
     while BASE in read_manifest(layers[0]):
         try:
             recorded = Path(read_manifest(layers[0])[BASE]["path"])

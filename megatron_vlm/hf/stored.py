@@ -107,8 +107,9 @@ def saved_tensors(path: Path, start: int = 0, length: int | None = None) -> Any:
 
 def reason(error: Exception) -> str:
     """Why ``torch.load`` refused a file, in a line. Its own first one advises to unpickle it nonetheless."""
-    text = str(error).strip()
-    return (text.partition("WeightsUnpickler error: ")[2] or text).split("\n")[0].split(". ")[0]
+    _, of_the_pickle, why = str(error).partition("WeightsUnpickler error:")
+    line = (why if of_the_pickle else str(error)).strip().split("\n")[0].split(". ")[0]
+    return line or "not what torch.save writes"
 
 
 def _places(value: Any, path: Path, start: int, end: int) -> Any:

@@ -183,6 +183,8 @@ def test_layers_of_a_checkpoint_of_trained_weights(tmp_path: Path) -> None:
     assert checkpoint_layers(full) == checkpoint_layers(full, base=moved) == [full]
     assert checkpoint_layers(top) == [full, projector, top]
     assert checkpoint_layers(top, base=moved) == [moved, projector, top]
+    with pytest.raises(ValueError, match="nowhere: no such checkpoint folder"):
+        checkpoint_layers(full, base=tmp_path / "nowhere")
     (full / "manifest.json").unlink()
     assert checkpoint_layers(top, base=moved) == [moved, projector, top]
     for path in (top, projector):

@@ -372,8 +372,12 @@ def test_a_bin_file_is_not_executed(llava: Path, monkeypatch, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"not a file of weights \(Unsupported global: GLOBAL") as refused:
         HFFolder(llava)
     assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)
-    for content in ({"a": 1}, {1: torch.ones(1)}):
-        torch.save(content, llava / "pytorch_model.bin")
+    for content, reason in (("{}", "Unsupported operand 123"), ("", "not what torch.save writes")):
+        (llava / "pytorch_model.bin").write_text(content)
+        with pytest.raises(ValueError, match=rf"not a file of weights \({reason}\)"):
+            HFFolder(llava)
+    for weights in ({"a": 1}, {1: torch.ones(1)}):
+        torch.save(weights, llava / "pytorch_model.bin")
         with pytest.raises(ValueError, match="something else than named tensors"):
             HFFolder(llava)
     assert not Path("exploited").exists()
