@@ -52,6 +52,7 @@ kill-test: setup
 bench: setup
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 check: setup
