@@ -18,6 +18,7 @@ from megatron_vlm.data.dataset import RAW_COOKER, RawSample
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
+from megatron_vlm.data.shuffle import EpochShuffle
 from megatron_vlm.data.templates import SampleError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         processing: how they are, where it doesn't say.
         max_corrupt_rate: share of unreadable samples above which the run stops, 0 to 1.
         grouping: which samples of a buffer come together; None for those that follow each other.
+        shuffle_buffer_size: samples of a dataset, still encoded, that a worker draws from; 0: in order.
     """
 
     decoder = None
@@ -58,12 +60,14 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         processing: Processing,
         max_corrupt_rate: float,
         grouping: Packing | LengthGroups | None = None,
+        shuffle_buffer_size: int = 0,
     ) -> None:
         self._mixture = mixture
         self._processings = mixture.processings(processing)
         self._processing = processing
         self._max_corrupt_rate = max_corrupt_rate
         self._grouping = grouping
+        self._shuffle_buffer_size = shuffle_buffer_size
         self._counts: Counter[str] = Counter()  # since this worker's last microbatch
         self._totals: Counter[str] = Counter()  # since this worker started
         self._unusable_in_a_row: Counter[str] = Counter()  # by what was done to them
@@ -140,6 +144,13 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         microbatch.worker = _worker_config().global_worker_id()
         self._counts.clear()
         return microbatch
+
+    def build_cook_crude_sample(self, dataset: Any, *, worker_config: WorkerConfig, **options: Any) -> Any:
+        """As energon's, shuffled: here a dataset is not repeated yet, nor mixed with others."""
+        cooked = super().build_cook_crude_sample(dataset, worker_config=worker_config, **options)
+        if self._shuffle_buffer_size <= 1:
+            return cooked
+        return EpochShuffle(cooked, self._shuffle_buffer_size, worker_config=worker_config)
 
     def build_batch(self, dataset: Any, *, packing_buffer_size: int | None = None, **options: Any) -> Any:
         """As energon's, without a progress bar for each worker."""

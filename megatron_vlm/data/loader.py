@@ -56,7 +56,7 @@ class TrainLoader(Iterator[Microbatch]):
         dp_rank, dp_size: this rank among the data-parallel ranks.
         data_workers: N, loader workers over all ranks; a multiple of ``dp_size``.
         micro_batch_size: samples per microbatch; sequences with packing.
-        shuffle_buffer_size: samples, still encoded, that each worker draws from; at most its share of them.
+        shuffle_buffer_size: samples of a dataset, still encoded, that each worker draws from.
         grouping: which samples come together, of a buffer in each worker; None for those that follow each
             other.
         seed: of the order of samples.
@@ -107,15 +107,14 @@ class TrainLoader(Iterator[Microbatch]):
             seed_offset=seed,
             global_error_handler=reraise_exception,  # what is not foreseen stops the run, and is not skipped
         )
-        encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate, grouping)
-        share = mixture.num_samples // data_workers  # a buffer that is larger would mix a worker's epochs
+        encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate, grouping, shuffle_buffer_size)
+        share = mixture.num_samples // data_workers
         self._loader = _Loader(
             encoder.build_train_datasets(
                 datasets=mixture.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE),
                 blend_mode=mixture.blend_mode,
                 worker_config=worker_config,
                 batch_size=1 if isinstance(grouping, LengthGroups) else micro_batch_size,
-                shuffle_buffer_size=min(shuffle_buffer_size, share),
                 packing_buffer_size=grouping and grouping.buffer_within(share),
             ),
             dataset.path,
