@@ -35,15 +35,12 @@ def make_packed_batch(model: ModelConfig) -> list[dict[str, torch.Tensor]]:
     batch = []
     for number, row in enumerate(rows):
         samples = [make_batch(model, 10 * number + i, [n], length) for i, (n, length) in enumerate(row)]
-        parts = {name: [sample[name] for sample in samples] for name in samples[0]}
-        batch.append(
-            {
-                "input_ids": torch.cat(parts["input_ids"], dim=1),
-                "labels": torch.cat(parts["labels"], dim=1),
-                "pixel_values": torch.cat(parts["pixel_values"]),
-                "lengths": torch.tensor([length for _, length in row]),
-            }
-        )
+        packed = {
+            name: torch.cat([sample[name] for sample in samples], dim=int(name in ("input_ids", "labels")))
+            for name in samples[0]
+        }
+        packed["lengths"] = torch.tensor([sample["input_ids"].shape[1] for sample in samples])
+        batch.append({**packed, "samples": samples})
     return batch
 
 
@@ -54,6 +51,12 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_equals_transformers_on_each_sample(reference: Reference, pool: Pool, sizes: Layout) -> None:
+    check(reference, pool, sizes)
+
+
+@pytest.mark.parametrize("sizes", [Layout(tp=2, sequence_parallel=True), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("reference", ["next-clip-llama", "onevision-siglip-qwen2"], indirect=True)
+def test_images_in_tiles_too(reference: Reference, pool: Pool, sizes: Layout) -> None:
     check(reference, pool, sizes)
 
 

@@ -84,7 +84,7 @@ class Reference:
     """A tiny Hugging Face model, its results on the global batch, and its converted checkpoint.
 
     Args:
-        make: the global batch; samples that share a row (``lengths``) are given to it one by one.
+        make: the global batch; samples that share a row (``samples``) are given to it one by one.
     """
 
     def __init__(
@@ -102,9 +102,8 @@ class Reference:
         self.logits = []
         loss, trained = torch.zeros(()), 0
         for microbatch in self.batch:
-            together = [transformers_inputs(microbatch)]
-            apart = self._apart(microbatch) if "lengths" in microbatch else together
-            logits = torch.cat([net(**inputs).logits for inputs in apart], dim=1)
+            apart = microbatch.get("samples", [microbatch])
+            logits = torch.cat([net(**transformers_inputs(sample)).logits for sample in apart], dim=1)
             self.logits.append(logits.detach())
             labels = microbatch["labels"].flatten()
             loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
@@ -112,13 +111,6 @@ class Reference:
         (loss / trained).backward()
         self.loss = float(loss.detach()) / trained
         self.gradients = self._native_gradients(net, folder / "hf")
-
-    def _apart(self, microbatch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        ids, pixels = microbatch["input_ids"], microbatch["pixel_values"]
-        for sample in ids.split(microbatch["lengths"].tolist(), dim=1):
-            images = int((sample == self.model.image_token_id).sum()) // self.model.image_tokens
-            yield transformers_inputs({"input_ids": sample, "pixel_values": pixels[:images]})
-            pixels = pixels[images:]
 
     def _native_gradients(self, net: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
         names = HFFolder(folder).tensors
