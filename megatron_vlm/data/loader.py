@@ -203,7 +203,7 @@ class TrainLoader(Iterator[Microbatch]):
             for state in own.values()
         ]
         if any(taken):
-            self._loader.restore(checkpoints, next_worker, self._identity["micro_batch_size"])
+            self._loader.restore(checkpoints, next_worker)
         self._states = own
 
     def close(self) -> None:
@@ -418,11 +418,14 @@ class _Loader(SavableDataLoader):
         assert state is not None, "asked for before the first microbatch"
         return list(state.worker_states)
 
-    def restore(self, checkpoints: List[Any], next_worker: int, micro_batch_size: int) -> None:
+    def restore(self, checkpoints: List[Any], next_worker: int) -> None:
         """Set what the workers start from."""
         self.restore_state_rank(
             SavableDataLoaderState(
-                worker_states=checkpoints, next_worker_id=next_worker, micro_batch_size=micro_batch_size
+                worker_states=checkpoints,
+                next_worker_id=next_worker,
+                # energon's own, or it would stretch what is to be repeated: a group of samples counts as one.
+                micro_batch_size=self._get_batch_size(),
             )
         )
 

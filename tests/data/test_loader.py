@@ -134,6 +134,7 @@ def test_the_seed_changes_the_order(make_loader: Any) -> None:
 # Microbatches of each worker; an epoch has about 20, and at 17 the shuffle buffer is being emptied.
 RESUMES = [(1, 1, None, 0.0, 24), (1, 2, None, 0.0, 17), (2, 1, None, 0.0, 24), (1, 2, None, 1000.0, 24)]
 RESUMES += [(*sizes, grouping, 0.0, 24) for sizes in ((1, 2), (2, 1)) for grouping in GROUPINGS[1:]]
+RESUMES += [(1, 2, grouping, 1000.0, 24) for grouping in GROUPINGS[1:]]  # a restore has something to repeat
 
 
 @pytest.mark.parametrize("from_dp, to_dp, grouping, seconds, before", RESUMES, ids=str)
