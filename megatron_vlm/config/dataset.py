@@ -29,6 +29,13 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     return shlex.join([*command, path])
 
 
+def not_prepared(path: str) -> str:
+    """What is said of a folder that ``energon prepare`` was never run on."""
+    if not any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names):
+        return f"--data-path {path}: it holds no .tar shards; make a dataset with scripts/data/prepare.py"
+    return f"--data-path {path}: not prepared; run: {prepare_command(path)}"
+
+
 def holds_conversations(path: str) -> bool:
     """Whether a folder's samples are conversations: prepared so, or its first JSON file has ``messages``."""
     try:

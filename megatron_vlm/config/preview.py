@@ -48,6 +48,8 @@ class PreviewSection:
             )
         if self.html is not None and not os.path.isdir(os.path.dirname(self.html) or "."):
             raise ValueError(f"--html {self.html}: no such folder")
+        if self.html is not None and os.path.isdir(self.html):
+            raise ValueError(f"--html {self.html}: a folder; name the page, such as preview.html")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stat
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
-from megatron_vlm.config.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command, prepared_sizes
+from megatron_vlm.config.dataset import (
+    FIELD_MAP,
+    TEXT_ONLY_KEY,
+    not_prepared,
+    prepare_command,
+    prepared_sizes,
+)
 from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
 from megatron_vlm.data.templates import SampleError, Turn
 
@@ -80,7 +86,7 @@ class PreparedDataset:
                     f"--data-path {path}: `energon prepare` did not finish there, as it does not with a "
                     f"truncated or empty tar; mend the shards, then run: {prepare_command(path)}"
                 )
-            raise ValueError(f"--data-path {path}: not prepared; run: {prepare_command(path)}")
+            raise ValueError(not_prepared(path))
         with open(os.path.join(meta, ".info.json"), encoding="utf-8") as file:
             counts: Dict[str, int] = json.load(file)["shard_counts"]
         names = _split_shards(path, split)

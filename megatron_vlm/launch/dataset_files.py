@@ -6,6 +6,7 @@ import os
 from typing import Dict, Iterator, List, Optional
 
 from megatron_vlm.config.dataset import (
+    not_prepared,
     prepare_command,
     prepared_sizes,
     shard_counts,
@@ -38,10 +39,7 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
         yield f"--data-path {path}: no such folder; give one on which `energon prepare` was run"
         return
     if not os.path.isfile(os.path.join(path, ".nv-meta", ".info.json")):
-        if not _has_shards(path):
-            yield f"--data-path {path}: empty, it holds no .tar shards; write them, then run energon prepare"
-        else:
-            yield f"--data-path {path}: not prepared; run: {prepare_command(path)}"
+        yield not_prepared(path)
         return
     counts = shard_counts(path)
     if not sum(counts.values()):
@@ -97,7 +95,3 @@ def _shard_state(path: str, prepared: Optional[int]) -> str:
     if size < end:
         return "cut off since it was prepared"
     return "not the file that was prepared" if prepared not in (None, size) else ""
-
-
-def _has_shards(path: str) -> bool:
-    return any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names)

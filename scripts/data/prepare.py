@@ -11,6 +11,7 @@ itself inside that container image.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import ClassVar, Dict, List, Tuple
@@ -156,7 +157,12 @@ class _Bars:
 
 
 def _shares(text: str) -> Tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give the shares of train, val and test, such as 0.98,0.01,0.01"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def test_help_shows_the_flags_of_run_that_say_how_a_sample_is_read(
         (["--keys", "a", "--skip", "2"], "--skip does nothing with --keys"),
         (["--keys", "a", "--shuffle"], "--shuffle does nothing with --keys"),
         (["--html", "none/p.html"], "--html none/p.html: no such folder"),
+        (["--html", "."], "--html .: a folder; name the page"),
         (["--split", "dev"], "--split"),
         (["--templat", "v1"], "unknown flag --templat; did you mean --template?"),
         (["--template", "llm_jp", "--lang", "en"], "--template llm_jp is Japanese"),

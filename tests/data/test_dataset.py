@@ -39,6 +39,9 @@ def test_open_reads_both_splits(dataset_dir: Path) -> None:
 def test_missing_or_unprepared_folder_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         PreparedDataset.open(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"no \.tar shards; make a dataset with scripts/data/prepare\.py"):
+        PreparedDataset.open(str(tmp_path))
+    write_shards(tmp_path, make_samples(1), shards=1)
     with pytest.raises(ValueError, match="not prepared; run: energon prepare --non-interactive"):
         PreparedDataset.open(str(tmp_path))
 

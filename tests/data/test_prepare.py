@@ -411,6 +411,7 @@ def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: py
         ({"split": (0.0, 1.0)}, "--split: give the shares"),
         ({"shard_samples": 10_000}, "--shard-samples 10000: give 1 to 9999"),
         ({"quality": 0}, "--quality 0: give 1 to 100"),
+        ({"seed": -1}, "--seed -1: must not be negative"),
         ({"encode": "gif"}, "--encode gif: unknown; choose from jpg, png, webp"),
         ({"image_root": str(tmp_path / "none")}, "--image-root .*: no such folder"),
     ):
@@ -428,6 +429,14 @@ def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: py
         ValueError, match=r"nothing that can be used in .*; 200 records read; 199 dropped: no conv"
     ):
         prepare(options(llava_json, out, format="openai"))
+    (tmp_path / "few.json").write_text(json.dumps([llava(1, None), llava(2, "gone.jpg")]))
+    with pytest.raises(ValueError, match=r"--split 1; 2 records read; 1 dropped: missing image$"):
+        prepare(Options(input=(str(tmp_path / "few.json"),), save_dir=str(out)))
+    assert not os.path.exists(f"{out}.partial")  # or it would refuse the --split that it names
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--check", ".", "--split", "a"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "'a': give the shares of train, val and test, such as" in done.stderr
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage(10_000))
     with pytest.raises(ValueError, match=r"0\.0 GB are free there, about .* are needed"):

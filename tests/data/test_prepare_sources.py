@@ -177,6 +177,10 @@ def test_folders(tmp_path: Path) -> None:
     assert read(tmp_path) == [{"id": "a.jsonl"}, {"id": "b/x.jsonl"}]
     write_table(tmp_path / "b/t.parquet", RECORDS)
     assert read(tmp_path) == RECORDS  # the JSON beside tables describes them
+    (tmp_path / "b/talk.jsonl").write_text(json.dumps({"question": "", "answer": "4"}))
+    with pytest.raises(ValueError, match=r"b/t\.parquet, and JSON .*b/talk\.jsonl; name the files to read$"):
+        read(tmp_path)
+    (tmp_path / "b/talk.jsonl").unlink()
     save_to_disk(tmp_path / "dict/train", RECORDS)
     (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train"]}')
     assert read(tmp_path / "dict") == RECORDS

@@ -84,6 +84,8 @@ class Options:
         _check_choice("--encode", self.encode, ENCODINGS)
         if not 1 <= len(self.split) <= len(SPLITS) or min(self.split) < 0 or not self.split[0] > 0:
             raise ValueError("--split: give the shares of train, val and test, such as 0.98,0.01,0.01")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must not be negative")
         if not 1 <= self.shard_samples < MOST_SAMPLES:
             raise ValueError(f"--shard-samples {self.shard_samples}: give 1 to {MOST_SAMPLES - 1}")
         if not 1 <= self.quality <= 100:
@@ -271,9 +273,14 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
         raise ValueError(
             f"nothing that can be used in {', '.join(options.input)}; {staged.read} records read; {losses}"
         )
-    plans = plan_shards(
-        rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
-    )
+    try:
+        plans = plan_shards(
+            rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
+        )
+    except ValueError as error:
+        losses = _losses(options, staged, [])
+        shutil.rmtree(options.partial)
+        raise ValueError(f"{error}; {staged.read} records read; {losses}") from None
     return staged, plans
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from megatron_vlm.config.dataset import TEXT_ONLY_KEY
-from megatron_vlm.data.prepare.records import TURN_KEYS, Image, Rejected, TarPart
+from megatron_vlm.data.prepare.records import TURN_KEYS, Image, Rejected, TarPart, to_conversation
 
 UNIT_BYTES = 64 << 20  # of JSON lines, and of Parquet's row groups: what one worker reads in one go
 _ROWS = 64  # of a table, in memory at a time
@@ -140,7 +140,27 @@ def _files(path: str) -> list[str]:
     ]
     if not found:
         raise ValueError(f"--input {path}: no {', '.join(_SUFFIXES)} in it")
+    others = [name for name in found if name not in data and _has_conversations(name)] if data else []
+    if others:
+        raise ValueError(
+            f"--input {path}: it holds tables or tars, such as {data[0]}, and JSON with conversations, "
+            f"{others[0]}; name the files to read"
+        )
     return data or found
+
+
+def _has_conversations(path: str) -> bool:
+    """Whether a JSON file's first record could be a sample."""
+    try:
+        raw = next(read_unit(_cut(path)[0]), None)
+        if raw is None or raw.fields is None:
+            return False
+        to_conversation(raw.fields)
+    except ValueError:
+        return False
+    except Rejected as rejected:
+        return rejected.reason != "no conversation"
+    return True
 
 
 def _cut(path: str) -> list[Unit]:
