@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
@@ -26,6 +27,7 @@ from megatron_vlm.config.lora import LoRAConfig
 
 TEXT_ACTIVATIONS = ("silu",)
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+MAX_LAYERS = 10_000  # a file that says more than that is wrong, and tables of them would take for ever
 PROJECTOR_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "linear")
 
 
@@ -295,6 +297,10 @@ class ModelConfig:
                 value = getattr(part, field.name)
                 if field.type == "int" and (type(value) is not int or value < 1):
                     raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive integer")
+                if field.type == "float" and not (type(value) in (int, float) and 0 < value < math.inf):
+                    raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive number")
+            if part.num_layers > MAX_LAYERS:
+                raise ValueError(f"{path}: num_layers is {part.num_layers}; supported are up to {MAX_LAYERS}")
         return model
 
     def to_dict(self) -> Dict[str, Any]:

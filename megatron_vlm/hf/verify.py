@@ -109,6 +109,9 @@ def check_manifest(path: PathLike) -> int:
     for name in promised:
         if name not in present:
             raise Difference(f"{name} is missing in {path}")
+    extra = [name for name in sorted(present) if name not in promised]
+    if extra:
+        raise Difference(f"{extra[0]}{and_more(extra)} in {path} was not written there")
     changed = [name for name in promised if describe(source.read(name)) != promised[name]]
     if changed:
         count = f"{len(changed)} of {len(promised)} tensors differ"

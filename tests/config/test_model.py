@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +138,25 @@ def test_folders(tmp_path: Path) -> None:
         ModelConfig.from_hf_dir(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
+        ModelConfig.from_hf_dir(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 10**7, "num_layers is 10000000; supported are up to 10000"),
+        ("num_hidden_layers", 0, "num_layers is 0; it has to be a positive integer"),
+        ("rms_norm_eps", math.nan, "norm_epsilon is nan; it has to be a positive number"),
+        ("rope_theta", math.inf, "rope_theta is inf; it has to be a positive number"),
+        ("rms_norm_eps", "small", "norm_epsilon is 'small'; it has to be a positive number"),
+    ],
+)
+def test_values_that_no_model_has(tmp_path: Path, key: str, value: object, words: str) -> None:
+    config = {
+        "model_type": "llava",
+        "image_token_index": 7,
+        "text_config": {"model_type": "llama", key: value},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(words)):
         ModelConfig.from_hf_dir(str(tmp_path))

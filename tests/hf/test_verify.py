@@ -123,6 +123,9 @@ def test_against_the_manifest(llava: Path, tmp_path: Path) -> None:
     rewrite_native(folder, lambda t: t[NORM].view(torch.int32)[7].add_(1))
     with pytest.raises(Difference, match=f"{NORM} in .* is not what was written; 1 of"):
         check_manifest(folder)
+    rewrite(back, lambda t: t.update(extra=torch.zeros(1)))
+    with pytest.raises(Difference, match=r"^extra in .*back was not written there$"):
+        check_manifest(back)
     with pytest.raises(ValueError, match=r"no conversion\.json to compare with"):
         check_manifest(llava)
 
