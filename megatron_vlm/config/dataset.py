@@ -17,10 +17,14 @@ TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files
 def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     """The command that prepares a folder of shards without asking, quoted for a shell.
 
+    A folder that scripts/data/prepare.py made is made by it again: energon would split it by whole shards.
+
     Args:
         path: its first sample says whether it holds conversations or questions and answers.
         ratio: shards for training, validation and test.
     """
+    if os.path.isfile(os.path.join(path, ".nv-meta", PREPARED)):
+        return f"python scripts/data/prepare.py --force --input <its files> --save-dir {shlex.quote(path)}"
     command = ["energon", "prepare", "--non-interactive", "--force-overwrite", "--split-ratio", ratio]
     if holds_conversations(path):
         command += ["--sample-type", "CrudeWebdataset"]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from braceexpand import braceexpand
 
-from megatron_vlm.config.dataset import shard_counts, split_parts, split_samples
+from megatron_vlm.config.dataset import prepare_command, shard_counts, split_parts, split_samples
 
 
 @pytest.fixture
@@ -82,3 +82,9 @@ def test_damaged_counts(dataset) -> None:
     (dataset / ".nv-meta/.info.json").write_text("[]")
     with pytest.raises(ValueError, match=r"\.info\.json: damaged; run again: energon prepare"):
         shard_counts(str(dataset))
+
+
+def test_a_folder_is_prepared_again_by_what_made_it(dataset) -> None:
+    assert prepare_command(str(dataset)).startswith("energon prepare ")
+    (dataset / ".nv-meta/prepare.json").write_text("{}")
+    assert prepare_command(str(dataset)).startswith("python scripts/data/prepare.py --force ")
