@@ -27,6 +27,7 @@ def pool() -> Iterator[Pool]:
     pool.stop()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``-n 2`` gives a worker whole files, whose fixtures are made once, and one of them all that is done
     to the cluster: there is one."""
