@@ -25,13 +25,3 @@ def pool() -> Iterator[Pool]:
     pool = Pool(int(os.environ.get("WORLD", "4")))
     yield pool
     pool.stop()
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-n 2`` gives a worker whole files, whose fixtures are made once, and one of them all that is done
-    to the cluster: there is one."""
-    for item in items:
-        is_of_cluster = item.get_closest_marker("cluster") is not None
-        group = "cluster" if is_of_cluster else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
