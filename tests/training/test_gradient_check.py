@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -37,11 +38,11 @@ def one_layer_without_gradient() -> Iterator[None]:
 
     forward = Projector.forward
 
-    def replaced(self: Projector, features: torch.Tensor) -> torch.Tensor:
+    def replaced(self: Projector, features: torch.Tensor, *index: Any) -> torch.Tensor:
         weight = self.encoder.linear_fc1.weight
         features = features @ torch.eye(features.shape[-1])
         with mock.patch.dict(self.encoder.linear_fc1._parameters, weight=weight.detach()):
-            return forward(self, features)
+            return forward(self, features, *index)
 
     with mock.patch.object(Projector, "forward", replaced):
         yield
