@@ -13,7 +13,6 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -27,8 +26,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.workload import Workload, save_model
-from megatron_vlm.config.dataset import prepare_command
+from benchmarks.workload import Workload, save_model, save_shards
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
@@ -52,26 +50,18 @@ BATCH = 8
 
 def save_dataset(folder: Path, images: int) -> None:
     """Write and prepare shards of smooth pictures with some noise, each with a question and an answer."""
-    folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
-            for index in range(shard, images, SHARDS):
-                small = random.integers(0, 256, (21, 21, 3), dtype=np.uint8)
-                smooth = np.asarray(Image.fromarray(small).resize((ON_DISK, ON_DISK)), dtype=np.int16)
-                noisy = (smooth + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
-                picture = io.BytesIO()
-                Image.fromarray(noisy).save(picture, "JPEG", quality=85)
-                parts = {"jpg": picture.getvalue(), "txt": b"bird " * 40}
-                parts["json"] = json.dumps({"question": "tree " * 10}).encode()
-                for part, data in parts.items():
-                    info = tarfile.TarInfo(f"{index:06d}.{part}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    command = prepare_command(str(folder), ratio="1,0,0")
-    energon = Path(sys.executable).with_name("energon")
-    command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
-    subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+    def parts(index: int) -> dict[str, bytes]:
+        small = random.integers(0, 256, (21, 21, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(small).resize((ON_DISK, ON_DISK)), dtype=np.int16)
+        noisy = (smooth + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+        picture = io.BytesIO()
+        Image.fromarray(noisy).save(picture, "JPEG", quality=85)
+        question = json.dumps({"question": "tree " * 10}).encode()
+        return {"jpg": picture.getvalue(), "txt": b"bird " * 40, "json": question}
+
+    save_shards(folder, SHARDS, images, parts)
 
 
 def by_pil(jpeg: bytes) -> Tensor:

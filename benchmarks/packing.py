@@ -13,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.workload import Workload, save_model
+from benchmarks.workload import Workload, save_model, save_shards
 from megatron_vlm import parallel
-from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.training import trainer
 
@@ -62,25 +60,18 @@ def sample_lengths(samples: int) -> list[tuple[bool, int]]:
 
 def save_dataset(folder: Path) -> None:
     """Write and prepare shards of questions and answers."""
-    folder.mkdir(parents=True)
     picture = io.BytesIO()
     Image.effect_noise((WORKLOAD.image_size,) * 2, 64).convert("RGB").save(picture, "JPEG")
     lengths = sample_lengths(SAMPLES)
-    for shard in range(4):
-        with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
-            for index in range(shard, SAMPLES, 4):
-                has_image, words = lengths[index]
-                parts = {"jpg": picture.getvalue()} if has_image else {}
-                parts["json"] = json.dumps({"question": "tree " * (words // 2)}).encode()
-                parts["txt"] = ("bird " * (words - words // 2)).encode()
-                for part, data in parts.items():
-                    info = tarfile.TarInfo(f"{index:06d}.{part}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    command = prepare_command(str(folder), ratio="1,0,0")
-    energon = Path(sys.executable).with_name("energon")
-    command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
-    subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+    def parts(index: int) -> dict[str, bytes]:
+        has_image, words = lengths[index]
+        parts = {"jpg": picture.getvalue()} if has_image else {}
+        parts["json"] = json.dumps({"question": "tree " * (words // 2)}).encode()
+        parts["txt"] = ("bird " * (words - words // 2)).encode()
+        return parts
+
+    save_shards(folder, 4, SAMPLES, parts)
 
 
 def train(name: str, folder: Path, iterations: int) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,25 +157,37 @@ def save_dataset(workload: Workload, folder: Path) -> None:
         3 * count // 4
         for count in (workload.sequence - workload.image_tokens - workload.answer, workload.answer)
     ]
+
+    def parts(index: int) -> dict[str, bytes]:
+        noise = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        size = (IMAGES_ON_DISK, IMAGES_ON_DISK)
+        picture = io.BytesIO()
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(picture, "JPEG")
+        question, answer = (" ".join(random.choice(_TEXT.split(), count)) for count in words)
+        return {
+            "jpg": picture.getvalue(),
+            "json": json.dumps({"question": question}).encode(),
+            "txt": answer.encode(),
+        }
+
+    save_shards(folder, 8, samples, parts)
+
+
+def save_shards(folder: Path, shards: int, samples: int, parts: Callable[[int], dict[str, bytes]]) -> None:
+    """Write and prepare webdataset shards, all of them for training.
+
+    Args:
+        parts: the files of a sample, by their extensions, from its index; asked for shard by shard.
+    """
     folder.mkdir(parents=True)
-    for shard in range(8):
+    for shard in range(shards):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
-            for index in range(shard, samples, 8):
-                noise = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                size = (IMAGES_ON_DISK, IMAGES_ON_DISK)
-                picture = io.BytesIO()
-                Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(picture, "JPEG")
-                question, answer = (" ".join(random.choice(_TEXT.split(), count)) for count in words)
-                parts = {
-                    "jpg": picture.getvalue(),
-                    "json": json.dumps({"question": question}).encode(),
-                    "txt": answer.encode(),
-                }
-                for part, data in parts.items():
+            for index in range(shard, samples, shards):
+                for part, data in parts(index).items():
                     info = tarfile.TarInfo(f"{index:06d}.{part}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    command = prepare_command(str(folder), ratio="8,0,0")
+    command = prepare_command(str(folder), ratio="1,0,0")
     energon = Path(sys.executable).with_name("energon")
     command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
     subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
