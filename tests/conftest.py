@@ -3,8 +3,10 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.distributed import Pool
 
@@ -25,3 +27,18 @@ def pool() -> Iterator[Pool]:
     pool = Pool(int(os.environ.get("WORLD", "4")))
     yield pool
     pool.stop()
+
+
+class ByFile(LoadScopeScheduling):
+    """Gives a worker one file at a time, for its fixtures, and tests/cluster at once: there is one cluster.
+
+    Not ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 are lost.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)

@@ -243,11 +243,13 @@ def _read_json(unit: Unit) -> Iterator[Raw]:
 
 
 def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
+    """The chunks' text, never empty: a chunk may hold but a part of one character."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     for chunk in chunks:
-        yield decoder.decode(chunk)
+        if text := decoder.decode(chunk):
+            yield text
     decoder.decode(b"", final=True)
 
 
