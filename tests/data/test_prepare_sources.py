@@ -94,7 +94,7 @@ def test_every_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     indent=st.sampled_from([None, 1]),
     ascii=st.booleans(),
 )
-@example([{"𐀀": ""}], unit=1, chunk=3, indent=None, ascii=False)  # a chunk that is but a part of a character
+@example(records=[{"𐀀": ""}], unit=1, chunk=3, indent=None, ascii=False)  # a chunk: part of a character
 def test_nothing_is_lost_where_pieces_meet(
     tmp_path: Path, records: list[Any], unit: int, chunk: int, indent: int | None, ascii: bool
 ) -> None:
