@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checks import nearest_multiples
+from megatron_vlm.config.data import DataSection
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
 from megatron_vlm.config.headings import GROUPS
 from megatron_vlm.config.launching import LaunchSection
@@ -27,7 +28,6 @@ from megatron_vlm.config.pipeline import deal_layers, stage_costs
 from megatron_vlm.config.rules import broken_rules
 from megatron_vlm.config.sections import (
     CheckpointSection,
-    DataSection,
     LoggingSection,
     ModelSection,
     OptimizerSection,
