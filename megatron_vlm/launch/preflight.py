@@ -16,6 +16,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, checkpoint_layers, read_manifest
 from megatron_vlm.config.dataset import shard_counts
+from megatron_vlm.config.engine import engine_problem
 from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
 from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture, one_pass
 from megatron_vlm.config.model import ModelConfig
@@ -156,10 +157,20 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
 def _interpreter(found: Inspection) -> None:
     try:
         check_interpreter(found.config.launch.sif_path, found.config.parallel.transformer_impl)
+        _check_engine(found)
     except ValueError as error:
         if not (found.config.slurm.submit and found.config.slurm.setup):
             raise
         found.warnings.append(f"{error}, or let --setup bring it")
+
+
+def _check_engine(found: Inspection) -> None:
+    config = found.config
+    if found.plan.device != "cuda" or config.launch.sif_path or config.parallel.transformer_impl == "local":
+        return
+    problem = engine_problem()
+    if problem is not None:
+        raise ValueError(f"{problem}; install such a one, or use --transformer-impl local")
 
 
 def _image(found: Inspection) -> None:

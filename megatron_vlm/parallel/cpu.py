@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from megatron_vlm.parallel.engine import import_engine
+
 # The tensor constructors that megatron-core calls with device="cuda" or torch.cuda.current_device().
 _CONSTRUCTORS = (
     "tensor",
@@ -51,6 +53,7 @@ def import_megatron_core() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            import_engine()
             import megatron.core
             import megatron.core.models.gpt.gpt_model
             import megatron.core.optimizer  # noqa: F401

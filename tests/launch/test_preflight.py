@@ -397,6 +397,21 @@ def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
     preflight.check_interpreter()
 
 
+def test_transformer_engine_has_to_fit(monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "engine_problem", lambda: "Transformer Engine is 2.5.0")
+
+    def look(*argv: str) -> preflight.Inspection:
+        config = RunConfig.from_flags([*BASE, "--submit", "-g", "1", *argv])
+        return preflight.inspect(plan_job(config, {}))
+
+    (problem,) = look().problems
+    assert problem == "Transformer Engine is 2.5.0; install such a one, or use --transformer-impl local"
+    assert look("--transformer-impl", "local").problems == []
+    found = look("--setup", "module load pytorch")
+    assert found.problems == [] and "or let --setup bring it" in found.warnings[0]
+    assert inspect().problems == []  # on CPUs it isn't used
+
+
 def test_torch_has_to_be_installed(monkeypatch) -> None:
     monkeypatch.setattr(preflight, "_installed", lambda package: False)
     assert "has no torch; run `make setup`" in problem()
