@@ -38,6 +38,7 @@ from megatron_vlm.config.checkpoint import (
 )
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.native import LayeredReader, read_metadata
+from megatron_vlm.models.scaling import scaling_state
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
@@ -112,6 +113,7 @@ def save_checkpoint(
     sharded: dict[str, Any] = _request("model", dict(written))
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
+        sharded.update(_request("scaling", scaling_state(chunks, layout)))
     try:
         sharded_files.save(sharded, str(staging))
     except OSError as error:

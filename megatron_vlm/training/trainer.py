@@ -32,6 +32,7 @@ from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
+from megatron_vlm.models.scaling import load_scaling_state
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.sinks import Sinks
@@ -200,6 +201,8 @@ class Trainer:
         )
         if start.with_state:
             checkpoint.load_optimizer(start.checkpoint, self.chunks, self.optimizer, self.state)
+            if not load_scaling_state(start.checkpoint, self.chunks):
+                self.say("FP8: the checkpoint has no scales of this recipe; they begin anew")
         peaks = [schedule.lr for schedule in self.schedules]
         self.say(table(self.regime, peaks, config.optimizer.weight_decay))
         self.gradient_check = GradientCheck(self.regime, layout, self.say)
