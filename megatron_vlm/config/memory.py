@@ -112,7 +112,8 @@ def estimate(
 
 def _shape(config: RunConfig, model: ModelConfig, device: str) -> Shape:
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
-    impl = config.parallel.transformer_impl or ("transformer_engine" if device == "cuda" else "local")
+    default = "transformer_engine" if device == "cuda" and precision == "bf16" else "local"
+    impl = config.parallel.transformer_impl or default
     multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
     rows, length = config.training.micro_batch_size, config.data.seq_length
     images = rows

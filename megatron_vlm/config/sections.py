@@ -149,7 +149,7 @@ class ParallelSection:
         None,
         "layers of megatron-core and torch, or of Transformer Engine",
         choices=("local", "transformer_engine"),
-        shown_default="transformer_engine where it is installed and there are GPUs, else local",
+        shown_default="transformer_engine in bfloat16 where it is installed and there are GPUs, else local",
     )
     device: Optional[str] = flag(
         DISTRIBUTED,

@@ -1,14 +1,16 @@
 """megatron-core layer specs: which class stands at each place of a transformer layer.
 
-``transformer_engine`` where that is installed and the device is a GPU, ``local`` everywhere else.
+``transformer_engine`` for bfloat16 where that is installed and the device is a GPU, else ``local``.
 Both save under Transformer Engine's names, so a checkpoint of one loads with the other.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -21,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_vlm.models.attention import ScaledDotProductAttention, SelfAttentionWithOutputBias, TorchNorm
 from megatron_vlm.models.experts import MixtureOfExperts
+from megatron_vlm.parallel.engine import why_not
 
 # The local spec's norms are modules of their own; Transformer Engine fuses them into the linear after, and
 # names them so.
@@ -30,20 +33,45 @@ _LOCAL_TO_SAVED = {
 }
 
 
-def choose_transformer_impl(device: str, wanted: str | None = None) -> str:
+def choose_transformer_impl(
+    device: str, wanted: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> str:
     """``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``.
 
     Args:
         wanted: one of the two, whatever the default would be.
+        dtype: of the parameters. In fp32 the default is ``"local"``: the engine multiplies fp32 matrices in
+            TF32, and its attention keeps the scores.
 
     Raises:
-        ValueError: Transformer Engine is wanted where it doesn't run.
+        ValueError: Transformer Engine is wanted where it doesn't run, or is there and can't be used.
     """
+    if wanted is None and dtype == torch.float32:
+        return "local"
     installed = importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" and not (installed and device == "cuda"):
-        reason = "is not installed here" if device == "cuda" else "needs GPUs"
-        raise ValueError(f"--transformer-impl transformer_engine: Transformer Engine {reason}; use local")
+    if wanted == "transformer_engine" and device != "cuda":
+        raise ValueError("--transformer-impl transformer_engine: Transformer Engine needs GPUs; use local")
+    if wanted != "local" and device == "cuda" and why_not() is not None:
+        raise ValueError(f"Transformer Engine {why_not()}; mend that, or use --transformer-impl local")
+    if wanted == "transformer_engine" and not installed:
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed here; use local"
+        )
     return wanted or ("transformer_engine" if installed and device == "cuda" else "local")
+
+
+def check_environment() -> None:
+    """Transformer Engine's switches for its attention kernels have to be on, as they are by default.
+
+    megatron-core asserts it of every model, of local layers too.
+
+    Raises:
+        ValueError: one is set to something else.
+    """
+    for kernels in ("FLASH", "FUSED", "UNFUSED"):
+        name = f"NVTE_{kernels}_ATTN"
+        if os.environ.get(name, "1") != "1":
+            raise ValueError(f"{name}={os.environ[name]} in the environment: megatron-core wants 1; unset it")
 
 
 def layer_spec(

@@ -17,7 +17,7 @@ from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
-from megatron_vlm.models.specs import choose_transformer_impl
+from megatron_vlm.models.specs import check_environment, choose_transformer_impl
 from megatron_vlm.models.tiles import FeatureIndex
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
@@ -218,7 +218,8 @@ def build_model(
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
         layers_per_stage, recompute, recompute_num_layers: see :func:`transformer_configs`.
     """
-    impl = choose_transformer_impl(layout.device.type, impl)
+    check_environment()
+    impl = choose_transformer_impl(layout.device.type, impl, dtype)
     configs = transformer_configs(
         model,
         layout,

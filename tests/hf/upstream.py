@@ -128,12 +128,29 @@ def save_as_megatron_lm(folder: Path, hf_dir: Path, layout: dict[str, Any], padd
     torch.save(content, own / "model_optim_rng.pt")
 
 
-def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: int, chunk: int) -> Any:
-    """Upstream's model with local layer specs, as Megatron-LM's ``examples/multimodal/model.py`` makes it."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def build(
+    model: ModelConfig,
+    ranks: Any,
+    first: int | None,
+    padded_vocab_size: int,
+    chunk: int,
+    engine: bool = False,
+) -> Any:
+    """Upstream's model, as Megatron-LM's ``examples/multimodal/model.py`` makes it.
+
+    Args:
+        engine: with Transformer Engine's layer specs, else with local ones.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.models.multimodal import llava_model
     from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+    from megatron.core.models.vision.vit_layer_specs import (
+        get_vit_layer_with_local_spec,
+        get_vit_layer_with_transformer_engine_spec,
+    )
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -176,26 +193,34 @@ def build(model: ModelConfig, ranks: Any, first: int | None, padded_vocab_size: 
         ffn_hidden_size=language.hidden_size,
         **common,
     )
-    # Its norms are Transformer Engine's unless another class is named, which LLaVAModel doesn't let one do.
-    llava_model.CLIPViTModel = functools.partial(
-        CLIPViTModel, ln_pre_impl=WrappedTorchNorm, ln_post_impl=WrappedTorchNorm
-    )
+    experts = dict(num_experts=language.num_experts, qk_layernorm=language.qk_norm)
+    if engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        llava_model.CLIPViTModel = CLIPViTModel
+        layer = get_gpt_layer_with_transformer_engine_spec(**experts)
+        vision_layer = get_vit_layer_with_transformer_engine_spec()
+        linears: Any = TEColumnParallelLinear, TERowParallelLinear
+    else:
+        # Its norms are the engine's unless another class is named, which LLaVAModel doesn't let one do.
+        llava_model.CLIPViTModel = functools.partial(
+            CLIPViTModel, ln_pre_impl=WrappedTorchNorm, ln_post_impl=WrappedTorchNorm
+        )
+        layer = get_gpt_layer_local_spec(**experts, normalization="RMSNorm")
+        vision_layer = get_vit_layer_with_local_spec()
+        linears = ColumnParallelLinear, RowParallelLinear
     first_stage = ranks.is_first_stage and chunk == 0
     side = vision.image_size // vision.patch_size * vision.patch_size
     return llava_model.LLaVAModel(
         language_transformer_config=language_config,
-        language_transformer_layer_spec=get_gpt_layer_local_spec(
-            num_experts=language.num_experts, qk_layernorm=language.qk_norm, normalization="RMSNorm"
-        ),
+        language_transformer_layer_spec=layer,
         language_vocab_size=padded_vocab_size,
         language_max_sequence_length=language.max_position_embeddings,
         vision_transformer_config=vision_config,
-        vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+        vision_transformer_layer_spec=vision_layer,
         drop_vision_class_token=vision.has_class_token,
         vision_projection_config=projector_config,
-        vision_projection_layer_spec=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-        ),
+        vision_projection_layer_spec=MLPSubmodules(linear_fc1=linears[0], linear_fc2=linears[1]),
         vision_projection_type="mlp",
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         language_position_embedding_type="rope",

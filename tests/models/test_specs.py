@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_vlm.models import specs
 from megatron_vlm.models.experts import MixtureOfExperts
-from megatron_vlm.models.specs import choose_transformer_impl, layer_spec, standalone_norm
+from megatron_vlm.models.specs import (
+    check_environment,
+    choose_transformer_impl,
+    layer_spec,
+    standalone_norm,
+)
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
@@ -25,6 +32,28 @@ def test_experts_stand_where_the_mlp_would(impl: str) -> None:
     assert "pre_mlp_layernorm." not in layer.sharded_state_dict_keys_map
 
 
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_a_tower_has_no_mask(impl: str) -> None:
+    """Upstream's local spec has a causal one there, and its other spec none."""
+    masks = {
+        causal: layer_spec(impl, causal=causal, output_bias=True).submodules.self_attention.params
+        for causal in (True, False)
+    }
+    assert masks[False]["attn_mask_type"] is AttnMaskType.no_mask
+    assert masks[True]["attn_mask_type"] is AttnMaskType.causal
+
+
+def test_switches_of_attention_kernels_stay_as_megatron_core_wants_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
+    monkeypatch.delenv("NVTE_FUSED_ATTN", raising=False)
+    check_environment()
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(ValueError, match="NVTE_FUSED_ATTN=0 in the environment"):
+        check_environment()
+
+
 def test_transformer_engine_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: list[str] = []
     monkeypatch.setattr(specs.importlib.util, "find_spec", lambda name: name if name in installed else None)
@@ -34,5 +63,7 @@ def test_transformer_engine_is_refused_where_it_does_not_run(monkeypatch: pytest
     installed.append("transformer_engine")
     assert choose_transformer_impl("cuda") == "transformer_engine"
     assert choose_transformer_impl("cuda", "local") == choose_transformer_impl("cpu") == "local"
+    assert choose_transformer_impl("cuda", dtype=torch.float32) == "local"
+    assert choose_transformer_impl("cuda", "transformer_engine", torch.float32) == "transformer_engine"
     with pytest.raises(ValueError, match="Transformer Engine needs GPUs; use local"):
         choose_transformer_impl("cpu", "transformer_engine")

@@ -142,7 +142,13 @@ def test_layout(
 
 
 def reloaded(
-    pool: Pool, layout: Layout, trainable: Trainable, source: Path, folder: Path, *flags: str
+    pool: Pool,
+    layout: Layout,
+    trainable: Trainable,
+    source: Path,
+    folder: Path,
+    *flags: str,
+    worker: Callable[[list[str]], None] = train,
 ) -> Losses:
     """Losses of the run in ``source``, whose second half is trained again from its checkpoint."""
     half = ITERATIONS // 2
@@ -151,7 +157,7 @@ def reloaded(
     kept = (source / "metrics.jsonl").read_text().splitlines(keepends=True)[:half]
     (folder / "reloaded" / "metrics.jsonl").write_text("".join(kept))
     flags = (*flags, "--no-save", "--load-optim", "--megatron-load-dir", str(checkpoint))
-    return run(pool, layout, trainable, folder, "reloaded", *flags)
+    return run(pool, layout, trainable, folder, "reloaded", *flags, worker=worker)
 
 
 @pytest.mark.parametrize(
