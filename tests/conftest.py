@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests start several ranks at once; a thread pool in each of them would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Some thousand processes would otherwise each compile the package anew, half a second each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell starts what it puts in the background with SIGINT ignored, nohup with SIGHUP, and so would every
 # process of a test be.
@@ -32,7 +37,8 @@ def pool() -> Iterator[Pool]:
 class ByFile(LoadScopeScheduling):
     """Gives a worker one file at a time, for its fixtures, and tests/cluster at once: there is one cluster.
 
-    Not ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 are lost.
+    In the order of the paths, so that tests/cluster, which takes longest by far, does not begin last. Not
+    ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 are lost.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -41,4 +47,5 @@ class ByFile(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    config.option.loadscopereorder = False
     return ByFile(config, log)

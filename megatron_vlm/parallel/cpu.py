@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def import_megatron_core() -> None:
     if not torch.cuda.is_available():
         torch.compile = _leave_uncompiled
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _hidden("wandb", "torch.utils.tensorboard"):
             warnings.simplefilter("ignore")
             import_engine()
             import megatron.core
@@ -59,6 +60,24 @@ def import_megatron_core() -> None:
             import megatron.core.optimizer  # noqa: F401
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Let imports of these modules fail.
+
+    megatron-core imports them if they are there, half a second in every rank, and they are not needed: what
+    is reported, only the first rank writes, and :mod:`megatron_vlm.observe` does it.
+    """
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 def _leave_uncompiled(model: Any = None, **options: Any) -> Any:
