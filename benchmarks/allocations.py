@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_vlm import parallel
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.models.loss import find_trained
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training.batch import Batch, GlobalBatch
@@ -107,11 +108,13 @@ def _batch(
         ids[:, : model.image_tokens] = model.image_token_id
         pixels = torch.randn(shape[0], vision.num_channels, vision.image_size, vision.image_size)
         positions = find_image_positions(ids, shape[0], model)
+        loss_mask = ids != model.image_token_id
         microbatches.append(
             Batch(
                 input_ids=ids,
                 labels=torch.randint(0, model.image_token_id, shape),
-                loss_mask=ids != model.image_token_id,
+                loss_mask=loss_mask,
+                trained=find_trained(loss_mask),
                 pixel_values=pixels.to(_dtype(config)) if layout.is_first_stage else None,
                 image_positions=positions if layout.is_first_stage else None,
             )

@@ -26,7 +26,7 @@ from benchmarks.workload import OPTIMIZER, Workload, make_batches, peak_memory, 
 from megatron_vlm import parallel
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models import language
-from megatron_vlm.models.loss import linear_cross_entropy
+from megatron_vlm.models.loss import find_trained, linear_cross_entropy
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -35,14 +35,14 @@ from megatron_vlm.training.step import prepare_for_schedules, train_step
 
 
 def whole_logits(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, vocab_size: int, **_: Any
+    hidden: Tensor, weight: Tensor, labels: Tensor, trained: Tensor, vocab_size: int, **_: Any
 ) -> Tensor:
     """What megatron-core does: all logits, then its ``vocab_parallel_cross_entropy``."""
     logits = hidden @ weight.t()
     if vocab_size < logits.shape[-1]:
         logits = logits[..., :vocab_size].contiguous()
     losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
-    return losses.where(loss_mask.t(), 0.0).sum()
+    return losses.flatten()[trained].sum()
 
 
 def alone(path: str, workload: Workload) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def alone(path: str, workload: Workload) -> dict[str, Any]:
     weight = torch.randn(workload.vocab_size, workload.hidden_size, generator=generator).mul_(0.02)
     weight.requires_grad_()
     labels = torch.randint(workload.vocab_size, (shape[1], shape[0]), generator=generator)
-    mask = torch.ones_like(labels, dtype=torch.bool)
+    trained = torch.arange(labels.numel())
     started = time.process_time()
     loss_function = whole_logits if path == "upstream" else linear_cross_entropy
-    loss = loss_function(hidden, weight, labels, mask, workload.vocab_size, group=layout.tp_group)
+    loss = loss_function(hidden, weight, labels, trained, workload.vocab_size, group=layout.tp_group)
     loss.backward()
     seconds = time.process_time() - started
     parallel.finalize()
@@ -90,7 +90,7 @@ def step(path: str, folder: Path, workload: Workload) -> dict[str, Any]:
         mask = torch.ones_like(labels, dtype=torch.bool)
         mask[:, -1] = False
         positions = find_image_positions(ids, len(ids), model)
-        batch = Batch(ids, labels, mask, given["pixels"] / 255.0, positions)
+        batch = Batch(ids, labels, mask, find_trained(mask), given["pixels"] / 255.0, positions)
         one = GlobalBatch([batch], workload.sequence)
         losses.append(train_step(models, optimizer, one, layout, [OPTIMIZER["lr"]]).loss)
     seconds = time.process_time() - started

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.distributed import Pool
+from tests.distributed import DEVICE, Pool
 
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # subprocesses would take a GPU that is there
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests start several ranks at once; a thread pool in each of them would fight over the cores.
@@ -28,8 +30,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """Four gloo processes that serve every layout."""
-    pool = Pool(int(os.environ.get("WORLD", "4")))
+    """Four processes that serve every layout; on GPUs, as many as there are up to four."""
+    size = int(os.environ.get("WORLD", "4"))
+    if DEVICE == "cuda":
+        import torch  # after what it reads from the environment is set
+
+        size = min(size, torch.cuda.device_count())
+    pool = Pool(size)
     yield pool
     pool.stop()
 

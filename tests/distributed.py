@@ -1,37 +1,56 @@
-"""Run a test function on several ranks: one pool of gloo processes serves the whole session.
+"""Run a test function on several ranks: one pool of processes serves the whole session.
 
 Starting a process costs seconds of imports; joining and leaving a process group costs milliseconds.
+The ranks are on the CPU with gloo, or with ``DEVICE=cuda`` in the environment on a GPU each with NCCL.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
+
+DEVICE = os.environ.get("DEVICE", "cpu")  # of the pool's ranks: "cpu" or "cuda"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIMEOUT = 240  # seconds; far above any test here, so that a hang ends as a failure
+
+
+class _ByValue(pickle.Pickler):
+    """Tensors leave the GPU."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return value.cpu().__reduce_ex__(5) if getattr(value, "is_cuda", False) is True else NotImplemented
 
 
 def _worker(rank: int, tasks: Any, results: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Not a daemon, since data loaders start processes of their own; so it ends with its parent like this.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if DEVICE == "cuda":
+        os.environ["LOCAL_RANK"] = str(rank)
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its float32 products are TF32
     import torch
     import torch.distributed as dist
 
     from megatron_vlm import parallel
 
     torch.set_num_threads(1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     while True:
         task = tasks.get()
         if task is None:
@@ -39,14 +58,16 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
         function, args, world, store = task
         try:
             dist.init_process_group(
-                "gloo",
+                "nccl" if DEVICE == "cuda" else "gloo",
                 store=dist.FileStore(store, world),
                 rank=rank,
                 world_size=world,
                 timeout=timedelta(seconds=60),
             )
             # Pickled here: what can't be is this task's error, and tensors travel by value.
-            results.put((rank, pickle.dumps(function(*args)), None))
+            answer = io.BytesIO()
+            _ByValue(answer, protocol=5).dump(function(*args))
+            results.put((rank, answer.getvalue(), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
         finally:
@@ -80,9 +101,13 @@ class Pool:
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(*args)`` on ranks 0 to ``world - 1`` of a fresh process group.
 
+        Skips the test where there are not as many GPUs as ranks: NCCL takes one rank for each.
+
         Returns:
-            What each rank returned, by rank.
+            What each rank returned, by rank, with tensors on the CPU.
         """
+        if world > self.size:
+            pytest.skip(f"needs {world} ranks; {self.size} {'GPU is' if self.size == 1 else 'are'} here")
         self.count += 1
         store = os.path.join(self.folder.name, str(self.count))
         for rank in range(world):

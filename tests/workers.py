@@ -28,6 +28,7 @@ from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
+from megatron_vlm.models.loss import find_trained
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.tiles import index_features
@@ -67,7 +68,7 @@ class Layout:
 
 
 def global_batch(
-    microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int
+    microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int, device: torch.device
 ) -> GlobalBatch:
     """Microbatches of ``input_ids``, ``labels`` and ``pixel_values``, as the model takes them.
 
@@ -82,15 +83,17 @@ def global_batch(
         pixels, packed = m["pixel_values"], m.get("lengths")
         sizes = m.get("image_sizes", torch.zeros(len(pixels), 2))
         index = index_features(sizes, model) if len(pixels) else None
+        positions = find_image_positions(ids, len(sizes), model, index).to(device) if len(pixels) else None
         batches.append(
             Batch(
-                input_ids=ids,
-                labels=labels.clamp(min=0),
-                loss_mask=labels != -100,
-                pixel_values=pixels if len(pixels) else None,
-                image_positions=find_image_positions(ids, len(sizes), model, index) if len(pixels) else None,
-                packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, ids.device),
-                feature_index=index,
+                input_ids=ids.to(device),
+                labels=labels.clamp(min=0).to(device),
+                loss_mask=(labels != -100).to(device),
+                trained=find_trained(labels != -100).to(device),
+                pixel_values=pixels.to(device) if len(pixels) else None,
+                image_positions=positions,
+                packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, device),
+                feature_index=None if index is None else index.to(device),
             )
         )
     return GlobalBatch(batches, length)
@@ -119,7 +122,7 @@ def logits_and_gradients(
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
-    batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1)
+    batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
     loss, _ = compute_gradients(models, batch, layout)
 
     pieces = []
@@ -144,7 +147,7 @@ def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layou
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     chunks = build_model(model, layout)
     load_weights(Path(checkpoint), chunks)
-    (batch,) = global_batch([microbatch], model, 1).microbatches
+    (batch,) = global_batch([microbatch], model, 1, layout.device).microbatches
     with torch.no_grad():
         return _logits(chunks[0].eval(), batch).clone()
 
@@ -265,7 +268,7 @@ def train_on(
     losses = []
     for iteration, microbatches in enumerate(global_batches, start=1):
         own = microbatches[layout.dp_rank :: layout.dp]
-        batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1)
+        batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
         rates = [curve.at(iteration) for curve in schedules]
         losses.append(train_step(models, updates, batch, layout, rates).loss)
     return losses, table(regime, [curve.lr for curve in schedules], optimizer["weight_decay"])
@@ -294,7 +297,7 @@ def train_adapters(
     losses = []
     for iteration in range(iterations):
         mine = batches[iteration % len(batches)][layout.dp_rank :: layout.dp]
-        batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1)
+        batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
         result = train_step(models, optimizer, batch, layout, [lr, lr])
         losses.append(result.loss)
     return losses

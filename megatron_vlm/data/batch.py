@@ -111,6 +111,13 @@ def collate_packed(samples: Sequence[Sample], pad_token_id: int, image_shape: Se
     )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for it: to a GPU that is possible from page-locked memory only."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def fill_up(
     microbatch: Microbatch | None, rows: int, pad_token_id: int, image_shape: Sequence[int] = ()
 ) -> Microbatch:

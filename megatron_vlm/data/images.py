@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 from dataclasses import dataclass
@@ -172,9 +173,14 @@ def _decoding() -> Iterator[None]:
 
 def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:
     """uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in ``dtype``."""
-    mean = torch.tensor(images.mean, device=pixels.device).view(1, -1, 1, 1)
-    std = torch.tensor(images.std, device=pixels.device).view(1, -1, 1, 1)
+    mean, std = (_by_channel(values, pixels.device) for values in (images.mean, images.std))
     return ((pixels.float() * images.rescale - mean) / std).to(dtype)
+
+
+@functools.cache
+def _by_channel(values: Tuple[float, ...], device: torch.device) -> Tensor:
+    """``[1, c, 1, 1]``, kept: each copy to a GPU from memory that isn't page-locked is waited for."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def _per_channel(value: Any, num_channels: int) -> Tuple[float, ...]:

@@ -67,29 +67,32 @@ class LanguageModel(GPTModel):
         self.real_vocab_size = language.vocab_size
         self.tp_group = layout.tp_group
 
-    def forward(self, *args: Any, loss_parts: LossParts | None = None, **kwargs: Any) -> Tensor:
-        """As GPTModel's; ``loss_parts`` is for :meth:`_postprocess`, to which GPTModel hands nothing new."""
-        self._loss_parts = loss_parts
+    def forward(
+        self, *args: Any, trained: Tensor | None = None, loss_parts: LossParts | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As GPTModel's; what it doesn't have is for :meth:`_postprocess`, to which it hands nothing new."""
+        self._trained, self._loss_parts = trained, loss_parts
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
     def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         """The summed loss of the trained tokens where there are labels, else what GPTModel returns.
 
-        With labels (``[b, s]``) there has to be a ``loss_mask`` (bool ``[b, s]``), and logits are made
-        for the trained tokens only, some at a time.
+        With labels (``[b, s]``) the trained positions have to be known, and logits are made for these
+        only, some at a time.
         """
         labels = arguments.get("labels")
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, **arguments)
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())  # the module isn't called, and its weight may still be being gathered
+        assert self._trained is not None
         tied = self.share_embeddings_and_output_weights
         return linear_cross_entropy(
             hidden_states,
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels,
-            arguments["loss_mask"],
+            self._trained,
             vocab_size=self.real_vocab_size,
             group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,

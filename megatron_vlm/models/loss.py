@@ -25,6 +25,19 @@ from megatron_vlm.parallel.fused import weight_gradient_kernels
 CHUNK = {"cpu": 256, "cuda": 1024}
 
 
+def find_trained(loss_mask: Tensor) -> Tensor:
+    """Which rows of ``[s * b, h]`` the loss is taken of, in that order.
+
+    Args:
+        loss_mask: bool ``[b, s]``, True where a token is trained; best on the CPU, since the result's size
+            depends on the data, and a GPU would have to be waited for.
+
+    Returns:
+        int64 ``[trained tokens]``.
+    """
+    return loss_mask.t().flatten().nonzero().squeeze(1)
+
+
 @dataclass(frozen=True)
 class LossParts:
     """A microbatch's loss by the datasets of a mixture; filled on the last stage.
@@ -42,7 +55,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    loss_mask: Tensor,
+    trained: Tensor,
     vocab_size: int,
     group: dist.ProcessGroup,
     sequence_parallel: bool = False,
@@ -59,7 +72,7 @@ def linear_cross_entropy(
         hidden: ``[s, b, h]``; ``[s / tp, b, h]`` with sequence parallelism.
         weight: this rank's rows of the output layer, ``[padded vocabulary / tp, h]``.
         labels: int64 ``[b, s]``, below ``vocab_size`` where trained.
-        loss_mask: bool ``[b, s]``, True where a token is trained.
+        trained: int64 ``[trained tokens]``, of :func:`find_trained`.
         vocab_size: columns of the softmax; padding beyond takes no part in it.
         group: the tensor parallel ranks.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
@@ -71,7 +84,6 @@ def linear_cross_entropy(
     """
     if sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
-    trained = loss_mask.t().flatten().nonzero().squeeze(1)
     rows = hidden.flatten(0, 1).index_select(0, trained)
     if not sequence_parallel:  # there, the gather's backward sums the ranks' gradients already
         rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=group)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_vlm.config.anyres import Tiling
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.batch import to_device
 
 
 class FeatureIndex(NamedTuple):
@@ -44,10 +45,8 @@ class FeatureIndex(NamedTuple):
 
     def to(self, device: torch.device) -> FeatureIndex:
         """With what :meth:`gather` needs on a device."""
-        tensors = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("kept", "corners", "weights")
-        }
-        return self._replace(**tensors)
+        kept, corners, weights = (to_device(x, device) for x in (self.kept, self.corners, self.weights))
+        return self._replace(kept=kept, corners=corners, weights=weights)
 
 
 def index_features(image_sizes: Tensor, model: ModelConfig) -> FeatureIndex | None:

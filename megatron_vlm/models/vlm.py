@@ -22,6 +22,7 @@ from megatron_vlm.models.tiles import FeatureIndex
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
 from megatron_vlm.parallel import Layout
+from megatron_vlm.parallel.fused import accumulate_weight_gradients
 
 
 class VisionLanguageModel(MegatronModule):
@@ -67,7 +68,7 @@ class VisionLanguageModel(MegatronModule):
         pixel_values: Tensor | None = None,
         image_positions: Tensor | None = None,
         labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
+        trained: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         feature_index: FeatureIndex | None = None,
         loss_parts: LossParts | None = None,
@@ -81,7 +82,8 @@ class VisionLanguageModel(MegatronModule):
             image_positions: ``[2, features]``: batch and sequence index of each feature's placeholder, as
                 :func:`find_image_positions` makes them.
             labels: ``[b, s]``, the token to be predicted at each position.
-            loss_mask: bool ``[b, s]``, True where a token is trained; needed with labels.
+            trained: where there are labels, the positions that are trained, as
+                :func:`~megatron_vlm.models.loss.find_trained` makes them.
             packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
                 they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
             feature_index: of :func:`index_features`, where images are cut into tiles.
@@ -102,7 +104,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask=None,
             decoder_input=embeddings,
             labels=labels,
-            loss_mask=loss_mask,
+            trained=trained,
             packed_seq_params=packed_seq_params,
             loss_parts=loss_parts,
         )
@@ -231,7 +233,11 @@ def build_model(
         recompute_num_layers,
         fused_rope=impl == "transformer_engine",
     )
-    return [
+    chunks = [
         VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by, chunk).to(layout.device)
         for chunk in range(layout.vpp)
     ]
+    if impl == "transformer_engine":
+        for chunk in chunks:
+            accumulate_weight_gradients(chunk)
+    return chunks

@@ -52,15 +52,14 @@ class Adam(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(p)
             beta1, beta2 = group["betas"]
             # adamw counts the step itself, in tensors; it is given the count before this step.
-            device = params[0].device
-            steps = [torch.tensor(group["step"] - 1.0, device=device) for _ in params]
+            done = torch.full((len(params),), group["step"] - 1.0, device=params[0].device)
             adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                steps,
+                list(done.unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,

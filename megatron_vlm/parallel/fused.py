@@ -42,6 +42,16 @@ def weight_gradient_kernels(device: str) -> Any:
     return _import("fused_weight_gradient_mlp_cuda") if device == "cuda" else None
 
 
+def accumulate_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linears add weight gradients to their fp32 sums as they compute them.
+
+    megatron-core has one switch for these and for its own linears, and the latter need apex for it.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
 def _find(module: str, name: str) -> Any:
     return getattr(_import(module), name, None)
 

@@ -7,6 +7,7 @@ neighbour waits for it to take part in the broadcast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,15 +19,19 @@ from torch import Tensor
 
 from megatron_vlm.config.flops import causal_pairs
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, to_device
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
-from megatron_vlm.models.loss import LossParts
+from megatron_vlm.models.loss import LossParts, find_trained
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.tiles import FeatureIndex, index_features
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
 from megatron_vlm.training.sources import SourceTotals, token_sources
+
+# Lengths are padded up to a multiple of this. cuDNN's attention is planned anew for every shape that it
+# meets, and the allocator keeps memory for each: of 2048 lengths, 32 are left.
+LENGTH_STEP = {"cpu": 1, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Batch:
     input_ids: Tensor  # int64 [b, s]
     labels: Tensor  # int64 [b, s], within the vocabulary
     loss_mask: Tensor  # bool [b, s], True where a token is trained
+    trained: Tensor  # int64 [trained tokens], the same as positions: of find_trained
     pixel_values: Tensor | None = None  # [tiles, c, h, w], normalised; first stage only
     image_positions: Tensor | None = None  # int64 [2, features]; first stage only
     packed_seq_params: PackedSeqParams | None = None  # where b is 1 and the row holds several samples
@@ -102,7 +108,7 @@ class BatchReader:
         self.num_microbatches = num_microbatches
         self.pad_token_id = processing.pad_token_id
         self.dtype = dtype
-        self.sequence_multiple = sequence_multiple
+        self.sequence_multiple = math.lcm(sequence_multiple, LENGTH_STEP[layout.device.type])
         self.totals = totals
 
     def next(self) -> GlobalBatch:
@@ -163,7 +169,7 @@ class BatchReader:
 
         own_text = torch.cat([numbers for m in read for numbers in _numbers(m)]) if read else None
         if own_text is not None:
-            text = _to_device(own_text, device)
+            text = to_device(own_text, device)
         else:
             length = sum(
                 2 * b * s + samples + 2 * images + sources for b, s, samples, images, _, sources in shapes
@@ -176,7 +182,7 @@ class BatchReader:
         num_tiles = sum(tiles for *_, tiles, _ in shapes)
         if self.layout.is_first_stage and num_tiles:
             if read:
-                pixels = _to_device(torch.cat([m.pixels for m in read]), device)
+                pixels = to_device(torch.cat([m.pixels for m in read]), device)
             else:
                 vision = self.model.vision
                 shape = (num_tiles, vision.num_channels, vision.image_size, vision.image_size)
@@ -205,15 +211,18 @@ class BatchReader:
         ids = F.pad(part.input_ids, (0, missing), value=self.pad_token_id)
         labels = F.pad(part.labels, (0, missing), value=IGNORE_INDEX)
         device = self.layout.device
+        # Places and counts are worked out here: asking the device for them would make the host wait for it.
+        loss_mask = labels.ne(IGNORE_INDEX)
         pixel_values = None
         if part.pixels is not None and len(part.pixels):
-            pixel_values = normalize(_to_device(part.pixels, device), self.images, self.dtype)
+            pixel_values = normalize(to_device(part.pixels, device), self.images, self.dtype)
         return Batch(
-            input_ids=_to_device(ids, device),
-            labels=_to_device(labels.clamp(min=0), device),
-            loss_mask=_to_device(labels.ne(IGNORE_INDEX), device),
+            input_ids=to_device(ids, device),
+            labels=to_device(labels.clamp(min=0), device),
+            loss_mask=to_device(loss_mask, device),
+            trained=to_device(find_trained(loss_mask), device),
             pixel_values=pixel_values,
-            image_positions=None if pixel_values is None else _to_device(positions, device),
+            image_positions=None if pixel_values is None else to_device(positions, device),
             packed_seq_params=boundaries(part.packed, length, device) if part.packed else None,
             feature_index=None if pixel_values is None or index is None else index.to(device),
             loss_parts=self._loss_parts(part, ids),
@@ -223,7 +232,7 @@ class BatchReader:
         if self.totals is None or not self.layout.is_last_stage:
             return None
         sources = token_sources(part.sources, part.packed, *ids.shape)
-        return self.totals.parts(_to_device(sources.contiguous(), self.layout.device))
+        return self.totals.parts(to_device(sources.contiguous(), self.layout.device))
 
 
 def _packed(microbatch: Microbatch) -> list[int]:
@@ -237,13 +246,6 @@ def _numbers(microbatch: Microbatch) -> list[Tensor]:
     sizes = microbatch.image_sizes.flatten()
     sources = torch.tensor(microbatch.sources, dtype=torch.int64)
     return [microbatch.input_ids.flatten(), microbatch.labels.flatten(), packed, sizes, sources]
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting for it: to a GPU that is possible from page-locked memory only."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
         pixel_values=batch.pixel_values,
         image_positions=batch.image_positions,
         labels=batch.labels,
-        loss_mask=batch.loss_mask,
+        trained=batch.trained,
         packed_seq_params=batch.packed_seq_params,
         feature_index=batch.feature_index,
         loss_parts=batch.loss_parts,

@@ -19,7 +19,7 @@ from tests.distributed import Pool
 
 def both(groups: int, mask_type: AttnMaskType) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Output and gradients of both implementations."""
-    parallel.initialize()
+    device = parallel.initialize().device
     config = TransformerConfig(
         num_layers=1,
         hidden_size=24,
@@ -30,8 +30,8 @@ def both(groups: int, mask_type: AttnMaskType) -> list[tuple[torch.Tensor, list[
         masked_softmax_fusion=False,
     )
     torch.manual_seed(1)
-    inputs = [torch.randn(11, 3, heads, 8) for heads in (6, groups, groups)]
-    probe = torch.randn(11, 3, 48)
+    inputs = [torch.randn(11, 3, heads, 8).to(device) for heads in (6, groups, groups)]
+    probe = torch.randn(11, 3, 48).to(device)
     mask = get_default_causal_mask(11) if mask_type == AttnMaskType.causal else None
     results = []
     for implementation in (ScaledDotProductAttention, DotProductAttention):
@@ -56,7 +56,7 @@ def test_equals_megatron_core(pool: Pool, groups: int, mask_type: AttnMaskType) 
 
 def packed_and_apart(mask_type: AttnMaskType) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Output and gradients of samples in a row, and of megatron-core's attention to one after the other."""
-    parallel.initialize()
+    device = parallel.initialize().device
     config = TransformerConfig(
         num_layers=1,
         hidden_size=24,
@@ -68,10 +68,10 @@ def packed_and_apart(mask_type: AttnMaskType) -> list[tuple[torch.Tensor, list[t
     )
     torch.manual_seed(1)
     lengths = [4, 1, 6]
-    inputs = [torch.randn(11, heads, 8) for heads in (6, 2, 2)]
-    probe = torch.randn(11, 48)
+    inputs = [torch.randn(11, heads, 8).to(device) for heads in (6, 2, 2)]
+    probe = torch.randn(11, 48).to(device)
     own = [x.clone().requires_grad_() for x in inputs]
-    params = boundaries(lengths, 11, torch.device("cpu"))
+    params = boundaries(lengths, 11, device)
     ours = ScaledDotProductAttention(config, 1, mask_type, "self")(*own, None, packed_seq_params=params)
     theirs_in = [x.clone().requires_grad_() for x in inputs]
     module = DotProductAttention(config, 1, mask_type, "self")

@@ -15,7 +15,7 @@ from tests.distributed import Pool
 
 def routed(tokens: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and choice of each token's experts, ``[tokens, experts]``."""
-    parallel.initialize()
+    device = parallel.initialize().device
     config = TransformerConfig(
         num_layers=1,
         hidden_size=tokens.shape[1],
@@ -30,7 +30,7 @@ def routed(tokens: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torc
     router = MixtureOfExperts(config).router
     with torch.no_grad():
         router.weight.copy_(weight)
-        return router(tokens.unsqueeze(1))
+        return router(tokens.unsqueeze(1).to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

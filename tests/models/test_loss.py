@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import parallel
-from megatron_vlm.models.loss import LossParts, linear_cross_entropy
+from megatron_vlm.models.loss import LossParts, find_trained, linear_cross_entropy
 from tests.distributed import Pool
 
 SEQUENCE, BATCH, HIDDEN = 14, 3, 24
@@ -84,7 +84,8 @@ class LargestTensor(TorchDispatchMode):
 def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int, torch.Tensor]:
     """Loss, gradients of this rank's parts, the size of the largest tensor, and each source's loss."""
     layout = parallel.initialize(case.tp)
-    given = inputs(case)
+    given = {name: tensor.to(layout.device) for name, tensor in inputs(case).items()}
+    trained = find_trained(given["mask"])
     hidden, weight = given["hidden"], given["weight"].chunk(case.tp)[layout.tp_rank].clone()
     if case.sequence_parallel:
         hidden = hidden.chunk(case.tp)[layout.tp_rank].clone()
@@ -95,20 +96,20 @@ def run(case: Case) -> tuple[float, torch.Tensor, torch.Tensor | None, int, torc
             hidden,
             weight,
             given["labels"],
-            given["mask"],
+            trained,
             case.vocab_size,
             layout.tp_group,
             case.sequence_parallel,
             chunk=CHUNK,
         )
         (case.grad_output * loss).backward()
-    parts = LossParts(SOURCES, torch.zeros(3, dtype=torch.float64))
+    parts = LossParts(SOURCES.to(layout.device), torch.zeros(3, dtype=torch.float64, device=layout.device))
     with torch.no_grad():
         again = linear_cross_entropy(
             hidden,
             weight,
             given["labels"],
-            given["mask"],
+            trained,
             case.vocab_size,
             layout.tp_group,
             case.sequence_parallel,

@@ -26,7 +26,7 @@ def forward_and_backward(model: ModelConfig, recompute: str, only_layers: bool) 
     for name, parameter in chunk.named_parameters():
         parameter.data.normal_(0.0, 0.15)
         parameter.requires_grad = name.startswith("language_model.decoder.") or not only_layers
-    length = 64
+    length, device = 64, layout.device
     ids = torch.randint(3, 190, (2, length))
     ids[0, 2 : 2 + model.image_tokens] = model.image_token_id
     pixels = torch.randn(1, 3, model.vision.image_size, model.vision.image_size)
@@ -35,11 +35,11 @@ def forward_and_backward(model: ModelConfig, recompute: str, only_layers: bool) 
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         loss = chunk(
-            ids,
-            pixels,
-            find_image_positions(ids, 1, model),
-            labels=labels,
-            loss_mask=torch.ones_like(ids).bool(),
+            ids.to(device),
+            pixels.to(device),
+            find_image_positions(ids, 1, model).to(device),
+            labels=labels.to(device),
+            trained=torch.arange(ids.numel(), device=device),
         )
     weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}

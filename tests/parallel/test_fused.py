@@ -51,6 +51,14 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             del sys.modules[name]
 
 
+def test_engines_linears_add_up_their_weight_gradients() -> None:
+    """As Transformer Engine 2.11 names it; other modules get nothing."""
+    engine, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    engine.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+    fused.accumulate_weight_gradients(torch.nn.Sequential(torch.nn.ModuleList([engine]), other))
+    assert engine.fuse_wgrad_accumulation is True and not hasattr(other, "fuse_wgrad_accumulation")
+
+
 def test_without_either_it_is_torch() -> None:
     for device in "cpu", "cuda":
         assert fused.adam_source(device) == "torch"
