@@ -2,11 +2,12 @@
 # make test        the test suite, JOBS=2 files at a time (ARGS= goes to pytest)
 # make kill-test   its test that kills a run at random moments, with KILLS=20 kills instead of 3
 # make bench       this trainer beside transformers' Trainer, and what the loss saves; writes benchmarks/results/
+# make gpu-check   what only a GPU can show, in under eight minutes; writes benchmarks/results/; without one a dry run
 # make check       lint, format, types, import contract
 # make setup       .venv with pinned versions; the others call it, and it does nothing when it is up to date
 # make clean       remove what these made
 #
-# PYTHON=      the interpreter that .venv is made from: 3.11 or 3.12
+# PYTHON=      the interpreter that .venv is made from: 3.11 or 3.12; for gpu-check, one to use as it is, without .venv
 # PIP_ARGS=    options for pip install. Where the package index serves torch's CUDA build (several GB, works too),
 #              point it at an index of CPU builds: PIP_ARGS="--extra-index-url <PyTorch's CPU wheels>"
 
@@ -26,7 +27,7 @@ PP ?= 1
 JOBS ?= 2
 KILLS ?= 20
 
-.PHONY: help setup demo test kill-test bench check clean
+.PHONY: help setup demo test kill-test bench gpu-check check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +56,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+# Where there is a GPU, torch and Transformer Engine often come with the machine's own Python.
+GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(BIN)/python)
+gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 check: setup
 	$(BIN)/ruff check

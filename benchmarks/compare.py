@@ -159,8 +159,11 @@ def summarize(results: dict[Run, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def machine() -> str:
     """The processor's or the GPU's name and how many there are."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} x {RANKS}"
+    return f"{torch.cuda.get_device_name()} x {RANKS}" if torch.cuda.is_available() else processor()
+
+
+def processor() -> str:
+    """The processor's name and how many cores there are."""
     model = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor() or platform.machine(),

@@ -47,7 +47,7 @@ def from_memory(
 
     batches = make_batches(workload, model.image_token_id, all_trained)[layout.dp_rank :: layout.dp]
     reader = BatchReader(
-        (_microbatch(batch) for batch in batches) if layout.loads_data else None,
+        (microbatch(batch) for batch in batches) if layout.loads_data else None,
         layout,
         model,
         load_processing(str(folder / "hf"), model, seq_length=workload.sequence),
@@ -67,7 +67,8 @@ def from_memory(
     return {"losses": losses, "seconds": seconds, "tokens": tokens}
 
 
-def _microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
+def microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
+    """Of :func:`benchmarks.workload.make_batches`, with labels shifted."""
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, :-1] = batch["labels"][:, 1:]
     rows, length = labels.shape

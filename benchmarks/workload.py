@@ -68,7 +68,24 @@ class Workload:
 def save_model(workload: Workload, folder: Path) -> None:
     """Write ``hf/``, a LLaVA with tokenizer and image processor, and ``megatron/``, the same converted."""
     tokenizer = _make_tokenizer()
-    config = transformers.LlavaConfig(
+    config = llava_config(workload, tokenizer.convert_tokens_to_ids("<image>"))
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "hf")
+    edge = workload.image_size
+    transformers.LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
+        tokenizer,
+        patch_size=workload.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    ).save_pretrained(folder / "hf")
+    import_hf(folder / "hf", folder / "megatron", tp=2, pp=1)
+
+
+def llava_config(workload: Workload, image_token_id: int) -> transformers.LlavaConfig:
+    """A Llama behind a CLIP tower."""
+    return transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             vocab_size=workload.vocab_size,
             hidden_size=workload.hidden_size,
@@ -86,21 +103,9 @@ def save_model(workload: Workload, folder: Path) -> None:
             image_size=workload.image_size,
             patch_size=workload.patch_size,
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=image_token_id,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "hf")
-    edge = workload.image_size
-    transformers.LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
-        tokenizer,
-        patch_size=workload.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_TEMPLATE,
-    ).save_pretrained(folder / "hf")
-    import_hf(folder / "hf", folder / "megatron", tp=2, pp=1)
 
 
 def _make_tokenizer() -> Any:

@@ -120,7 +120,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
         ROOT / "scripts/train/status.py",
     ]:
         known |= flags_of(str(script.relative_to(ROOT)))
-    known |= flags_of("-m", "benchmarks.memory")
+    known |= flags_of("-m", "benchmarks.memory") | flags_of("-m", "benchmarks.gpu_check")
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     assert mentioned <= known

@@ -1,0 +1,132 @@
+"""FP8 beside BF16 on the handwritten digits of the demo: two runs from one checkpoint over the same batches.
+
+The checkpoint is trained in BF16 first, so that both runs begin where most digits are known: a model of
+random weights learns little in its first hundred iterations, and nothing could be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PREPARE = "from megatron.energon.cli.main import main; main()"  # not every installation has it as a command
+FIELD_MAP = '{"image": "jpg", "context": "json[question]", "answers": "txt"}'
+BEFORE, ITERATIONS = 300, 100
+WINDOW = 10  # iterations whose mean is a point of a curve: single batches are noise
+RUN = (
+    *("scripts/train/run.py", "-g", "1", "--stage", "2", "--train-vision", "--lang", "en"),
+    *("--seq-length", "64", "--micro-batch-size", "48", "--global-batch-size", "48", "--log-interval", "1"),
+    *("--adam-beta2", "0.95", "--data-workers", "1"),
+)
+
+
+def run(folder: Path, *command: str) -> str:
+    """Run a script of this checkout in ``folder``; returns what it printed.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), environment.get("PYTHONPATH", "")])
+    first = command[0] if command[0].startswith("-") else str(CHECKOUT / command[0])
+    ended = subprocess.run(
+        [sys.executable, first, *command[1:]],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-3000:]}")
+    return ended.stdout
+
+
+def prepare(folder: Path) -> None:
+    """The demo's dataset, and its model as a checkpoint."""
+    run(folder, "examples/digits/make_dataset.py", "--save-dir", "data")
+    run(
+        folder,
+        *("-c", PREPARE, "prepare", "--non-interactive", "--no-progress", "--num-workers", "2"),
+        *("--split-parts", "train:train-.*", "--split-parts", "val:held-out-.*"),
+        *("--sample-type", "VQASample", "--field-map", FIELD_MAP, "data"),
+    )
+    run(folder, "examples/digits/make_models.py", "--save-dir", "models")
+    run(
+        folder,
+        *("scripts/convert/build_llava_jp.py", "--save-dir", "llava", "--lang", "en"),
+        *("--text-model", "models/text-model", "--vision-model", "models/vision-model"),
+    )
+    run(
+        folder, "scripts/convert/convert_hf_to_megatron.py", "--hf-dir", "llava", "--megatron-dir", "megatron"
+    )
+
+
+def train(folder: Path, name: str, start: str, iterations: int, *flags: str) -> list[float]:
+    """Losses of each iteration."""
+    run(
+        folder,
+        *RUN,
+        *("--name", name, "--save-dir", "runs", "--data-path", "data", "--tokenizer-load-dir", "llava"),
+        *("--megatron-load-dir", start, "--train-iters", str(iterations), *flags),
+    )
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def accuracy(folder: Path, name: str) -> float:
+    """Share of the held-out digits that transformers answers right with a run's weights."""
+    out = f"export-{name}"
+    run(
+        folder,
+        *("scripts/convert/convert_megatron_to_hf.py", "--megatron-dir", f"runs/{name}"),
+        *("--hf-dir", out, "--tokenizer-dir", "llava"),
+    )
+    said = run(folder, "examples/digits/evaluate.py", "--hf-dir", out, "--data-path", "data")
+    found = re.search(r"\((\d+) of (\d+) held-out", said)
+    assert found is not None, said
+    return int(found[1]) / int(found[2])
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    """How far a loss curve lies from another, both smoothed: the largest difference beside the second."""
+    curves = [[sum(c[i : i + WINDOW]) / WINDOW for i in range(len(c) - WINDOW + 1)] for c in (a, b)]
+    return max(abs(x - y) / y for x, y in zip(*curves, strict=True))
+
+
+def measure(folder: Path, tiny: bool) -> dict[str, Any]:
+    """Loss curves and accuracies of both runs. Without a GPU there is a short one in BF16 alone."""
+    prepare(folder)
+    before, iterations = (2, 4) if tiny else (BEFORE, ITERATIONS)
+    device = ("--device", "cpu") if tiny else ()
+    learn = ("--bf16", "--lr", "1e-3", "--lr-warmup-iters", str(before // 6), *device)
+    train(folder, "before", "megatron", before, *learn)
+    go_on = ("--lr", "1e-4", "--lr-decay-style", "constant", "--lr-warmup-iters", "0", *device)
+    found: dict[str, Any] = {"losses": {}, "accuracy": {}}
+    for name, flags in {"bf16": ("--bf16",), **({} if tiny else {"fp8": ("--fp8",)})}.items():
+        found["losses"][name] = train(folder, name, "runs/before", iterations, *flags, *go_on)
+        found["accuracy"][name] = accuracy(folder, name)
+    if not tiny:
+        found["losses_apart"] = apart(found["losses"]["fp8"], found["losses"]["bf16"])
+        found["accuracy_apart"] = abs(found["accuracy"]["fp8"] - found["accuracy"]["bf16"])
+    return found
+
+
+def main(argv: list[str]) -> None:
+    args = gpu.parser(__doc__.splitlines()[0]).parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        gpu.write(args.result, measure(Path(folder), args.tiny))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
