@@ -18,6 +18,7 @@ from typing import TextIO
 
 from megatron_vlm.config.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
 from megatron_vlm.config.launching import RANK0_LOG
+from megatron_vlm.config.units import size_text
 
 # How gloo, NCCL and torch's store tell that a process at the other end has ended, or its node has.
 _LOST_RANK = re.compile(
@@ -141,8 +142,8 @@ def _free_space(error: OSError) -> str:
     folder = os.path.dirname(os.path.abspath(error.filename))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    free = shutil.disk_usage(folder).free / 2**20
-    return f" ({free:,.0f} MiB are free); make room, and the same command goes on from the last checkpoint"
+    free = size_text(shutil.disk_usage(folder).free)
+    return f" ({free} are free); make room, and the same command goes on from the last checkpoint"
 
 
 def _quiet_megatron_core() -> None:

@@ -47,7 +47,7 @@ def test_exit_codes(error: Exception, code: int, words: str, capsys, monkeypatch
 def test_a_full_disk_names_the_room(tmp_path, capsys) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "not" / "yet"))
     assert rank.run(raising(error), "cpu") == 2
-    assert "MiB are free); make room, and the same command goes on" in capsys.readouterr().err
+    assert "iB are free); make room, and the same command goes on" in capsys.readouterr().err
 
 
 def lose_another(number: int, store: str, how: str, said: Path, codes: multiprocessing.Queue[int]) -> None:

@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 import megatron_vlm
+from megatron_vlm.config.units import size_text
 
 HASH = "xxh3_128"  # its key in manifests
 MAX_WAITING = 256 << 20  # bytes that are read but not yet written
@@ -99,7 +100,7 @@ def check_free_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _MARGIN:
         raise ValueError(
-            f"{target}: needs {needed / 1e9:.1f} GB, but its file system has {free / 1e9:.1f} GB left; "
+            f"{target}: needs {size_text(needed + _MARGIN)}, but its file system has {size_text(free)} left; "
             "make room, or write elsewhere"
         )
 

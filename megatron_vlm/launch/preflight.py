@@ -29,12 +29,12 @@ from megatron_vlm.config.start import (
     own_checkpoint,
     with_adapters,
 )
+from megatron_vlm.config.units import size_text
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
 from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
-from megatron_vlm.launch.storage import size_text
 
 
 @dataclass

@@ -9,7 +9,6 @@ import struct
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parameters import stage_parameters
 from megatron_vlm.config.run import RunConfig
@@ -142,11 +141,6 @@ def nearest_folder(path: str) -> str:
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
-
-
-def size_text(size: float) -> str:
-    """``13.2 GiB``, or ``4 MiB`` where that is less than a tenth of one."""
-    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def local_file_system(path: str, mounts: str = "/proc/mounts") -> Optional[str]:

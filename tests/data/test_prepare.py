@@ -439,7 +439,7 @@ def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: py
     assert done.returncode == 2 and "'a': give the shares of train, val and test, such as" in done.stderr
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage(10_000))
-    with pytest.raises(ValueError, match=r"0\.0 GB are free there, about .* are needed"):
+    with pytest.raises(ValueError, match=r"9\.8 KiB are free there, about .*iB are needed"):
         prepare(options(llava_json, out, force=True))
     monkeypatch.undo()
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config.dataset import PREPARED
+from megatron_vlm.config.units import size_text
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
 from megatron_vlm.data.prepare.losses import Losses, LossLog, Places, read_logs
@@ -337,8 +338,8 @@ def _check_space(options: Options, needed: int) -> None:
     free = shutil.disk_usage(options.partial).free
     if needed * _SPARE > free:
         raise ValueError(
-            f"--save-dir {options.save_dir}: {free / 1e9:.1f} GB are free there, about "
-            f"{needed * _SPARE / 1e9:.1f} GB are needed; make room and run the same command again"
+            f"--save-dir {options.save_dir}: {size_text(free)} are free there, about "
+            f"{size_text(needed * _SPARE)} are needed; make room and run the same command again"
         )
 
 
