@@ -16,8 +16,9 @@ What each must equal, character for character:
 
 from __future__ import annotations
 
+import json
 import zlib
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 # transformers calls raise_exception; the sample is then left out and counted.
 _ALTERNATE = (
@@ -116,6 +117,18 @@ SYSTEM_PROMPTS: Dict[str, Dict[str, str]] = {
     "qwen": {"en": _QWEN_PROMPT, "jp": _QWEN_PROMPT},
     "llm_jp": {"en": _LLM_JP_PROMPT, "jp": _LLM_JP_PROMPT},
 }
+# Before a template here, for processors of transformers: content in parts becomes text, and a conversation
+# without a system turn gets one.
+_FROM_PARTS = (
+    "{% macro written(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}{{ IMAGE + '\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% set whole = namespace(turns=SYSTEM if messages[0]['role'] != 'system' else []) %}"
+    "{% for message in messages %}{% set whole.turns = "
+    "whole.turns + [{'role': message['role'], 'content': written(message['content'])}] %}{% endfor %}"
+    "{% set messages = whole.turns %}"
+)
+
 # Asked of an image that comes with an answer but no question.
 CAPTION_PROMPTS: Dict[str, Tuple[str, ...]] = {
     "en": (
@@ -131,6 +144,27 @@ CAPTION_PROMPTS: Dict[str, Tuple[str, ...]] = {
         "画像に見えるものを要約してください。",
     ),
 }
+
+
+def folder_template(name: str, lang: str, image_token: str) -> Optional[str]:
+    """A built-in template as a model folder carries it, for transformers' processors and tokenizers.
+
+    Args:
+        lang: ``jp`` or ``en``, the language of the system turn that it writes where a conversation has none.
+
+    Returns:
+        None for ``plain``, which leaves questions out: no one can ask with it.
+    """
+    if name == "plain":
+        return None
+    prompt = SYSTEM_PROMPTS.get(name, {}).get(lang)
+    system = [] if prompt is None else [{"role": "system", "content": prompt}]
+    # JSON's strings are Jinja's, too.
+    values = {"IMAGE": image_token, "SYSTEM": system}
+    text = _FROM_PARTS
+    for word, value in values.items():
+        text = text.replace(word, json.dumps(value, ensure_ascii=False))
+    return text + BUILTIN_TEMPLATES[name]
 
 
 def caption_prompt(key: str, lang: str) -> str:

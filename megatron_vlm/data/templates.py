@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 
 from megatron_vlm.config.templates import TEMPLATES, unfit
-from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS
+from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS, folder_template
 
 IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token
 _PROBE = "\ue000\ue001\ue000"  # private-use characters: hardly in anyone's text, and checked
@@ -98,6 +98,8 @@ class ChatTemplate:
         self._image_token = image_token
         self._system = SYSTEM_PROMPTS[name][lang] if name in SYSTEM_PROMPTS else None
         self._mask_thinking = mask_thinking
+        # For the folder of a model that it trains, in place of the folder's own; None: that stays.
+        self.for_folder = folder_template(name, lang, image_token) if name != "chat" else None
         self._content_parts = name == "chat" and self._takes_content_parts()
         self._frame = self._probe_frame()
         self._append_eos = name == "chat" and not self._frame.end_token and tokenizer.eos_token_id is not None

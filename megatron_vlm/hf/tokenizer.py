@@ -151,6 +151,46 @@ def chat_template(tokenizer: Any, lang: str) -> str:
     return template
 
 
+def replace_chat_template(folder: Path, template: str, end_token_id: int | None) -> None:
+    """Give a model folder another chat template, and let generation end where that ends an answer.
+
+    Files are replaced, not written into, since other folders may share them.
+    """
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        path = folder / name
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if values.pop("chat_template", None) is not None:
+            _replace(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    _replace(folder / "chat_template.jinja", template)
+    ends = end_tokens(folder)
+    if end_token_id not in (None, *ends):
+        path = folder / "generation_config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values["eos_token_id"] = [*ends, end_token_id] if ends else end_token_id
+        _replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def end_tokens(folder: Path, default: int | None = None) -> list[int]:
+    """Ids that end an answer: the generation config's, as transformers reads them, else ``default``."""
+    for name, key in (
+        ("generation_config.json", None),
+        ("config.json", None),
+        ("config.json", "text_config"),
+    ):
+        file = folder / name
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = (values.get(key) or {} if key else values).get("eos_token_id")
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return [] if default is None else [default]
+
+
 def _places_images(tokenizer: Any, template: str) -> bool:
     """Whether content in parts, as transformers' processors have it, leaves one token for an image."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]

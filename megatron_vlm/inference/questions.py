@@ -18,6 +18,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
+from megatron_vlm.hf.tokenizer import end_tokens
 from megatron_vlm.inference.generator import Prompt
 
 _KEYS = {"prompt", "image"}
@@ -102,7 +103,7 @@ class Questions:
             self.positions = min(self.positions, model.language.sliding_window)
         run = _training_config(config, checkpoint, self.positions)
         self.processing = build_processing(run, model, str(checkpoint / HF_FOLDER))
-        self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer)
+        self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer.eos_token_id)
         own_end = self.processing.template.end_token_id
         if own_end is not None and own_end not in self.end_tokens:  # of a template that isn't the folder's
             self.end_tokens.append(own_end)
@@ -168,21 +169,6 @@ class Questions:
         pixels = torch.stack(tiles) if tiles else torch.empty((0, *images.shape), dtype=torch.uint8)
         values = normalize(pixels, images, torch.float32)
         return Prompt(number, self.input_ids[number], values, tuple(images.sizes(opened)))
-
-
-def end_tokens(hf_dir: Path, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the generation config's, as transformers reads them, else the tokenizer's."""
-    for name, key in (
-        ("generation_config.json", None),
-        ("config.json", None),
-        ("config.json", "text_config"),
-    ):
-        file = hf_dir / name
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ids = (values.get(key) or {} if key else values).get("eos_token_id")
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _training_config(config: GenerationConfig, checkpoint: Path, positions: int) -> RunConfig:

@@ -37,7 +37,9 @@ from megatron_vlm.config.checkpoint import (
     write_tracker,
 )
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.templates import ChatTemplate
 from megatron_vlm.hf.native import LayeredReader, read_metadata
+from megatron_vlm.hf.tokenizer import replace_chat_template
 from megatron_vlm.models.scaling import scaling_state
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
@@ -81,6 +83,7 @@ def save_checkpoint(
     hf_source: Path,
     data_state: Callable[[], dict[int, Any]] | None,
     base: dict[str, str] | None = None,
+    template: ChatTemplate | None = None,
 ) -> Path:
     """Write ``<root>/iter_<iteration>``; a collective call.
 
@@ -91,6 +94,7 @@ def save_checkpoint(
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
         data_state: asks the loader for its state; None on ranks that don't load data.
         base: of :func:`find_base`, for a checkpoint of trained weights only; None: all weights.
+        template: what samples were rendered with; a built-in one takes the place of the files' own.
 
     Returns:
         The checkpoint's folder.
@@ -133,6 +137,8 @@ def save_checkpoint(
         data = _gather(data_state() if data_state is not None else {}, layout)
     if layout.rank == 0:
         _link_folder(hf_source, staging / HF_FOLDER)
+        if template is not None and template.for_folder is not None:
+            replace_chat_template(staging / HF_FOLDER, template.for_folder, template.end_token_id)
         config.save(str(staging / RUN_CONFIG))
         _write_json(staging / RUN_STATE, asdict(state))
         if optimizer is not None:

@@ -372,6 +372,7 @@ class Trainer:
             self.hf_source,
             self.loader.state_dict if self.loader is not None else None,
             self.base,
+            self.processing.template,
         )
         self.watchdog.beat()
         self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))

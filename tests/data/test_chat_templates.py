@@ -211,6 +211,28 @@ def test_prompts_equal_published_renderings(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("lang", ["en", "jp"])
+@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"plain"}))
+def test_a_folders_template_writes_the_same(name: str, lang: str) -> None:
+    """As transformers renders it, from content in parts and from strings."""
+    tokenizer = tokenizer_of(name)
+    jinja = ChatTemplate(tokenizer, name, "<image>", lang=lang).for_folder
+    for system, rounds in conversations(seed=2):
+        default = SYSTEM_PROMPTS.get(name, {}).get(lang, "")
+        text = "".join(piece for piece, _ in REFERENCES[name](system or default, rounds))
+        strings = [{"role": turn.role, "content": turn.text} for turn in as_turns(system, rounds)]
+        parts = [{**message, "content": in_parts(message["content"])} for message in strings]
+        for messages in (strings, parts):
+            assert tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False) == text
+
+
+def in_parts(text: str) -> list[dict[str, str]]:
+    images, mark = [], "<image>\n"
+    while text.startswith(mark):
+        images, text = [*images, {"type": "image"}], text.removeprefix(mark)
+    return [*images, {"type": "text", "text": text}]
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_an_empty_answer_trains_its_end(name: str) -> None:
     tokenizer = tokenizer_of(name)

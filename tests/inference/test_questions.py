@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from megatron_vlm.config.checkpoint import RUN_CONFIG
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.inference.questions import Questions, end_tokens
+from megatron_vlm.hf.tokenizer import end_tokens
+from megatron_vlm.inference.questions import Questions
 from tests.data.tiny_data import asked, jpeg
 from tests.tiny import save_llava
 
@@ -189,4 +189,4 @@ def test_a_request_longer_than_the_model(checkpoint: Path) -> None:
 def test_end_tokens(tmp_path: Path, files: dict[str, dict], expected: list[int]) -> None:
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
-    assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=2)) == expected
+    assert end_tokens(tmp_path, 2) == expected
