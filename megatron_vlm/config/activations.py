@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional, Tuple
 
-from megatron_vlm.config.model import LanguageConfig, ModelConfig, padded_vocab_size
+from megatron_vlm.config.language import LanguageConfig
+from megatron_vlm.config.model import ModelConfig, padded_vocab_size
 from megatron_vlm.config.parameters import EMBEDDING, OUTPUT_LAYER, PROJECTOR_NORM, ROUTER, expert_weight
 from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 

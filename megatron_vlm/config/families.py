@@ -8,7 +8,7 @@ and with what works instead, before anything is read but config.json.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Collection, Dict, Mapping, Optional
+from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,16 @@ def llava_config(config: Mapping[str, Any]) -> Dict[str, Any]:
             given["vision_feature_layer"] = given["vision_feature_layers"]
         given.update(_VIPLLAVA)
     return {**LLAVA_FAMILIES[kind], **given}
+
+
+def check_choice(key: str, value: Any, allowed: Tuple[str, ...]) -> None:
+    """Check a value that is one of a few.
+
+    Raises:
+        ValueError: it is another one; the message names the key and what is supported.
+    """
+    if value not in allowed:
+        raise ValueError(f"config.json: {key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
 
 
 def check_keys(config: Mapping[str, Any], where: str = "config.json: ") -> None:

@@ -16,16 +16,14 @@ from typing import Any, Dict, List, Optional, Tuple
 from megatron_vlm.config.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
 from megatron_vlm.config.families import (
     TOWERS,
-    TextFamily,
+    check_choice,
     check_keys,
-    check_rope_type,
-    check_text,
     check_tower,
     llava_config,
 )
+from megatron_vlm.config.language import LanguageConfig, RopeScaling, language_config
 from megatron_vlm.config.lora import LoRAConfig
 
-TEXT_ACTIVATIONS = ("silu",)
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 MAX_LAYERS = 10_000  # a file that says more than that is wrong, and tables of them would take for ever
 PROJECTOR_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "linear")
@@ -76,54 +74,6 @@ class ProjectorConfig:
     activation: str
     bias: bool
     norm_epsilon: Optional[float] = None  # of a LayerNorm before it, as ViP-LLaVA has it; None: there is none
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are lowered so that a model reads longer texts than it was first trained on.
-
-    ``linear`` divides all of them by ``factor``; ``llama3`` those whose wavelength is above
-    ``original_max_position_embeddings / low_freq_factor`` tokens, none below
-    ``original_max_position_embeddings / high_freq_factor``, and goes smoothly from one to the other between.
-
-    Source: transformers ``modeling_rope_utils``.
-    """
-
-    kind: str  # "linear" or "llama3"; the values below factor are llama3's
-    factor: float
-    low_freq_factor: Optional[float] = None
-    high_freq_factor: Optional[float] = None
-    original_max_position_embeddings: Optional[int] = None
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """A decoder-only language model."""
-
-    family: str  # a key of families.TEXT_FAMILIES
-    hidden_size: int
-    ffn_hidden_size: int  # of each expert, where there are some
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    activation: str
-    norm_epsilon: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    # With defaults, since checkpoints of older releases describe their models without them.
-    qk_norm: bool = False  # an RMSNorm over each query head and each key head, before RoPE
-    rope_scaling: Optional[RopeScaling] = None
-    # In some layer a token attends to this many at most, itself included. Here all layers attend to the
-    # whole sequence, which is the same as long as no sequence is longer.
-    sliding_window: Optional[int] = None
-    num_experts: Optional[int] = None  # the MLP is a mixture of so many
-    experts_per_token: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +165,7 @@ class ModelConfig:
         check_keys(config)
         model_type = config["model_type"]
         vision = _vision_config(config["vision_config"])
-        language = _language_config(config["text_config"], config)
+        language = language_config(config["text_config"], config)
         layer = config["vision_feature_layer"]
         layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
         num_states = vision.num_layers + 1
@@ -226,7 +176,7 @@ class ModelConfig:
                     f"hidden states; use {-num_states} to {num_states - 1}"
                 )
         strategy = config["vision_feature_select_strategy"]
-        _choice("vision_feature_select_strategy", strategy, ("default", "full"))
+        check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
         if model_type in ANYRES and (strategy == "default") != vision.has_class_token:
             square = "default" if vision.has_class_token else "full"
             raise ValueError(
@@ -234,9 +184,9 @@ class ModelConfig:
                 f"features of a {vision.family} tower's tiles make a square, as {model_type} needs"
             )
         activation = config.get("projector_hidden_act", "gelu")
-        _choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
+        check_choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
         kind = config.get("mm_projector_type", "mlp2x_gelu")
-        _choice("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
+        check_choice("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
         if kind == "linear" and activation != "linear":
             raise ValueError(
                 "config.json: mm_projector_type 'linear' needs projector_hidden_act 'linear', "
@@ -255,7 +205,7 @@ class ModelConfig:
             or config["text_config"].get("torch_dtype")
             or "float32"
         )
-        _choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+        check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
         return cls(
             vision=vision,
             projector=ProjectorConfig(
@@ -369,11 +319,6 @@ def _alternatives(numbers: List[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
 
 
-def _choice(key: str, value: Any, allowed: Tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"config.json: {key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
-
-
 def _square(key: str, value: Any) -> int:
     if isinstance(value, (list, tuple)):
         if len(set(value)) != 1:
@@ -386,7 +331,7 @@ def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
     kind = raw.get("model_type", "clip_vision_model")
     check_tower(raw)
     get = {**TOWERS[kind], **raw}
-    _choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)
+    check_choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)
     image_size = _square("vision_config.image_size", get["image_size"])
     patch_size = _square("vision_config.patch_size", get["patch_size"])
     return VisionConfig(
@@ -401,104 +346,3 @@ def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
         activation=get["hidden_act"],
         norm_epsilon=get["layer_norm_eps"],
     )
-
-
-def _language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConfig:
-    kind = raw.get("model_type", "llama")
-    family = check_text(raw)
-    get = {**family.defaults, **raw}
-    _choice("text_config.hidden_act", get["hidden_act"], TEXT_ACTIVATIONS)
-    if get.get("pretraining_tp", 1) not in (None, 1):
-        raise ValueError(f"config.json: text_config.pretraining_tp is {get['pretraining_tp']}; supported: 1")
-    # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling, which win there.
-    rope = dict(get.get("rope_scaling") or get.get("rope_parameters") or {})
-    if rope.get("partial_rotary_factor", get.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise ValueError("config.json: text_config partial_rotary_factor is not 1; supported: 1")
-    heads = get["num_attention_heads"]
-    groups = get["num_key_value_heads"] or heads
-    if heads % groups:
-        raise ValueError(
-            f"config.json: text_config.num_key_value_heads is {groups}; it has to divide the {heads} "
-            "num_attention_heads"
-        )
-    # A family without such a switch would read it but not obey it.
-    attention_bias = family.attention_bias and bool(get["attention_bias"])
-    return LanguageConfig(
-        family=kind,
-        hidden_size=get["hidden_size"],
-        ffn_hidden_size=get["intermediate_size"],
-        num_layers=get["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        # Qwen2's attention reads a head_dim from its config too, when there is one.
-        head_dim=get.get("head_dim") or get["hidden_size"] // heads,
-        vocab_size=get["vocab_size"],
-        max_position_embeddings=get["max_position_embeddings"],
-        activation=get["hidden_act"],
-        norm_epsilon=get["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or get["rope_theta"]),
-        tie_word_embeddings=bool(
-            llava.get("tie_word_embeddings", False) or raw.get("tie_word_embeddings", False)
-        ),
-        qkv_bias=family.qkv_bias or attention_bias,
-        attention_output_bias=attention_bias,
-        mlp_bias=family.mlp_bias and bool(get["mlp_bias"]),
-        qk_norm=family.qk_norm,
-        rope_scaling=_rope_scaling(rope, get),
-        sliding_window=_sliding_window(family, get),
-        **(_experts(get) if family.experts else {}),
-    )
-
-
-def _experts(text: Dict[str, Any]) -> Dict[str, int]:
-    count, chosen = text["num_local_experts"], text["num_experts_per_tok"]
-    if type(count) is not int or type(chosen) is not int or not 2 <= chosen <= count:
-        raise ValueError(
-            f"config.json: text_config.num_experts_per_tok is {chosen!r} of {count!r} experts; supported: "
-            "2 up to all of them"
-        )
-    if text["router_jitter_noise"]:
-        raise ValueError(
-            f"config.json: text_config.router_jitter_noise is {text['router_jitter_noise']}; supported: 0, "
-            "since the noise would differ between layouts; set it so, nothing but training reads it"
-        )
-    return {"num_experts": count, "experts_per_token": chosen}
-
-
-def _rope_scaling(rope: Dict[str, Any], text: Dict[str, Any]) -> Optional[RopeScaling]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check_rope_type(kind)
-    if kind == "default":
-        return None
-    factor = _rope_number(rope, "factor")
-    if kind == "linear":
-        return RopeScaling(kind, factor)
-    low, high = _rope_number(rope, "low_freq_factor"), _rope_number(rope, "high_freq_factor")
-    if high <= low:
-        raise ValueError(
-            f"config.json: text_config rope's high_freq_factor is {high:g}; "
-            f"it has to be above its low_freq_factor, {low:g}"
-        )
-    original = (
-        text.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or text["max_position_embeddings"]
-    )
-    return RopeScaling(kind, factor, low, high, original)
-
-
-def _rope_number(rope: Dict[str, Any], key: str) -> float:
-    value = rope.get(key)
-    if not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"config.json: text_config rope's {key} is {value!r}; it has to be above 0")
-    return float(value)
-
-
-def _sliding_window(family: TextFamily, text: Dict[str, Any]) -> Optional[int]:
-    if family.window == "all":
-        return text["sliding_window"]
-    if family.window == "none" or not text["use_sliding_window"]:
-        return None
-    types = text.get("layer_types")
-    some = "sliding_attention" in types if types else text["max_window_layers"] < text["num_hidden_layers"]
-    return text["sliding_window"] if some else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterator, List, Sequence, Tuple
 
-from megatron_vlm.config.model import LanguageConfig, ModelConfig, VisionConfig, padded_vocab_size
+from megatron_vlm.config.language import LanguageConfig
+from megatron_vlm.config.model import ModelConfig, VisionConfig, padded_vocab_size
 from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION
 
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"

@@ -13,25 +13,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import (
-    HF_FOLDER,
-    RELEASE,
-    appearing_folder,
-    check_absent,
-    write_manifest,
-    write_tracker,
-)
+from megatron_vlm.config.checkpoint import HF_FOLDER, RELEASE, appearing_folder, check_absent
 from megatron_vlm.config.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf import Difference
-from megatron_vlm.hf.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWriter
+from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.folder import (
     CONVERSION,
     SAFETENSORS_INDEX,
@@ -55,10 +47,10 @@ from megatron_vlm.hf.megatron import (
     write_carried,
     write_hf_files,
 )
-from megatron_vlm.hf.native import NativeWriter, check_before_loading
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.random_weights import RandomWeights
 from megatron_vlm.hf.streaming import (
+    HASH,
     Background,
     Meter,
     Progress,
@@ -70,6 +62,7 @@ from megatron_vlm.hf.streaming import (
     dtype_name,
     tool_versions,
 )
+from megatron_vlm.hf.writer import CheckpointWriter, appearing_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -137,14 +130,14 @@ def import_hf(
     meter = Meter(size, progress)
     written: dict[str, Any] = {}
 
-    with _appearing_checkpoint(root, force) as output:
+    with appearing_checkpoint(root, force) as output:
         write_hf_files(output / HF_FOLDER, folder, source, table, prefixes)
         if dtype is not None:
             write_dtype(output / HF_FOLDER, dtype)
         if random_seed is not None:  # an index is of other weights, if there is one
             (output / HF_FOLDER / SAFETENSORS_INDEX).unlink(missing_ok=True)
         dtypes = {row.native: _widest(folder.tensors[name].dtype for name, _ in row.hf) for row in table.rows}
-        writer = _Writer(output, model, table, dtypes, tp, classic, folder.read)
+        writer = CheckpointWriter(output, model, table, dtypes, tp, classic, folder.read)
 
         def write(row: Row, hashes: list[str], tensor: Tensor) -> None:
             writer.write(row, tensor)
@@ -284,11 +277,11 @@ def reshard(
     meter = Meter(size, progress)
     written: dict[str, Any] = {}
 
-    with _appearing_checkpoint(root, force) as output:
+    with appearing_checkpoint(root, force) as output:
         source.write_hf_files(output / HF_FOLDER)
         if dtype is not None:
             write_dtype(output / HF_FOLDER, dtype)
-        writer = _Writer(output, model, table, dtypes, tp, classic, source.read)
+        writer = CheckpointWriter(output, model, table, dtypes, tp, classic, source.read)
 
         def write(row: Row, tensor: Tensor) -> None:
             writer.write(row, tensor)
@@ -337,11 +330,15 @@ def write_weights(
         def write(name: str, tensor: Tensor) -> None:
             writer.write(name, tensor)
             written[name] = describe(tensor)
-            _check(not verify or writer.holds(name, tensor), name)
+            if verify:
+                checking.call(0, check, name)
 
-        with Background() as background:
+        def check(name: str) -> None:
+            _check(writer.hash(name) == written[name][HASH], name)
+
+        with Background() as checking, Background() as writing:
             for name, tensor in ahead((name, read(name)) for name in names):
-                background.call(tensor.nbytes, write, name, tensor)
+                writing.call(tensor.nbytes, write, name, tensor)
                 meter.add(tensor)
     return written
 
@@ -353,90 +350,9 @@ def write_conversion(output: Path, about: dict[str, Any], written: dict[str, Any
     (output / CONVERSION).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-class _Writer:
-    """The tensors and the manifest of a Megatron checkpoint, in either format."""
-
-    def __init__(
-        self,
-        output: Path,
-        model: ModelConfig,
-        table: Table,
-        dtypes: Mapping[str, torch.dtype],
-        tp: int,
-        classic: ClassicLayout | None,
-        read_hf: Callable[[str], Tensor],
-    ) -> None:
-        self.path, self._tp, self._classic = output, tp, classic
-        self._writer: NativeWriter | ClassicWriter
-        if classic is None:
-            self._writer = NativeWriter(output)
-            return
-        # Upstream's SigLIP has one norm more than LLaVA runs.
-        carried = [
-            pair
-            for c in table.carries
-            for pair in c.hf
-            if ".post_layernorm." in pair[0]
-            if model.vision.family == "siglip"
-        ]
-        extra = {Row(POST_NORM + pair[0].split(".")[-1], (pair,)): read_hf(pair[0]) for pair in carried}
-        dtypes = {**dtypes, **{row.native: tensor.dtype for row, tensor in extra.items()}}
-        self._writer = ClassicWriter(output, [*table.rows, *extra], dtypes, classic, model)
-        for row, tensor in extra.items():
-            self._writer.write(row.native, tensor)
-
-    def write(self, row: Row, tensor: Tensor) -> None:
-        if isinstance(self._writer, NativeWriter):
-            chunks = row.shard.chunks(tuple(tensor.shape), self._tp)
-            self._writer.write(row.native, tensor, chunks)
-        else:
-            self._writer.write(row.native, tensor)
-
-    def holds(self, row: Row, tensor: Tensor) -> bool:
-        return self._writer.holds(row.native, tensor)
-
-    def close(self, model: dict[str, Any], pp: int, written: dict[str, Any]) -> None:
-        if isinstance(self._writer, NativeWriter):
-            self._writer.close()
-        layout: dict[str, Any] = {"tp": self._tp, "pp": pp, "dp": 1}
-        if self._classic is None:
-            check_before_loading(self.path)
-        else:
-            layout.update(vpp=self._classic.vpp, layers_per_stage=list(self._classic.layers))
-        manifest = {
-            "format": "torch_dist" if self._classic is None else FORMAT,
-            "iteration": 0,
-            "consumed_samples": 0,
-            "has_optimizer": False,
-            "model": model,
-            "layout": layout,
-            "tensors": written,
-            "versions": tool_versions(),
-        }
-        write_manifest(self.path, manifest)
-
-
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """What torch.cat makes of tensors of these dtypes."""
     return functools.reduce(torch.promote_types, dtypes)
-
-
-@contextmanager
-def _appearing_checkpoint(root: Path, replace: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``<root>/release``, with its tracker file.
-
-    A root that doesn't exist yet appears with both at once.
-    """
-    if root.is_dir() and any(root.iterdir()):
-        with appearing_folder(root / RELEASE, replace=replace) as output:
-            yield output
-        write_tracker(root, RELEASE)
-        return
-    with appearing_folder(root) as staging:
-        output = staging / RELEASE
-        output.mkdir()
-        yield output
-        write_tracker(staging, RELEASE)
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.stored import Stored, reason, saved_tensors, stored_hash, write_at
-from megatron_vlm.hf.streaming import check_finite, digest, dtype_name
+from megatron_vlm.hf.streaming import check_finite, dtype_name
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -297,10 +297,10 @@ class SafetensorsFile:
             raise ValueError(f"{name}: shape {list(tensor.shape)} instead of {list(info.shape)}")
         write_at(self._file, self._data + position, tensor.to(info.dtype))
 
-    def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the file holds the tensor that was written."""
+    def hash(self, name: str) -> str:
+        """The hash of what the file holds of a tensor that was written."""
         position, info = self._written[name]
-        return stored_hash(self.path, self._data + position, info.nbytes) == digest(tensor.to(info.dtype))
+        return stored_hash(self.path, self._data + position, info.nbytes)
 
     def close(self) -> None:
         """Close the file.
@@ -338,9 +338,9 @@ class WeightsWriter:
         """Write one tensor to its file."""
         self._files[self._of[name]].write(name, tensor)
 
-    def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether its file holds the tensor that was written."""
-        return self._files[self._of[name]].holds(name, tensor)
+    def hash(self, name: str) -> str:
+        """The hash of what its file holds of a tensor that was written."""
+        return self._files[self._of[name]].hash(name)
 
     def __enter__(self) -> WeightsWriter:
         return self
@@ -382,12 +382,19 @@ def write_index(directory: Path, files: dict[str, list[TensorInfo]]) -> None:
 
 def small_files(directory: Path) -> Iterator[Path]:
     """The files of a model folder that are not weights or of a conversion, relative to it; hidden folders
-    are left out."""
+    are left out.
+
+    Raises:
+        ValueError: one is a pipe, a device or a link to nothing.
+    """
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if not name.endswith(_WEIGHT_SUFFIXES) and name not in (BIN_INDEX, CONVERSION):
-                yield (Path(folder) / name).relative_to(directory)
+                path = Path(folder) / name
+                if not path.is_file():
+                    raise ValueError(f"{path}: a pipe, a device or a link to nothing; move it away")
+                yield path.relative_to(directory)
 
 
 def copy_small_files(source: Path, target: Path) -> None:

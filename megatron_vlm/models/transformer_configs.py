@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.config.model import LanguageConfig, ModelConfig
+from megatron_vlm.config.language import LanguageConfig
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import weight_gradient_kernels

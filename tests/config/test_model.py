@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 from megatron_vlm.config.families import TEXT_FAMILIES
-from megatron_vlm.config.model import ModelConfig, RopeScaling
+from megatron_vlm.config.language import RopeScaling
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from tests.tiny import FAMILIES, LLAMA3_ROPE, tiny_config
 

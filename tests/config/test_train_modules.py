@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from megatron_vlm.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vlm.config.language import LanguageConfig
+from megatron_vlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import TrainEntry, assign, parse_train_modules
 
