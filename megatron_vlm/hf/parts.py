@@ -183,12 +183,11 @@ def projector_sources(
     tensors = dict(layers.state_dict())
     if model.projector.kind == "linear":
         tensors.update({"linear_2.weight": torch.eye(outer), "linear_2.bias": torch.zeros(outer)})
-    if trained is not None:
-        trained.fit(model)
-        tensors.update(trained.tensors)
     named = {TARGET["projector"] + own: tensor for own, tensor in tensors.items()}
     if model.anyres is not None:
         named[TARGET["newline"]] = newline
+    if trained is not None:
+        named.update(trained.fit(model).named(TARGET))
     found = {}
     for name, tensor in named.items():
         info = TensorInfo(name, dtype, tuple(tensor.shape))

@@ -2,11 +2,14 @@
 
     mlp2x_gelu   model.mm_projector.0.weight, .0.bias, .2.weight, .2.bias: Sequential(Linear, GELU, Linear)
     linear       model.mm_projector.weight, .bias: Linear
+    of a model that cuts images, besides: model.image_newline
 
 Whatever stands before ``mm_projector`` is accepted: ``base_model.model.`` of files that LoRA runs write,
-``module.`` of DeepSpeed's.
+``module.`` of DeepSpeed's. A file without ``image_newline``, as LLaVA's own stage 1 writes it, leaves the
+model's.
 
-Source: LLaVA ``multimodal_projector/builder.py``; ``train.py``, ``safe_save_model_for_hf_trainer``.
+Source: LLaVA ``multimodal_projector/builder.py``, ``llava_arch.py``; ``train.py``,
+``safe_save_model_for_hf_trainer``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from megatron_vlm.hf.streaming import Meter, Progress, check_finite, check_free_
 
 FILE = "mm_projector"
 _NAME = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
+_NEWLINE = re.compile(r"(?:.*\.)?image_newline")
 # LLaVA's names behind "mm_projector.", and transformers'.
 _LAYERS = {
     "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
@@ -60,16 +64,18 @@ class MMProjector:
     Attributes:
         kind: ``mlp2x_gelu`` or ``linear``.
         tensors: by transformers' names behind the prefix, ``linear_1.weight`` and so on.
+        newline: what stands behind each row of features where images are cut, if the file holds it.
         others: names in the file that are no projector's.
     """
 
     path: Path
     kind: str
     tensors: dict[str, Tensor]
+    newline: Tensor | None
     others: tuple[str, ...]
 
-    def fit(self, model: ModelConfig) -> None:
-        """Check that this can be a model's projector.
+    def fit(self, model: ModelConfig) -> MMProjector:
+        """What of this a model takes.
 
         Raises:
             ValueError: it is of another kind or shape.
@@ -91,6 +97,27 @@ class MMProjector:
                     f"{self.path}: {_llava_name(self.kind, name)} has shape {list(found)}, the model's "
                     f"{list(shape)}; it was trained with another tower or language model"
                 )
+        if self.newline is None:
+            return self
+        if model.anyres is None:
+            return replace(self, newline=None, others=(*self.others, "image_newline"))
+        size = [model.language.hidden_size]
+        if list(self.newline.shape) != size:
+            raise ValueError(
+                f"{self.path}: image_newline has shape {list(self.newline.shape)}, the model's {size}"
+            )
+        return self
+
+    def named(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
+        """The tensors by their Hugging Face names.
+
+        Args:
+            prefixes: as ``mapping.detect_prefixes`` returns.
+        """
+        named = {prefixes["projector"] + name: tensor for name, tensor in self.tensors.items()}
+        if self.newline is not None:
+            named[prefixes["newline"]] = self.newline
+        return named
 
 
 def read_projector(path: PathLike) -> MMProjector:
@@ -122,14 +149,18 @@ def read_projector(path: PathLike) -> MMProjector:
         depth = max((int(layer) for layer in layers if layer.isdecimal()), default=0) // 2 + 1
         what = f"with {strange[0]}" if strange else f"of type mlp{depth}x_gelu"
         raise ValueError(f"{path}: a projector {what}; supported: {', '.join(_LAYERS)}")
-    tensors = {}
-    for key, name in own.items():
-        layer, _, part = key.rpartition(".")
-        tensor = tensors[f"{_LAYERS[kind][layer]}.{part}"] = read(name)
+    newline = next((name for name in names if _NEWLINE.fullmatch(name)), None)
+    held = {name: read(name) for name in (*own.values(), newline) if name is not None}
+    for name, tensor in held.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} is {tensor.dtype}, not floating point")
         check_finite(f"{path}: {name}", tensor)
-    return MMProjector(path, kind, tensors, tuple(name for name in names if name not in own.values()))
+    tensors = {}
+    for key, name in own.items():
+        layer, _, part = key.rpartition(".")
+        tensors[f"{_LAYERS[kind][layer]}.{part}"] = held[name]
+    others = tuple(name for name in names if name not in held)
+    return MMProjector(path, kind, tensors, held[newline] if newline else None, others)
 
 
 def import_projector(
@@ -164,18 +195,17 @@ def import_projector(
     file = read_projector(projector)
     if is_checkpoint(checkpoint):
         source = MegatronCheckpoint(checkpoint, base)
-        file.fit(source.model)
-        new = {source.prefixes["projector"] + name: tensor for name, tensor in file.tensors.items()}
+        file = file.fit(source.model)
+        new = file.named(source.prefixes)
         layout = read_manifest(source.path)["layout"]
         tp, pp = layout["tp"], layout["pp"]
         reshard(checkpoint, save_dir, tp, pp, force, progress, base, verify, replaced=new)
         return file
     folder, target = HFFolder(checkpoint), Path(save_dir)
-    file.fit(ModelConfig.from_hf_dir(str(checkpoint)))
+    file = file.fit(ModelConfig.from_hf_dir(str(checkpoint)))
     check_apart(folder.path, target)
     check_target(target, force)
-    prefix = detect_prefixes(folder.tensors)["projector"]
-    new = {prefix + name: tensor for name, tensor in file.tensors.items()}
+    new = file.named(detect_prefixes(folder.tensors))
 
     def read(name: str) -> Tensor:
         if name in new:
@@ -240,6 +270,9 @@ def export_projector(
         tensor = read(prefixes["projector"] + name)
         check_finite(name, tensor)
         tensors[f"model.{_llava_name(model.projector.kind, name)}"] = tensor
+    if model.anyres is not None:
+        tensors["model.image_newline"] = read(prefixes["newline"])
+        check_finite("image_newline", tensors["model.image_newline"])
     target = Path(save_dir)
     if force and target.is_dir() and any(target.iterdir()) and not any(target.glob(f"{FILE}.*")):
         raise ValueError(f"{target} holds no {FILE}; --force doesn't replace it")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from megatron_vlm.hf.build import build_llava
 from megatron_vlm.hf.classic import ClassicLayout
@@ -70,7 +70,7 @@ def forms(llava: Path, folder: Path, name: str) -> Path:
 
 
 def test_a_model_that_cuts_images(tmp_path: Path) -> None:
-    """image_newline is no part of the file; LLaVA writes widths first."""
+    """A file without image_newline leaves the model's; LLaVA writes widths first."""
     model = save_tiny_llava(tmp_path / "llava", "next-clip-llama")
     import_hf(tmp_path / "llava", tmp_path / "native", 1, 1)
     projector = build_vision_projector("mlp2x_gelu")
@@ -79,9 +79,31 @@ def test_a_model_that_cuts_images(tmp_path: Path) -> None:
     back = load_file(export_hf(tmp_path / "new", tmp_path / "back") / "model.safetensors")
     assert torch.equal(back["image_newline"], model.model.image_newline)
     assert torch.equal(back["multi_modal_projector.linear_2.bias"], projector.state_dict()["2.bias"])
-    export_projector(tmp_path / "new", tmp_path / "out")
+    out = load_file(export_projector(tmp_path / "new", tmp_path / "out"))
+    assert torch.equal(out["model.image_newline"], model.model.image_newline)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["image_grid_pinpoints"][0] == [40, 20] and config["image_aspect_ratio"] == "anyres"
+
+
+@pytest.mark.parametrize("form", ["hf", "native"])
+def test_image_newline_is_of_the_file(tmp_path: Path, llava: Path, form: str) -> None:
+    save_tiny_llava(tmp_path / "next", "next-clip-llama")
+    newline = torch.randn(OUTER)
+    more = {"model.image_newline": newline}
+    file = llava_file(tmp_path / "mm_projector.bin", build_vision_projector("mlp2x_gelu"), **more)
+    import_projector(file, forms(tmp_path / "next", tmp_path, form), tmp_path / "new", verify=True)
+    back = tmp_path / "new" if form == "hf" else export_hf(tmp_path / "new", tmp_path / "back")
+    net = LlavaNextForConditionalGeneration.from_pretrained(back)
+    assert torch.equal(net.model.image_newline, newline)
+    again = torch.load(export_projector(tmp_path / "new", tmp_path / "out", as_bin=True), weights_only=True)
+    expected = torch.load(file, weights_only=True)
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    # A model that doesn't cut images has no place for it.
+    assert import_projector(file, llava, tmp_path / "plain").others == ("image_newline",)
+    torch.save({**expected, "model.image_newline": torch.ones(3)}, file)
+    with pytest.raises(ValueError, match=r"image_newline has shape \[3\], the model's \[48\]"):
+        import_projector(file, tmp_path / "next", tmp_path / "x")
 
 
 @pytest.mark.parametrize("form", ["hf", "bin", "native", "classic"])
