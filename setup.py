@@ -14,6 +14,8 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "megatron-energon>=7.4,<8",
         "transformers>=5,<6",
+        "huggingface_hub>=1.31,<3",
+        "tokenizers>=0.23,<0.24",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "pillow>=10",

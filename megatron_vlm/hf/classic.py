@@ -44,7 +44,7 @@ _LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # TEGroupedMLP's
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _OUTPUT = "language_model.output_layer.weight"
-_NOT_IN_LLAVA_MODEL = (
+NOT_IN_LLAVA_MODEL = (
     "vision_projection.image_newline",
     "vision_projection.norm.weight",
     "vision_projection.norm.bias",
@@ -172,7 +172,7 @@ class ClassicWriter:
                 for stage, local in places:
                     if stage % layout.pp == pp_rank:
                         shape = _shard_shape(self._rows[name], layout.tp)
-                        part = beside if name in _NOT_IN_LLAVA_MODEL else models[stage // layout.pp]
+                        part = beside if name in NOT_IN_LLAVA_MODEL else models[stage // layout.pp]
                         part[local] = torch.empty(shape, dtype=dtypes[name])
         named = {"model": models[0]} if layout.vpp == 1 else {f"model{i}": m for i, m in enumerate(models)}
         content = {

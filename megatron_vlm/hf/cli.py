@@ -9,23 +9,36 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
-from typing import Any, Callable, List, NoReturn
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Callable, Iterator, List, NoReturn, Optional
 
 from megatron_vlm.hf import Difference
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+class _Ended(KeyboardInterrupt):
+    """A signal that asks a process to end, so that it clears away what it has begun."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 def run(main: Callable[[List[str]], int]) -> int:
     """Run a script's ``main`` on its arguments.
 
-    A user's error is one line on stderr and exit status 2; that two checkpoints differ, 1.
+    A user's error is one line on stderr and exit status 2; that two checkpoints differ, 1; an end by signal
+    ``n``, 128 + n.
     """
     # Large pages for large tensors, where torch hasn't begun yet: filling fresh memory is 10 times as fast.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        return main(sys.argv[1:])
+        with _ending_on_signals():
+            return main(sys.argv[1:])
     except Difference as error:
         print(f"different: {error}", file=sys.stderr)
         return 1
@@ -45,9 +58,33 @@ def run(main: Callable[[List[str]], int]) -> int:
     except RecursionError:
         print("error: a JSON file is nested too deeply to be one of a model", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; no output was made", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, _Ended) else signal.SIGINT
+        print(f"ended by {signal.Signals(number).name}; no unfinished output is left", file=sys.stderr)
+        return 128 + number
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as SIGINT does, where they are not ignored or taken care of."""
+    process = os.getpid()
+
+    def end(number: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != process:  # forked from it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise _Ended(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):

@@ -26,7 +26,7 @@ from megatron_vlm.config.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.classic import FORMAT, ClassicReader, check_arguments
+from megatron_vlm.hf.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
 from megatron_vlm.hf.folder import (
     DTYPES,
     Cast,
@@ -162,7 +162,9 @@ class MegatronCheckpoint:
         expected = {row.native: row for row in self.table.rows}
         missing = [name for name in (*expected, *sorted(adapters)) if name not in stored]
         if missing:
-            raise ValueError(f"{self.path}: {missing[0]} is missing{and_more(missing)}")
+            why = "; Megatron-LM's LLaVAModel has none, so what it trained is another function"
+            why = why if missing[0] in NOT_IN_LLAVA_MODEL and self.folder is not None else ""
+            raise ValueError(f"{self.path}: {missing[0]} is missing{and_more(missing)}{why}")
         known_here = expected.keys() | adapters
         unknown = [n for n in sorted(stored) if n.startswith(_MODEL_PREFIXES) and n not in known_here]
         if unknown:

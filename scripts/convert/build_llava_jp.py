@@ -29,6 +29,16 @@ def pinpoints(text: str) -> List[Tuple[int, int]]:
     return sizes
 
 
+def model_type(text: str) -> str:
+    """Argument type: a kind of LLaVA that is built."""
+    if text in ("llava_onevision", "vipllava"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is converted and trained, but not built; give llava or llava_next, or begin with a "
+            f"{text} of the hub"
+        )
+    return text
+
+
 def main(argv: List[str]) -> int:
     """Build as ``argv`` says; returns the exit code."""
     parser = cli.Parser("Join a text model and a vision tower into a LLaVA.")
@@ -41,6 +51,7 @@ def main(argv: List[str]) -> int:
     )
     parser.add_argument(
         "--model-type",
+        type=model_type,
         choices=("llava", "llava_next"),
         default="llava",
         help="llava_next cuts images into tiles, as LLaVA-1.6 does (default: %(default)s)",

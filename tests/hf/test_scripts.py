@@ -1,6 +1,7 @@
 """The conversion scripts: what they print, their exit codes, and the container."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,15 @@ def test_a_config_that_is_no_json(
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+def test_a_pipe_among_the_small_files(llava: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    flags = ["--hf-dir", llava, "--megatron-dir", tmp_path / "checkpoint"]
+    os.mkfifo(llava / "pipe")
+    assert run(monkeypatch, "convert_hf_to_megatron", *flags) == 2
+    message = f"error: {llava}/pipe: a pipe, a device or a link to nothing; move it away\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--save-dir", "llava", "--text-model", "./nowhere", "--vision-model", "./nowhere"]
@@ -131,6 +141,7 @@ def test_builder_errors(tmp_path: Path, monkeypatch, capsys) -> None:
     [
         (["--image-grid-pinpoints", "336x672"], "--image-grid-pinpoints needs --model-type llava_next"),
         (["--model-type", "llava_next", "--image-grid-pinpoints", "336"], "'336' is not HxW; give pixels"),
+        (["--model-type", "llava_onevision"], "'llava_onevision' is converted and trained, but not built"),
         (["--seed", str(2**63)], "--seed 9223372036854775808: has more than 63 bits"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--lang", "fr"], "argument --lang: invalid choice: 'fr'"),
