@@ -275,6 +275,16 @@ def test_megatron_lms_checkpoint_of_another_model(llava: Path, tmp_path: Path, p
     assert not (tmp_path / "back").exists()
 
 
+def test_megatron_lms_checkpoint_of_a_model_with_tiles(tmp_path: Path, pool: Pool) -> None:
+    """It has no image_newline, and was trained without one."""
+    source, folder = make(tmp_path / "hf", "next-clip-llama"), tmp_path / "trained"
+    folder.mkdir()
+    pool.run(1, save_as_megatron_lm, folder, source, dict(tp=1, pp=1, vpp=1), 256)
+    with pytest.raises(ValueError, match=r"image_newline is missing; Megatron-LM's LLaVAModel has none, so"):
+        export_hf(folder, tmp_path / "back", hf_config=source)
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_projector_that_upstream_lacks(tmp_path: Path) -> None:
     """ViP-LLaVA's norm and its width, of several layers' features: kept, for the way back."""
     source = make(tmp_path / "hf", "vip-clip-llama")

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-import random
-import shutil
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.conversion import make_llava
 from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
-from megatron_vlm.hf import Difference, folder, native, stored, streaming
+from megatron_vlm.hf import streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.verify import verify
-from tests.tiny import ALL, save_tiny_llava, tiny_config, tiny_llava
+from tests.tiny import ALL, tiny_config, tiny_llava
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "2"))  # of each signal
 OTHER_FILES = {
     "tokenizer.json": b'{"any": "bytes"}',
     "tokenizer.model": bytes(range(256)),
@@ -37,12 +33,17 @@ OTHER_FILES = {
 
 def hub_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As checkpoints of the hub are named, with the buffers that old releases wrote."""
-    old = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    old = with_tower_level(tensors)
     positions = old["vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0]
     old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(positions).unsqueeze(0)
     dim = old["language_model.model.layers.0.self_attn.q_proj.weight"].shape[0] // 4  # heads of tests/tiny.py
     old["language_model.model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.rand(dim // 2)
     return old
+
+
+def with_tower_level(named: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 drops from the names."""
+    return {name.replace("vision_tower.", "vision_tower.vision_model."): item for name, item in named.items()}
 
 
 def module_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,32 +125,6 @@ def test_experts_as_the_running_model_has_them(tmp_path: Path) -> None:
         import_hf(source, tmp_path / "megatron", 1, 1)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_shards(tmp_path: Path, kind: str) -> None:
-    source = tmp_path / "hf"
-    model = tiny_llava("siglip-qwen2")
-    model.save_pretrained(source, max_shard_size="50KB")
-    assert len(list(source.glob("model-*"))) > 2
-    if kind == "bin":
-        index = json.loads((source / "model.safetensors.index.json").read_text())
-        names = {file: file.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
-                 for file in set(index["weight_map"].values())}  # fmt: skip
-        for file, new in names.items():
-            torch.save(load_file(source / file), source / new)
-            (source / file).unlink()
-        index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
-        (source / "model.safetensors.index.json").unlink()
-        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    import_hf(source, tmp_path / "megatron", 2, 1)
-    back = export_hf(tmp_path / "megatron", tmp_path / "back")
-    assert verify(source, back)
-    assert len(list(back.glob("*.safetensors"))) > 2
-    loaded, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_one_bin_file_with_a_tied_head(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", "clip-qwen2-tied", "hub")
     tensors = load_file(source / "model.safetensors")
@@ -160,20 +135,6 @@ def test_one_bin_file_with_a_tied_head(tmp_path: Path) -> None:
     back = export_hf(tmp_path / "megatron", tmp_path / "back")
     assert verify(source, back) == len(tensors)
     assert (back / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("family", ["clip-llama", "siglip-qwen2"])
-def test_other_shards_on_export_load_in_transformers(tmp_path: Path, family: str) -> None:
-    model = save_tiny_llava(tmp_path / "hf", family)
-    import_hf(tmp_path / "hf", tmp_path / "megatron", 1, 1)
-    back = export_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=50_000)
-    sizes = [file.stat().st_size for file in back.glob("*.safetensors")]
-    assert len(sizes) > 2 and sorted(sizes)[-2] < 60_000
-    assert verify(tmp_path / "hf", back)
-    loaded, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_manifest(llava: Path, tmp_path: Path) -> None:
@@ -410,71 +371,3 @@ def test_outputs_are_not_overwritten(llava: Path, tmp_path: Path) -> None:
     (unrelated / "thesis.tex").touch()
     with pytest.raises(ValueError, match="no Hugging Face folder"):
         export_hf(root, unrelated, force=True)
-
-
-def test_a_full_disk_is_said_before_writing(llava: Path, tmp_path: Path, monkeypatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    import_hf(llava, tmp_path / "megatron", 1, 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
-    for call in (
-        lambda: import_hf(llava, tmp_path / "more", 1, 1),
-        lambda: export_hf(tmp_path / "megatron", tmp_path / "more"),
-    ):
-        with pytest.raises(ValueError, match=r"more: needs 0\.0 GB, but its file system has 0\.0 GB left"):
-            call()
-    assert not (tmp_path / "more").exists()
-
-
-@pytest.mark.parametrize("fails", ["import", "export"])
-def test_verify_reads_back_what_was_written(llava: Path, tmp_path: Path, monkeypatch, fails: str) -> None:
-    """A bit that flips between memory and disk is found, and nothing is left that looks finished."""
-    import_hf(llava, tmp_path / "megatron", 2, 1, verify=True)
-    export_hf(tmp_path / "megatron", tmp_path / "back", verify=True)
-    assert verify(llava, tmp_path / "back") and verify(llava, tmp_path / "megatron")
-
-    def flipped(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.clone()
-        if tensor.nbytes == 48 * 48 * 4:  # o_proj's and others'
-            tensor.view(torch.uint8).view(-1)[1000] ^= 1
-        return tensor
-
-    save, write_at = native._with_own_storage, stored.write_at
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "_with_own_storage", lambda tensor: save(flipped(tensor)))
-        patch.setattr(folder, "write_at", lambda file, start, tensor: write_at(file, start, flipped(tensor)))
-        with pytest.raises(Difference, match=r"\.weight was written other than it was read"):
-            if fails == "import":
-                import_hf(llava, tmp_path / "more", 1, 1, verify=True)
-            else:
-                export_hf(tmp_path / "megatron", tmp_path / "more", verify=True)
-    assert not (tmp_path / "more").exists() and not list(tmp_path.glob(".*"))
-
-
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Nothing or the whole, in both directions; and the next conversion is none the wiser."""
-    context = multiprocessing.get_context("forkserver")  # imports once, then starts in milliseconds
-    context.set_forkserver_preload(["megatron_vlm.hf.convert"])
-    source, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
-    make_llava(source, layers=2, hidden_size=256, vision_layers=2)
-    start = time.monotonic()
-    import_hf(source, checkpoint, 2, 1)
-    seconds = time.monotonic() - start
-
-    for trial in range(KILLS):
-        megatron, back = tmp_path / f"megatron{trial % 2}", tmp_path / f"back{trial % 2}"
-        for process in (
-            context.Process(target=import_hf, args=(source, megatron, 2, 1)),
-            context.Process(target=export_hf, args=(checkpoint, back)),
-        ):
-            process.start()
-            time.sleep(random.uniform(0, 1.5 * seconds))
-            process.kill()
-            process.join()
-        for output in (megatron, back):
-            if output.exists():
-                assert verify(source, output)
-                shutil.rmtree(output)
-    import_hf(source, megatron, 2, 1)
-    export_hf(megatron, back)
-    assert verify(source, back)
-    assert not list(tmp_path.glob(f".{megatron.name}.*")) and not list(tmp_path.glob(f".{back.name}.*"))

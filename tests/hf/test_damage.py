@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf
@@ -240,6 +240,67 @@ def test_damage_is_one_line(damaged: Path, monkeypatch, capsys, form: str, name:
     refused(monkeypatch, capsys, damaged / form, name, message)
 
 
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Change what the shard with :data:`KEY` holds, and the index with it."""
+
+    def damage(folder: Path) -> None:
+        name = INDEX if (folder / INDEX).exists() else "pytorch_model.bin.index.json"
+        content = json.loads((folder / name).read_text())
+        file = content["weight_map"][KEY]
+        safe = file.endswith(".safetensors")
+        held = load_file(folder / file) if safe else torch.load(folder / file, weights_only=True)
+        change(held)
+        save_file(held, folder / file, {"format": "pt"}) if safe else torch.save(held, folder / file)
+        others = {key: where for key, where in content["weight_map"].items() if where != file}
+        content["weight_map"] = {**others, **dict.fromkeys(held, file)}
+        (folder / name).write_text(json.dumps(content))
+
+    return damage
+
+
+# What convert says, and verify.
+TENSORS: dict[str, tuple[Damage, str, str]] = {
+    "NaN": (weights(lambda t: t[KEY][3].fill_(float("nan"))), "holds NaN or infinite", "has other values"),
+    "infinite": (weights(lambda t: t[KEY][3].fill_(float("-inf"))), "holds NaN or", "has other values"),
+    "missing": (weights(lambda t: t.pop(KEY)), "is missing", "is in "),
+    "extra": (weights(lambda t: t.update({KEY + "x": t[KEY].clone()})), "x is no part", "x is in "),
+    "misshapen": (weights(lambda t: t.update({KEY: t[KEY][1:].clone()})), "has shape [23, 48]", "[23, 48]"),
+    "integers": (weights(lambda t: t.update({KEY: t[KEY].long()})), "is int64, not", "int64"),
+}
+
+
+@pytest.mark.parametrize("form", ["hf", "bin"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_that_is_wrong_is_named(damaged: Path, monkeypatch, capsys, form: str, name: str) -> None:
+    damage, converting, verifying = TENSORS[name]
+    damage(damaged / form)
+    source, there = damaged / form, damaged / "there"
+    flags = ["--hf-dir", source, "--megatron-dir", there]
+    for call, code, said in (
+        (["convert_hf_to_megatron", *flags], 2, ("error: ", converting)),
+        (["convert_hf_to_megatron", *flags, "--format", "classic", "--verify"], 2, ("error: ", converting)),
+        (["verify", source, damaged / "single"], 1, ("different: ", verifying)),
+        (["verify", damaged / "native", source], 1, ("different: ", verifying)),
+    ):
+        capsys.readouterr()
+        assert run(monkeypatch, *call) == code
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "B/s]" not in line]
+        assert line.startswith(said[0]) and KEY in line and said[1] in line
+    assert not there.exists() and not list(damaged.glob(".there*"))
+
+
+def test_verify_on_a_config_that_lies(damaged: Path, monkeypatch, capsys) -> None:
+    """Two folders can be compared nonetheless, and differ; a checkpoint can't be read by it."""
+    config("text_config", "intermediate_size", 72)(damaged / "hf")
+    assert run(monkeypatch, "verify", damaged / "hf", damaged / "single") == 1
+    assert "different: config.json differs between" in capsys.readouterr().err
+    assert run(monkeypatch, "verify", damaged / "hf", damaged / "single", "--weights-only") == 0
+    config("text_config", "intermediate_size", 72, "release/hf")(damaged / "native")
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", damaged / "native", damaged / "single") == 2
+    assert "config.json implies" in capsys.readouterr().err
+
+
 def test_undamaged_is_equal(damaged: Path, monkeypatch) -> None:
     """What is refused above is refused for its damage."""
     for form in ("hf", "bin", "native", "classic"):
@@ -267,5 +328,5 @@ def test_nothing_is_overwritten_and_no_disk_is_filled(damaged: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
             assert run(monkeypatch, *call, damaged / "there") == 2
-        assert "but its file system has 0.0 GB left" in capsys.readouterr().err
+        assert "but its file system has 1.0 MiB left" in capsys.readouterr().err
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"] and not (damaged / "there").exists()

@@ -19,6 +19,7 @@ from megatron_vlm.hf.lora import export_adapter, find_adapters, read_adapter
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from megatron_vlm.hf.native import NativeReader, NativeWriter
 from megatron_vlm.hf.ops import REPLICATED
+from tests.hf.test_scripts import run
 from tests.models.test_parity import make_batch
 from tests.tiny import save_tiny_llava
 
@@ -97,6 +98,22 @@ def test_merged_is_rounded_once(tmp_path: Path) -> None:
         assert found.dtype == torch.bfloat16
         # A tie may round the other way in fp32 than in fp64.
         assert (found != expected).sum() <= 0.01 * found.numel()
+
+
+def test_resharding_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    save_tiny_llava(tmp_path / "hf", "clip-llama")
+    release = import_hf(tmp_path / "hf", tmp_path / "megatron", tp=1, pp=1)
+    add_adapters(release, tmp_path / "adapted", LoRAConfig(4, 8, 0.0, ("q_proj",)))
+    flags = ["--megatron-dir", tmp_path / "adapted", "--save-dir", tmp_path / "cut"]
+    for more in ([], ["--format", "classic"]):
+        capsys.readouterr()
+        assert run(monkeypatch, "reshard", *flags, *more) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"error: {tmp_path}/adapted has adapters; merge them with "
+            "scripts/convert/convert_megatron_to_hf.py\n"
+        )
+    assert not (tmp_path / "cut").exists()
 
 
 def test_other_parts_are_refused(tmp_path: Path) -> None:

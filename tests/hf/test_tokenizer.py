@@ -1,0 +1,187 @@
+"""A built model's tokenizer: sentencepiece's tokens, special tokens, and the chat template."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from megatron_vlm.hf.build import build_llava
+from tests.hf.test_build import make_text, make_tower
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return make_text(tmp_path / "text")
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Path:
+    return make_tower(tmp_path / "tower")
+
+
+def test_a_padding_token_of_its_own_is_kept(tmp_path: Path, tower: Path) -> None:
+    text = make_text(tmp_path / "text", pad=True)
+    build_llava(tmp_path / "llava", str(text), str(tower))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llava")
+    assert tokenizer.pad_token == "<|pad|>"
+    assert "<pad>" not in tokenizer.get_vocab()
+    assert tokenizer.tokenize("a<image><image>b").count("<image>") == 2
+
+
+def test_a_padding_token_that_is_the_end_token(tmp_path: Path, tower: Path) -> None:
+    text = make_text(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(text)
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    assert tokenizer.pad_token == "<pad>"
+    config = LlavaConfig.from_pretrained(built)
+    generation = transformers.GenerationConfig.from_pretrained(built)
+    assert config.text_config.pad_token_id == generation.pad_token_id == tokenizer.pad_token_id
+    assert generation.eos_token_id == tokenizer.eos_token_id == 1
+
+
+def test_a_special_token_that_the_embedding_lacks(tmp_path: Path, tower: Path) -> None:
+    """Some tokenizers got a padding token after training: its row is new too."""
+    text = make_text(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(text)
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    old = transformers.AutoModelForCausalLM.from_pretrained(text).get_input_embeddings().weight
+    new = LlavaForConditionalGeneration.from_pretrained(built).get_input_embeddings().weight
+    assert AutoTokenizer.from_pretrained(built).pad_token == "[PAD]" and len(new) == rows + 2 == len(old) + 2
+    torch.testing.assert_close(new[rows:], old.mean(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("lang, user", [("en", "USER: "), ("jp", "ユーザー: ")])
+def test_chat_template(tmp_path: Path, text: Path, tower: Path, lang: str, user: str) -> None:
+    processor = AutoProcessor.from_pretrained(
+        build_llava(tmp_path / "llava", str(text), str(tower), lang=lang)
+    )
+    question = [{"type": "image"}, {"type": "text", "text": "q"}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]
+    both = processor.apply_chat_template(messages)
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+    assert both.startswith(prompt) and both == prompt + " a</s>"
+    assert prompt.startswith(user + "<image>\nq")
+    several = [
+        {"type": "text", "text": "1: "},
+        {"type": "image"},
+        {"type": "text", "text": "2: "},
+        {"type": "image"},
+    ]
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": several}]
+    text_of_two = processor.apply_chat_template(system)
+    assert text_of_two.startswith("s") and "1: <image>\n2: <image>\n" in text_of_two
+    encoded = processor.tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    said = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
+    assert processor.tokenizer.decode(said) == " a</s>"
+
+
+@pytest.mark.parametrize(
+    "own, kept",
+    [
+        ("{% for p in messages[0].content %}{{ p.text or '<image>' }}{% endfor %}", True),
+        ("{# no image #}{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m['content'] }}image{% endfor %}", False),  # writes the list of parts
+    ],
+)
+def test_a_template_that_places_images_is_kept(
+    tmp_path: Path, text: Path, tower: Path, own: str, kept: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(text)
+    build_llava(tmp_path / "llava", str(text), str(tower), lang="en")
+    template = AutoProcessor.from_pretrained(tmp_path / "llava").chat_template
+    assert template == own if kept else "USER: " in template
+    assert AutoTokenizer.from_pretrained(tmp_path / "llava").chat_template == template
+
+
+def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Put a ``tokenizer.model`` in a folder in place of its tokenizer; returns the reference."""
+    text = ["Which digit is this? What is in the picture?", "これは画像です。何が写っていますか。"] * 20
+    text += ["The quick brown fox jumps over the lazy dog 0123456789.", "猫が窓の外を見ている。"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),  # Llama
+        dict(model_type="unigram"),  # with NFKC and no double spaces, as Japanese models have it
+        dict(
+            model_type="unigram",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n", "<mask>"],
+        ),
+        dict(model_type="bpe", pad_id=3, user_defined_symbols=["<image>"]),
+    ],
+)
+def test_sentencepiece_alone(tmp_path: Path, tower: Path, options: dict[str, Any]) -> None:
+    """Token ids equal sentencepiece's own, which transformers' conversion misses for all but the first."""
+    text = make_text(tmp_path / "text", extra_rows=300)
+    reference = sentencepiece_model(text, **options)
+    (text / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    assert (built / "tokenizer.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    for line in (
+        "Which digit is this, 1234?",
+        "これは猫です。ＡＢＣ①ﾊﾝｶｸ\u3000何が写っていますか",
+        "  two  spaces  ",
+        "a\nb\n\nc\td",
+        "🙂 ﬁ ½ кот",
+    ):
+        assert tokenizer(line).input_ids == [reference.bos_id(), *reference.encode(line)]
+        assert tokenizer.decode(reference.encode(line)) == reference.decode(reference.encode(line))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids = tokenizer("a<image>b", add_special_tokens=False).input_ids
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert ids.count(image) == 1 and ids[: ids.index(image)] == reference.encode("a")
+    if "pad_id" in options:  # both were there already, so nothing is added
+        assert len(tokenizer) == reference.vocab_size()
+
+
+def test_a_sentencepiece_model_that_cannot_be_converted(tmp_path: Path, tower: Path) -> None:
+    """It removes double spaces, but for those on either side of a symbol: no normalizer does that."""
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text, user_defined_symbols=["\n"])
+    with pytest.raises(ValueError, match=r"--text-model .*no tokenizer\.json can stand for .* instead of"):
+        build_llava(tmp_path / "llava", str(text), str(tower))
+
+
+def test_sentencepiece_is_not_installed(tmp_path: Path, tower: Path, monkeypatch) -> None:
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ModuleNotFoundError) as error:  # cli.run says what to do
+        build_llava(tmp_path / "llava", str(text), str(tower))
+    assert error.value.name == "sentencepiece"
