@@ -6,6 +6,7 @@ In the native format, and in Megatron-LM's before and after.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
+from megatron_vlm.data.chat_templates import SYSTEM_PROMPTS
 from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf, reshard
 from megatron_vlm.hf.verify import verify
@@ -43,6 +46,18 @@ def wide(trainables: dict[str, Trainable], tmp_path_factory: pytest.TempPathFact
     return replace(trainables["tied"], hf=folder)
 
 
+def check_template(before: Path, after: Path) -> None:
+    """transformers asks as LLaVA's conv_vicuna_v1 does, and knows where answers end."""
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    old, new = (transformers.AutoProcessor.from_pretrained(folder) for folder in (before, after))
+    text = new.apply_chat_template(question, add_generation_prompt=True)
+    assert text == f"{SYSTEM_PROMPTS['v1']['en']} USER: <image>\nWhat? ASSISTANT:"
+    assert text != old.apply_chat_template(question, add_generation_prompt=True)
+    assert new.tokenizer.chat_template == new.chat_template
+    ends = transformers.GenerationConfig.from_pretrained(after).eos_token_id
+    assert new.tokenizer.eos_token_id in ([ends] if isinstance(ends, int) else ends)
+
+
 @pytest.mark.parametrize("tp, pp", SIZES)
 @pytest.mark.parametrize("precision", ["--fp32", "--bf16"])
 def test_a_step_of_nothing(
@@ -54,14 +69,58 @@ def test_a_step_of_nothing(
     classic = import_hf(hf, tmp_path / "classic", tp, pp, classic=stages)
     native = reshard(classic, tmp_path / "native", tp, pp)
     start = replace(wide, checkpoint=native)
-    pool.run(tp * pp, train, start.flags(tmp_path, "run", *layout_flags(Layout(tp, pp)), *STILL, precision))
+    # In bfloat16 with a built-in template, which the export then carries.
+    template = ["--template", "v1"] if precision == "--bf16" else []
+    flags = start.flags(tmp_path, "run", *layout_flags(Layout(tp, pp)), *STILL, precision, *template)
+    pool.run(tp * pp, train, flags)
     (line,) = metrics(tmp_path / "run")
     assert line["lr"] == 0 and line["grad_norm"] > 0
 
     back = export_hf(tmp_path / "run", tmp_path / "back")
     cut = reshard(tmp_path / "run", tmp_path / "cut", tp, pp, classic=stages)
-    assert verify(hf, export_hf(cut, tmp_path / "from-classic")) and verify(hf, back)
+    from_classic = export_hf(cut, tmp_path / "from-classic")
+    assert verify(back, from_classic) and verify(tmp_path / "run", back)
+    assert verify(hf, back, weights_only=bool(template))
+    if template:
+        check_template(hf, back)
     before, after = (load_file(folder / "model.safetensors") for folder in (hf, back))
     assert before.keys() == after.keys()
     for name, tensor in before.items():  # not by our own code
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    "model, dtype, tp, pp",
+    [
+        ("untied", "float32", 1, 2),
+        ("tied", "bfloat16", 2, 2),
+        ("experts", "float16", 2, 1),
+        ("llava_next", "bfloat16", 2, 1),
+        ("llava_onevision", "bfloat16", 2, 2),
+    ],
+)
+def test_other_models(
+    trainables: dict[str, Trainable], pool: Pool, tmp_path: Path, model: str, dtype: str, tp: int, pp: int
+) -> None:
+    """The same, with what transformers wrote as it is and the precision that its dtype asks for."""
+    hf = tmp_path / "hf"
+    shutil.copytree(trainables[model].hf, hf)
+    net = transformers.AutoModelForImageTextToText.from_pretrained(hf, dtype=getattr(torch, dtype))
+    net.save_pretrained(hf)
+    layers = ModelConfig.from_hf_dir(str(hf)).language.num_layers
+    stages = ClassicLayout(tp, pp, 1, (1, layers - 1) if pp == 2 else (layers,))
+    classic = import_hf(hf, tmp_path / "classic", tp, pp, classic=stages)
+    start = replace(trainables[model], checkpoint=reshard(classic, tmp_path / "native", tp, pp), hf=hf)
+    flags = start.flags(tmp_path, "run", *layout_flags(Layout(tp, pp)), *STILL)
+    flags.remove("--fp32")
+    pool.run(tp * pp, train, flags)
+    assert metrics(tmp_path / "run")[0]["lr"] == 0
+
+    # float16 is trained in a wider one, and stored so.
+    again = reshard(tmp_path / "run", tmp_path / "again", tp, pp, classic=stages, dtype=net.dtype)
+    for file in classic.glob("mp_rank_*/*.pt"):
+        assert file.read_bytes() == (again / file.relative_to(classic)).read_bytes(), file
+    for source, target in ((tmp_path / "run", "back"), (again, "from-classic")):
+        back = export_hf(source, tmp_path / target)
+        for file in hf.iterdir():
+            assert file.read_bytes() == (back / file.name).read_bytes(), file.name
