@@ -63,12 +63,12 @@ def save_again(source: str, target: str, tp: int) -> None:
 def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
     """Write a checkpoint of linears that have been scaled with a delay, each differently."""
     layout = parallel.initialize(tp)
-    chunks = _in_fp8(source, layout, history)
+    chunks = in_fp8(source, layout, history)
     assert scaling_state(chunks, layout) == {}  # before the first iteration
     for base, linear in scaling._linears(chunks):
         linear.start_scaling(fake.DelayedScaling(history))
         for name, tensor in scaling._kept(linear).items():
-            tensor.copy_(_number(base, name, tensor.shape))
+            tensor.copy_(number(base, name, tensor.shape))
     if layout.rank == 0:
         Path(target).mkdir()
         shutil.copy(Path(source) / "manifest.json", target)
@@ -79,7 +79,7 @@ def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
 def load_scaled(source: str, tp: int, history: int, recipe: str) -> tuple[bool, int]:
     """Whether a checkpoint's scaling is the model's, and how many linears have what they had, exactly."""
     layout = parallel.initialize(tp)
-    chunks = _in_fp8(source, layout, history)
+    chunks = in_fp8(source, layout, history)
     chunks[0].config.fp8_recipe = recipe
     load_weights(Path(source), chunks)
     given = lambda config: fake.DelayedScaling(config.fp8_amax_history_len)  # noqa: E731
@@ -89,12 +89,13 @@ def load_scaled(source: str, tp: int, history: int, recipe: str) -> tuple[bool, 
     for base, linear in scaling._linears(chunks):
         kept = scaling._kept(linear)
         for name, tensor in kept.items():
-            assert torch.equal(tensor, _number(base, name, tensor.shape))
+            assert torch.equal(tensor, number(base, name, tensor.shape))
         found += bool(kept)
     return fits, found
 
 
-def _in_fp8(source: str, layout: parallel.Layout, history: int) -> Any:
+def in_fp8(source: str, layout: parallel.Layout, history: int) -> Any:
+    """A model whose linears would be scaled with a delay, in no iteration yet."""
     model = ModelConfig.from_dict(read_manifest(source)["model"])
     chunks = vlm.build_model(model, layout)
     config = chunks[0].config
@@ -102,6 +103,7 @@ def _in_fp8(source: str, layout: parallel.Layout, history: int) -> Any:
     return chunks
 
 
-def _number(base: str, name: str, shape: torch.Size) -> torch.Tensor:
+def number(base: str, name: str, shape: torch.Size) -> torch.Tensor:
+    """What a tensor of a linear's scaling is set to, to be known again."""
     generator = torch.Generator().manual_seed(sum(f"{base}{name}".encode()))
     return torch.rand(shape, generator=generator)

@@ -137,8 +137,12 @@ class _Extension(ModuleType):
     def generic_gemm(*args: Any, **options: Any) -> Any:
         a, a_turned, b, b_turned, out, _, _, bias, _, _, _, grad = args[:12]
         accumulate = args[14]
+        shape = b.shape
+        a, b = a.flatten(0, -2), b.flatten(0, -2)
         # Column-major as in cuBLAS: layout "TN" is b @ a.T of row-major tensors.
         result = (b.t() if b_turned else b) @ (a.t() if a_turned else a)
+        if not b_turned:
+            result = result.view(*shape[:-1], -1)
         bias_grad = None
         if bias is not None and grad:
             bias_grad = b.sum(0)
@@ -147,6 +151,36 @@ class _Extension(ModuleType):
         if out is not None:
             result = out.add_(result) if accumulate else out.copy_(result)
         return result, bias_grad, None, None
+
+    @staticmethod
+    def fused_rope_forward(t: Any, freqs: Any, _: Any, kind: str, __: Any, ends: Any, *___: Any) -> Any:
+        return _turn(t, freqs, kind, ends)
+
+    @staticmethod
+    def fused_rope_backward(t: Any, freqs: Any, _: Any, kind: str, __: Any, ends: Any, *___: Any) -> Any:
+        return _turn(t, -freqs, kind, ends)
+
+    @staticmethod
+    def convert_thd_to_bshd(t: Any, ends: Any, batch: int, longest: int) -> Any:
+        padded = t.new_zeros(batch, longest, *t.shape[1:])
+        for row, sample in zip(padded, t.split(ends.diff().tolist()), strict=True):
+            row[: len(sample)] = sample
+        return padded
+
+    @staticmethod
+    def convert_bshd_to_thd(t: Any, ends: Any, _: Any) -> Any:
+        return torch.cat([row[:length] for row, length in zip(t, ends.diff().tolist(), strict=True)])
+
+
+def _turn(t: torch.Tensor, freqs: torch.Tensor, kind: str, ends: torch.Tensor | None) -> torch.Tensor:
+    """Rotary embedding of ``sbhd``, or of each sample of ``thd``."""
+    if kind.endswith("THD"):
+        assert ends is not None
+        angles = torch.cat([freqs[:length, 0] for length in ends.diff().tolist()])
+    else:
+        angles = freqs[: len(t)]
+    first, second = t.chunk(2, dim=-1)
+    return t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
 def install() -> str:
@@ -176,6 +210,7 @@ def install() -> str:
 
 def _let_it_run_on_cpus() -> None:
     """Its modules refuse to be made and run without a GPU, and ask what kind it is."""
+    from transformer_engine.pytorch import utils as engine_utils
     from transformer_engine.pytorch.attention.dot_product_attention import utils
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base
@@ -191,7 +226,17 @@ def _let_it_run_on_cpus() -> None:
             torch.cuda.is_available = available
 
     base.TransformerEngineBaseModule.__init__ = make_anyway  # type: ignore[method-assign]
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
+    engine_utils._get_device_compute_capability = lambda device: (9, 0)
+    move = torch.Tensor.to
+    torch.Tensor.to = lambda tensor, *args, **options: move(  # type: ignore[assignment, method-assign]
+        tensor, *args, **{**options, **({"device": "cpu"} if options.get("device") == "cuda" else {})}
+    )
+    torch.cuda.is_current_stream_capturing = lambda: False
+    # True for the engine, and not for torch, which would look for a GPU then.
+    asks = "transformer_engine"
+    torch.Tensor.is_cuda = property(  # type: ignore[assignment, misc]
+        lambda tensor: asks in sys._getframe(1).f_code.co_filename
+    )
     gemm.get_cublas_workspace = lambda *_: torch.empty(1)
     # Neither flash nor cuDNN's attention: torch's products and softmax.
     utils.get_attention_backend = lambda *_: (False, None, False, None, True, [])
