@@ -18,6 +18,9 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 ANYRES = ("llava_next", "llava_onevision")  # the model types that cut images
 
+ASPECT_RATIOS = ("square", "pad", "anyres")  # what may become of a dataset's images, by LLaVA's names
+NO_TILES = "image_aspect_ratio anyres: the model cuts no images into tiles; write square or pad"
+
 Size = Tuple[int, int]
 UNCUT: Size = (0, 0)  # stands for the size of an image that is one tile, whatever its own size
 

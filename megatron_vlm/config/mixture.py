@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+from megatron_vlm.config.anyres import ASPECT_RATIOS
 from megatron_vlm.config.dataset import split_samples
 from megatron_vlm.config.templates import TEMPLATES
 from megatron_vlm.config.yaml_subset import Value, read_yaml
 
-OPTIONS = ("template", "lang", "overlong", "mask_thinking", "anyres")
+OPTIONS = ("template", "lang", "overlong", "mask_thinking", "image_aspect_ratio")
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -308,12 +309,6 @@ def _bool(where: str, value: Value) -> bool:
     return value
 
 
-def _uncut(where: str, value: Value) -> bool:
-    if value is not False:
-        raise ValueError(f"{where} {value}: only false can be said; how images are cut is the model's")
-    return False
-
-
 def _choice(choices: Sequence[str]) -> Callable[[str, Value], str]:
     def read(where: str, value: Value) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -336,5 +331,5 @@ _KEYS: Dict[str, Callable[[str, Value], Any]] = {
     "lang": _choice(("jp", "en")),
     "overlong": _choice(("truncate", "drop")),
     "mask_thinking": _bool,
-    "anyres": _uncut,
+    "image_aspect_ratio": _choice(ASPECT_RATIOS),
 }

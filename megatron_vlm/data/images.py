@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
@@ -15,8 +15,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from megatron_vlm.config.anyres import UNCUT, AnyRes, Size, best_resolution
+from megatron_vlm.config.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
 from megatron_vlm.data.templates import SampleError
+
+# What a processor does to an image before it is cut into tiles, or that isn't.
+_TILE_SETTINGS = (
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,6 @@ class ImageTransform:
         rescale: factor from uint8 to the processor's range, usually 1/255.
         mean, std: one per channel, after rescaling.
         anyres: how images are cut into tiles; None: each is one tile.
-        uncut: each is one tile all the same, that of the whole image.
     """
 
     processor: Any
@@ -40,7 +45,6 @@ class ImageTransform:
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
     anyres: Optional[AnyRes] = None
-    uncut: bool = False
 
     @classmethod
     def from_dir(
@@ -77,6 +81,28 @@ class ImageTransform:
         transform._check(directory)
         return transform
 
+    def with_aspect_ratio(self, name: str) -> ImageTransform:
+        """Images cut into tiles, or not, as LLaVA's ``image_aspect_ratio`` says; all else as it is.
+
+        Args:
+            name: ``square``, one tile, resized and cropped as the tower's processor does; ``pad``, one tile,
+                padded to a square with the mean colour before; ``anyres``, as the model has images cut.
+
+        Raises:
+            ValueError: the model doesn't have images cut.
+        """
+        if name == "anyres":
+            if self.anyres is None:
+                raise ValueError(NO_TILES)
+            return self
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+        settings = {setting: getattr(self.processor, setting) for setting in _TILE_SETTINGS}
+        processor = LlavaImageProcessorPil(**settings, do_pad=name == "pad")
+        transform = replace(self, processor=processor, anyres=None)
+        transform._check(f"image_aspect_ratio {name}")
+        return transform
+
     def open(self, images: Sequence[bytes | Path]) -> List[Image.Image]:
         """Read the headers of a sample's images.
 
@@ -91,7 +117,7 @@ class ImageTransform:
 
     def sizes(self, images: Sequence[Image.Image]) -> List[Size]:
         """What tells how each image of a sample is cut: its height and width, or ``UNCUT``."""
-        if self.anyres is None or self.uncut or (self.anyres.several_uncut and len(images) > 1):
+        if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
             return [UNCUT] * len(images)
         return [(image.height, image.width) for image in images]
 
@@ -109,8 +135,6 @@ class ImageTransform:
                 tiles = [self._pixels(image) for image in images]
             elif self.anyres.several_uncut and len(images) > 1:
                 tiles = [pixels[0] for pixels in self._several(images)]
-            elif self.uncut:
-                tiles = [self._pixels(image)[0] for image in images]
             else:
                 tiles = [tile for image in images for tile in self._pixels(image)]
         return [torch.from_numpy(np.ascontiguousarray(tile)) for tile in tiles]

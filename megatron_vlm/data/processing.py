@@ -92,15 +92,15 @@ class Processing:
         lang: str | None = None,
         mask_thinking: bool | None = None,
         overlong: str | None = None,
-        anyres: bool = True,
+        image_aspect_ratio: str | None = None,
     ) -> Processing:
         """The same, but for what is given.
 
         Args:
-            anyres: False: images are not cut, of a model that has them cut.
+            image_aspect_ratio: as :meth:`ImageTransform.with_aspect_ratio`.
 
         Raises:
-            ValueError: as :class:`ChatTemplate`.
+            ValueError: as :class:`ChatTemplate` and :meth:`ImageTransform.with_aspect_ratio`.
         """
         options = {"lang": lang, "mask_thinking": mask_thinking}
         changed = {name: value for name, value in options.items() if value is not None}
@@ -109,7 +109,7 @@ class Processing:
             template=self.template.varied(template, **changed) if template or changed else self.template,
             lang=lang or self.lang,
             overlong=overlong or self.overlong,
-            images=self.images if anyres else replace(self.images, uncut=True),
+            images=self.images.with_aspect_ratio(image_aspect_ratio) if image_aspect_ratio else self.images,
         )
 
     def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:

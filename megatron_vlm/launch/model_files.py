@@ -10,6 +10,8 @@ import json
 import os
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from megatron_vlm.config.anyres import NO_TILES
+from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, is_mixture
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.templates import unfit
@@ -78,6 +80,13 @@ def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
             f"{folder}: its image processor has an image_mean for {len(mean)} channels, and the vision "
             f"tower takes {vision.num_channels}"
         )
+
+
+def uncut_problems(model: ModelConfig, config: RunConfig) -> Iterator[str]:
+    """Datasets of a mixture that want tiles from a model that has none."""
+    for source in _sources(config):
+        if source.options.get("image_aspect_ratio") == "anyres" and model.anyres is None:
+            yield _where(config, source) + NO_TILES
 
 
 def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
@@ -163,14 +172,31 @@ def _template(
             _read(folder, name).get("chat_template") for name in ("chat_template.json", _PROCESSOR_FILES[1])
         )
     )
-    name = config.data.template or ("chat" if has_chat else "plain" if config.training.stage == 1 else "v1")
-    if name == "chat" and not has_chat:
-        yield (f"--template chat: {folder} has no chat template; use --template v1 or plain, or leave it out")
+    default = "chat" if has_chat else "plain" if config.training.stage == 1 else "v1"
+    names = {"": config.data.template or default}
+    names.update((_where(config, source), source.options.get("template", "")) for source in _sources(config))
     special = _read(folder, "special_tokens_map.json")
     bos, eos = (_text(settings.get(key)) or _text(special.get(key)) for key in ("bos_token", "eos_token"))
-    problem = unfit(name, added.values(), bos, eos)
-    if problem and (added or name == "v1"):  # a tokenizer.model alone doesn't tell
-        yield f"{problem} ({folder})"
+    for where, name in names.items():
+        if name == "chat" and not has_chat:
+            instead = "use --template v1 or plain, or leave it out"
+            yield f"{where}--template chat: {folder} has no chat template; {instead}"
+        problem = unfit(name, added.values(), bos, eos) if name else ""
+        if problem and (added or name == "v1"):  # a tokenizer.model alone doesn't tell
+            yield f"{where}{problem} ({folder})"
+
+
+def _sources(config: RunConfig) -> Tuple[SourceConfig, ...]:
+    """The datasets of a mixture. None of a file that can't be read: another check says so."""
+    path = config.data.data_path
+    try:
+        return MixtureConfig.load(path).sources if path is not None and is_mixture(path) else ()
+    except ValueError:
+        return ()
+
+
+def _where(config: RunConfig, source: SourceConfig) -> str:
+    return f"--data-path {config.data.data_path}: dataset {source.name}: "
 
 
 def _added_tokens(folder: str, settings: Dict[str, Any]) -> Dict[int, str]:

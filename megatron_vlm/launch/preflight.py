@@ -259,6 +259,7 @@ def _tokenizer(found: Inspection) -> None:
 def _image_processor(found: Inspection) -> None:
     if found.model is not None and found.hf_folders:
         found.errors += model_files.image_problems(found.hf_folders, found.model)
+        found.errors += model_files.uncut_problems(found.model, found.config)
 
 
 def _image_tokens(found: Inspection) -> None:

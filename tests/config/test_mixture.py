@@ -127,7 +127,7 @@ def test_any_text(text: str) -> None:
         ("datasets:\n  a: {path: x, subset: [0%, 10]}", r"write it as \[0%, 50%\]"),
         ("datasets:\n  a: {path: x, subset: 10}", r"write it as \[0%, 50%\]"),
         ("datasets:\n  a: {path: x, mask_thinking: 1}", "mask_thinking 1: must be true or false"),
-        ("datasets:\n  a: {path: x, anyres: true}", "anyres True: only false can be said"),
+        ("datasets:\n  a: {path: x, image_aspect_ratio: padded}", "padded: unknown; did you mean pad?"),
         ("datasets:\n  a b: {path: x}", "dataset a b: a name has letters"),
         ("datasets:\n  a: {path: x}\nsplits: 3", "unknown key 'splits'"),
         ("__class__: MetadatasetV2\nsplits: 3", "this is energon's own format"),

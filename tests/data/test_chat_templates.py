@@ -308,6 +308,33 @@ def test_a_template_that_loses_a_system_turn_drops_the_sample() -> None:
         template.encode(as_turns("Be kind", CHAT), 0)
 
 
+def test_a_template_that_cuts_every_thought_out() -> None:
+    """Like DeepSeek-R1's, whose prompt opens a thought that no finished conversation has: it is refused.
+
+    Its first release's prompt opened none; there, answers are trained as they are rendered.
+    """
+    jinja = (
+        "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
+        "{% set ns.system = m.content %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content }}{% endif %}"
+        "{% if m.role == 'assistant' %}{% set content = m.content %}"
+        "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+        "{{ '<|im_start|>' + content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    with pytest.raises(
+        ValueError, match=r"^--template chat: .* can't be split .*; use --template v1 or plain$"
+    ):
+        ChatTemplate(tokenizer, "chat", "<image>", jinja)
+    template = ChatTemplate(tokenizer, "chat", "<image>", jinja.replace("<think>\n' }}", "' }}"))
+    thoughts = [("1?", "<think>\na\n</think>\n\nOne."), ("2?", "<think>b</think>Two.")]
+    ids, trained = template.encode(as_turns("", thoughts), 0)
+    written = tokenizer.decode([token for token, t in zip(ids, trained, strict=True) if t])
+    assert written == "\n\nOne.<|im_end|>Two.<|im_end|>"
+
+
 def test_a_thinking_models_own_template() -> None:
     """Like Qwen3's: earlier thoughts are cut out, and a last answer without one gets an empty thought."""
     jinja = (

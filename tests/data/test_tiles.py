@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vlm.config.anyres import UNCUT
 from megatron_vlm.config.model import ModelConfig
@@ -27,7 +30,7 @@ PICTURES = [jpeg(i, width, height) for i, (height, width) in enumerate(SIZES)]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiles")
-    for kind in ("llava_next", "llava_onevision"):
+    for kind in ("llava", "llava_next", "llava_onevision"):
         save_llava(root / kind, tie_word_embeddings=False, kind=kind)
     return {folder.name: folder for folder in root.iterdir()}
 
@@ -88,22 +91,44 @@ def test_onevision_cuts_an_image_that_is_alone(folders: dict[str, Path], count: 
         assert sample.input_ids.count(made.image_token_id) == sum(tokens)
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
-def test_a_dataset_whose_images_are_not_cut(folders: dict[str, Path], kind: str) -> None:
-    """Each is the first of its tiles, which is the whole image, as transformers' processor makes it.
+def expand2square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """LLaVA's own, of llava/mm_utils.py."""
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
-    OneVision cuts none of several images anyway.
-    """
-    made = processing(folders[kind]).varied(anyres=False)
-    processor = AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
-    for pictures in (PICTURES[:1], PICTURES[3:4], *([PICTURES[3:6]] if kind == "llava_next" else [])):
+
+@pytest.mark.parametrize("name", ["square", "pad"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
+def test_the_images_of_a_dataset_as_llava_makes_them(folders: dict[str, Path], kind: str, name: str) -> None:
+    """``process_images`` of llava/mm_utils.py: each is one tile, by the processor of the tower alone."""
+    made = processing(folders[kind]).varied(image_aspect_ratio=name)
+    given = made.images.processor
+    if kind == "llava_onevision":  # SigLIP's
+        tower: Any = SiglipImageProcessorPil(size={"height": 20, "width": 20}, resample=given.resample)
+    else:
+        tower = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
+    tower.image_mean, tower.image_std = given.image_mean, given.image_std
+    colour = tuple(int(value * 255) for value in given.image_mean)
+    for pictures in (PICTURES[:1], PICTURES[3:4], PICTURES[3:6]):
         sample = made.encode("key", asked("What is this?", "A cat."), pictures)
         images = [Image.open(io.BytesIO(data)) for data in pictures]
-        expected = [processor([image], return_tensors="pt")["pixel_values"][0][0] for image in images]
-        torch.testing.assert_close(finished(made, sample.pixels), torch.stack(expected), rtol=0, atol=2e-6)
+        fed = [expand2square(image, colour) if name == "pad" else image for image in images]
+        expected = torch.cat([tower(image, return_tensors="pt")["pixel_values"] for image in fed])
+        torch.testing.assert_close(finished(made, sample.pixels), expected, rtol=0, atol=2e-6)
         assert sample.image_sizes == [UNCUT] * len(pictures)
         tokens = len(pictures) * made.model.count_tokens(UNCUT)
         assert sample.input_ids.count(made.image_token_id) == tokens
+
+
+def test_tiles_are_the_models_affair(folders: dict[str, Path]) -> None:
+    made = processing(folders["llava_next"])
+    assert made.varied(image_aspect_ratio="anyres").images is made.images
+    with pytest.raises(
+        ValueError, match="image_aspect_ratio anyres: the model cuts no images into tiles; write"
+    ):
+        processing(folders["llava"]).varied(image_aspect_ratio="anyres")
 
 
 def test_what_is_no_picture(folders: dict[str, Path]) -> None:
@@ -115,8 +140,8 @@ def test_what_is_no_picture(folders: dict[str, Path]) -> None:
 
 
 def test_a_picture_of_one_pixel_and_a_line(folders: dict[str, Path]) -> None:
-    for kind, folder in folders.items():
-        made = processing(folder)
+    for kind in ("llava_next", "llava_onevision"):
+        made = processing(folders[kind])
         for height, width in ((1, 1), (1, 400), (400, 1)):
             buffer = io.BytesIO()
             Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "PNG")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config.mixture import MixtureConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.launch import model_files
 from tests.data.tiny_data import FOLDERS, hf_folder
@@ -229,3 +231,26 @@ def test_tokens_beside_tokenizer_json(llava) -> None:
     assert "no <image>" in problems(llava)[0]
     (llava / "added_tokens.json").write_text(json.dumps({"<image>": image["id"]}))
     assert problems(llava) == []
+
+
+def test_datasets_of_a_mixture(llava) -> None:
+    """Each one's template and images, as training says it too."""
+    mix = llava / "mix.yaml"
+    mix.write_text(
+        "datasets:\n  a: {path: a, template: llama_3}\n  b: {path: b, image_aspect_ratio: anyres}\n"
+        "  c: {path: c, template: plain, image_aspect_ratio: pad}\n"
+    )
+    model, flags = ModelConfig.from_hf_dir(str(llava)), ("--data-path", str(mix))
+    (template,) = problems(llava, None, *flags)
+    (images,) = model_files.uncut_problems(model, config(llava, *flags))
+    assert template.startswith(f"--data-path {mix}: dataset a: --template llama_3: the tokenizer lacks ")
+    assert images.startswith(f"--data-path {mix}: dataset b: image_aspect_ratio anyres: the model cuts no")
+    processing = build_processing(config(llava, *flags), model)
+    a, b, c = (Source(None, source, 0, 1) for source in MixtureConfig.load(str(mix)).sources)
+    for source, told in ((a, template), (b, images)):
+        with pytest.raises(ValueError) as raised:
+            Mixture(str(mix), "train", (source,)).processings(processing)
+        assert told.startswith(str(raised.value))
+    Mixture(str(mix), "train", (c,)).processings(processing)
+    mix.write_text("datasets: 3")  # what is wrong with the file is another check's to say
+    assert problems(llava, None, *flags) == []
