@@ -5,8 +5,9 @@
 
 Reads LLaVA's and ShareGPT's conversations, OpenAI's messages, Alpaca and question-answer records from JSON,
 JSON lines, Parquet, Arrow, Hugging Face datasets on disk and tars of jpg, txt and json. The same command goes
-on where it was killed. The exit code is 0, or 2 if something is wrong. With ``--sif-path`` the script runs
-itself inside that container image.
+on where it was killed. The exit code is 0; 1 where the dataset is there but more records than --max-dropped
+allows were lost; 2 where something is wrong and it isn't. With ``--sif-path`` the script runs itself inside
+that container image.
 """
 
 from __future__ import annotations
@@ -68,18 +69,26 @@ def main(argv: List[str]) -> int:
         "--encode", choices=("jpg", "png", "webp"), help="encode all images so (default: as they are)"
     )
     parser.add_argument(
-        "--quality", type=cli.positive, default=92, help="of images encoded anew (default: 92)"
+        "--quality", type=cli.positive, help="of images that --max-side or --encode encodes (default: 92)"
     )
     parser.add_argument(
         "--tokenizer-load-dir", help="the model's Hugging Face folder, for lengths in tokens in the report"
     )
     parser.add_argument("--template", choices=TEMPLATES, help="as training will be told (default: as there)")
-    parser.add_argument("--lang", choices=("jp", "en"), default="jp", help="the same (default: jp)")
+    parser.add_argument("--lang", choices=("jp", "en"), help="the same (default: jp)")
+    parser.add_argument(
+        "--max-dropped",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="exit code 1 if more than this part of the records, repeated ones aside, is lost (default: 0.1)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a dataset that is there")
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.check) == bool(args.input and args.save_dir):
         parser.error("give --input and --save-dir to prepare, or --check and a prepared folder")
+    _check_idle(parser, args)
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
@@ -91,7 +100,7 @@ def main(argv: List[str]) -> int:
         return _check(args.check, args.workers)
 
     from megatron_vlm.data.prepare.build import Options, prepare
-    from megatron_vlm.data.prepare.report import to_markdown
+    from megatron_vlm.data.prepare.report import share_lost, summary, to_markdown
 
     options = Options(
         input=tuple(args.input),
@@ -106,10 +115,10 @@ def main(argv: List[str]) -> int:
         shard_bytes=args.shard_size,
         max_side=args.max_side,
         encode=args.encode,
-        quality=args.quality,
+        quality=args.quality or 92,
         tokenizer_load_dir=args.tokenizer_load_dir,
         template=args.template,
-        lang=args.lang,
+        lang=args.lang or "jp",
         force=args.force,
     )
     with _Bars() as bars:
@@ -118,8 +127,33 @@ def main(argv: List[str]) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
-    print(to_markdown(report), end="")
-    return 0
+    print(to_markdown(report))
+    print(f"{args.save_dir}: {summary(report)}; report.md says more", flush=True)
+    if share_lost(report) <= args.max_dropped:
+        return 0
+    print(
+        f"error: more than --max-dropped {args.max_dropped:g} of the records are lost; the dataset is there "
+        "all the same",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _check_idle(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing."""
+    if args.check:
+        others = parser.parse_args(["--check", args.check])
+        kept = ("workers", "sif_path", "bind")
+        idle = [
+            name for name, value in vars(args).items() if value != getattr(others, name) and name not in kept
+        ]
+        if idle:
+            parser.error(f"--{idle[0].replace('_', '-')} does nothing with --check; leave it out")
+    if args.tokenizer_load_dir is None and (args.template or args.lang):
+        flag = "--template" if args.template else "--lang"
+        parser.error(f"{flag} does nothing without --tokenizer-load-dir, by which the report counts tokens")
+    if args.quality and not args.encode and not args.max_side:
+        parser.error("--quality does nothing without --encode or --max-side; images stay as they are")
 
 
 def _check(path: str, workers: int) -> int:
@@ -154,6 +188,16 @@ class _Bars:
     def __exit__(self, *error: object) -> None:
         for bar in self._bars.values():
             bar.__exit__()
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a part of the records, 0 to 1")
+    return share
 
 
 def _shares(text: str) -> Tuple[float, ...]:

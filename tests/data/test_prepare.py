@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import time
 from collections import Counter, namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,7 @@ def test_the_report_says_what_became_of_every_record(llava_json: Path, prepared:
     }
     assert (report["read"], report["kept"]) == (200, 191)
     path = llava_json / "llava.json"
+    assert report["files"] == {str(path): {"read": 200, "kept": 191, "dropped": 9}}
     examples = {reason: facts["examples"] for reason, facts in report["dropped"].items()}
     assert examples["missing image"] == [f"{path}:6 (id 5): 5.jpg"]
     assert examples["duplicate id"] == [f"{path}:10 (id 3)"]
@@ -433,10 +436,19 @@ def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match=r"--split 1; 2 records read; 1 dropped: missing image$"):
         prepare(Options(input=(str(tmp_path / "few.json"),), save_dir=str(out)))
     assert not os.path.exists(f"{out}.partial")  # or it would refuse the --split that it names
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--check", ".", "--split", "a"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "'a': give the shares of train, val and test, such as" in done.stderr
+    main = runpy.run_path(str(SCRIPT))["main"]
+    making = ["--input", "a.json", "--save-dir", str(out)]
+    for flags, message in (
+        ([*making, "--split", "a"], "'a': give the shares of train, val and test, such as"),
+        ([*making, "--max-dropped", "1.5"], r"'1\.5': give a part of the records, 0 to 1"),
+        ([*making, "--template", "v1"], "--template does nothing without --tokenizer-load-dir"),
+        ([*making, "--quality", "80"], "--quality does nothing without --encode or --max-side"),
+        (["--check", ".", "--max-side", "80"], "--max-side does nothing with --check; leave it out"),
+        (["--check", ".", "--save-dir", str(out)], "--save-dir does nothing with --check"),
+        (["--input", "a.json"], "give --input and --save-dir to prepare, or --check and a prepared folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(flags)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage(10_000))
     with pytest.raises(ValueError, match=r"9\.8 KiB are free there, about .*iB are needed"):
@@ -461,3 +473,44 @@ def test_force_replaces_a_dataset_when_the_new_one_is_whole(llava_json: Path, tm
     prepare(Options(input=(str(tmp_path / "b.jsonl"),), force=True, **given))  # type: ignore[arg-type]
     assert list(samples_of(out)) == ["2"]
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.jsonl", "data"]
+
+
+def test_what_was_lost_of_each_file_and_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 where more is lost than --max-dropped allows; what is there twice isn't lost."""
+    for name, records in {
+        "whole": [llava(i, None) for i in range(12)],
+        "half": [llava(20 + i, "gone.jpg" if i % 2 else None) for i in range(4)],
+        "twice": [llava(i, None) for i in range(8)],
+        "nothing": [],
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    main, out = runpy.run_path(str(SCRIPT))["main"], tmp_path / "out"
+
+    def run(*names: str, more: Sequence[str] = ()) -> tuple[int, str, str]:
+        files = [str(tmp_path / f"{name}.json") for name in names]
+        code = main(["--input", *files, "--save-dir", str(out), "--split", "1", "--workers", "1", *more])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    code, told, error = run("whole", "half", "twice", "nothing")
+    assert code == 0 and "error" not in error
+    assert told.endswith(f"\n{out}: 14 of 24 records kept, 10 dropped (41.7%); report.md says more\n")
+    report = json.loads((out / "report.json").read_text())
+    counts = {os.path.basename(path): list(facts.values()) for path, facts in report["files"].items()}
+    assert counts == {
+        "whole.json": [12, 12, 0],
+        "half.json": [4, 2, 2],
+        "twice.json": [8, 0, 8],
+        "nothing.json": [0, 0, 0],
+    }
+    assert f"| {tmp_path}/half.json | 4 | 2 | 2 |" in (out / "report.md").read_text()
+    code, told, error = run("whole", "half", more=["--force", "--max-dropped", "0.12"])
+    assert code == 1 and "2 dropped (12.5%)" in told.splitlines()[-1]
+    assert "error: more than --max-dropped 0.12 of the records are lost; the dataset is there" in error
+    assert PreparedDataset.open(str(out)).num_samples == 14
+    code, told, _ = run("whole", "half", more=["--force", "--max-dropped", "0.125"])
+    assert code == 0 and "2 dropped (12.5%)" in told.splitlines()[-1]
+    with pytest.raises(ValueError, match="nothing that can be used"):
+        run("nothing", more=["--force"])

@@ -28,7 +28,7 @@ from megatron_vlm.config.dataset import PREPARED
 from megatron_vlm.config.units import size_text
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
-from megatron_vlm.data.prepare.losses import Losses, LossLog, Places, read_logs
+from megatron_vlm.data.prepare.losses import DUPLICATE, Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
 from megatron_vlm.data.prepare.records import SHAPES
@@ -114,13 +114,13 @@ class Staged:
     """What the first pass has found.
 
     Attributes:
-        read: records.
+        read: records of each file.
         notes, shapes: how many samples have each.
         places: where a sample stands in the input.
         logs: files that name what was lost so far, and from which place on each counts.
     """
 
-    read: int
+    read: Counter[str]
     notes: Counter[str]
     shapes: Counter[str]
     places: Places
@@ -256,7 +256,7 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
     positions = [fact["positions"] for fact in facts]
     bases: list[int] = np.cumsum([0, *positions]).tolist()
     staged = Staged(
-        read=sum(fact["read"] for fact in facts),
+        read=_read_of_files(units, facts),
         notes=sum((Counter(fact["notes"]) for fact in facts), Counter[str]()),
         shapes=sum((Counter(fact["shapes"]) for fact in facts), Counter[str]()),
         places=Places([unit.path for unit in units], bases),
@@ -272,7 +272,8 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
         losses = _losses(options, staged, [])
         shutil.rmtree(options.partial)
         raise ValueError(
-            f"nothing that can be used in {', '.join(options.input)}; {staged.read} records read; {losses}"
+            f"nothing that can be used in {', '.join(options.input)}; {staged.read.total()} records read; "
+            f"{losses}"
         )
     try:
         plans = plan_shards(
@@ -281,8 +282,16 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
     except ValueError as error:
         losses = _losses(options, staged, [])
         shutil.rmtree(options.partial)
-        raise ValueError(f"{error}; {staged.read} records read; {losses}") from None
+        raise ValueError(f"{error}; {staged.read.total()} records read; {losses}") from None
     return staged, plans
+
+
+def _read_of_files(units: Sequence[Unit], facts: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Records by file, one without any among them."""
+    read: Counter[str] = Counter()
+    for unit, fact in zip(units, facts, strict=True):
+        read[unit.path] += fact["read"]
+    return read
 
 
 def _log_duplicates(options: Options, rows: np.ndarray) -> str:
@@ -292,7 +301,7 @@ def _log_duplicates(options: Options, rows: np.ndarray) -> str:
             with open(_unit_path(options, int(row["unit"])) + ".jsonl", "rb") as file:
                 file.seek(int(row["offset"]))
                 identity = json.loads(file.readline())["extra"].get("id")
-            losses.add("duplicate id", int(row["ordinal"]), identity, "")
+            losses.add(DUPLICATE, int(row["ordinal"]), identity, "")
     return path
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+DUPLICATE = "duplicate id"
 UNTRAINED = "kept, but training leaves it out"
 _EXAMPLES = 10  # of each reason, in the report
 _SHOWN = 200  # characters of an id or a detail
@@ -56,16 +58,18 @@ class Places:
 
 
 class Losses:
-    """Counts, and the first few names, by reason."""
+    """Counts, and the first few names, by reason; of the dropped also counts by file."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.by_file: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def add(self, loss: dict[str, Any]) -> None:
         """Count one of what :func:`read_logs` gives."""
         reason = loss["reason"]
         self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.by_file[loss["file"]] += reason != UNTRAINED
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
             identity = "" if loss["id"] is None else f" (id {loss['id']})"

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_vlm.data.prepare.histogram import Histogram, bin_label
-from megatron_vlm.data.prepare.losses import UNTRAINED, Losses
+from megatron_vlm.data.prepare.losses import DUPLICATE, UNTRAINED, Losses
 from megatron_vlm.data.prepare.plan import SPLITS
 from megatron_vlm.data.prepare.shards import ShardFacts
 
 _BAR = 40
+_MOST_FILES = 20
 
 
 def make_report(
     settings: Mapping[str, Any],
-    read: int,
+    read: Mapping[str, int],
     notes: Mapping[str, int],
     shapes: Mapping[str, int],
     losses: Losses,
@@ -25,11 +26,12 @@ def make_report(
 
     Args:
         settings: all that it depends on.
-        read: records.
+        read: records of each file.
         notes, shapes: how many samples have each.
 
     Returns:
-        ``read`` is the sum of ``kept`` and of the counts in ``dropped``; ``untrained`` are among ``kept``.
+        ``read`` is the sum of ``kept`` and of the counts in ``dropped``, for each of ``files`` too;
+        ``untrained`` are among ``kept``.
     """
     dropped = losses.state()
     untrained = dropped.pop(UNTRAINED, None)
@@ -39,8 +41,8 @@ def make_report(
             histograms.setdefault(name, Histogram()).merge(Histogram(state))
     return {
         "settings": {name: value for name, value in settings.items() if name != "files"},
-        "files": [path for path, _, _ in settings["files"]],
-        "read": read,
+        "files": {path: _file(count, losses.by_file[path]) for path, count in read.items()},
+        "read": sum(read.values()),
         "kept": sum(shard.samples for shard in shards),
         "dropped": dropped,
         "untrained": {UNTRAINED: untrained} if untrained else {},
@@ -49,6 +51,10 @@ def make_report(
         "splits": {split: _split(split, shards) for split in SPLITS},
         "histograms": {name: histogram.state() for name, histogram in histograms.items()},
     }
+
+
+def _file(read: int, dropped: int) -> dict[str, int]:
+    return {"read": read, "kept": read - dropped, "dropped": dropped}
 
 
 def _split(split: str, shards: Sequence[ShardFacts]) -> dict[str, int]:
@@ -68,6 +74,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for split, facts in report["splits"].items():
         row = (facts["samples"], facts["images"], facts["shards"], f"{facts['bytes'] / 1e6:.1f}")
         lines.append(f"| {split} | " + " | ".join(map(str, row)) + " |")
+    lines += _files(report["files"])
     lost = {**report["dropped"], **report["untrained"]}
     if lost:
         lines += ["", "## Dropped", "", "All of them are in dropped.jsonl."]
@@ -82,6 +89,31 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for name, state in report["histograms"].items():
         lines += ["", f"## {name[0].upper()}{name[1:]}", "", *_histogram(state)]
     return "\n".join(lines) + "\n"
+
+
+def _files(files: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A table, of those files that lost most where there are many; one file's counts are the whole's."""
+    if len(files) < 2:
+        return []
+    shown = sorted(files.items(), key=lambda item: -item[1]["dropped"])[:_MOST_FILES]
+    lines = ["", "| file | read | kept | dropped |", "|---|---|---|---|"]
+    lines += [f"| {path} | " + " | ".join(map(str, facts.values())) + " |" for path, facts in shown]
+    return lines + ([f"| and {len(files) - len(shown)} more |"] if len(files) > len(shown) else [])
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What became of the records, in a line."""
+    read, kept = report["read"], report["kept"]
+    dropped = f", {read - kept} dropped ({(read - kept) / read:.1%})" if read > kept else ""
+    untrained = sum(facts["count"] for facts in report["untrained"].values())
+    left_out = f", {untrained} of them left out by training" if untrained else ""
+    return f"{kept} of {read} records kept{left_out}{dropped}"
+
+
+def share_lost(report: Mapping[str, Any]) -> float:
+    """Part of the records that training won't see though they were meant for it; repeated ones weren't."""
+    lost = {**report["dropped"], **report["untrained"]}
+    return sum(facts["count"] for reason, facts in lost.items() if reason != DUPLICATE) / report["read"]
 
 
 def _histogram(state: Mapping[str, Any]) -> list[str]:
