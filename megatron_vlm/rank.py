@@ -25,6 +25,9 @@ _LOST_RANK = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \\d+ms"
     "|remote process exited or there was a network error"
 )
+# What data/loader.py says of a worker that is gone or hangs; where it failed, a traceback follows.
+_LOST_WORKER = re.compile(r"a data loader worker [^\n]*")
+_GO_ON = "a run with --save-optim goes on by the same command"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
@@ -85,7 +88,9 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
             # Another rank failed and has said why, if it could; a traceback of this one would bury that.
             rank = os.environ.get("RANK", "0")
             what = f"rank {rank}: another rank is gone ({lost.group()})"
-            print(f"{what}; a run with --save-optim goes on by the same command", file=sys.stderr, flush=True)
+            print(f"{what}; {_GO_ON}", file=sys.stderr, flush=True)
+        elif isinstance(error, RuntimeError) and _LOST_WORKER.fullmatch(str(error)):
+            print(f"error: {error}; {_GO_ON}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
     if code and parallel.choose_device(device)[0] == "cuda":

@@ -34,6 +34,8 @@ def raising(error: Exception) -> Callable[[], int]:
         (TimeoutError("no answer"), 1, "Traceback"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "Traceback"),
         (RuntimeError("x"), 1, "Traceback"),
+        (RuntimeError("a data loader worker died"), 1, "error: a data loader worker died; a run with --save"),
+        (RuntimeError("a data loader worker died (Traceback\n...)"), 1, "Traceback"),
         (RuntimeError("[gloo] Connection closed by peer"), 1, "rank 0: another rank is gone (Connection"),
     ],
 )

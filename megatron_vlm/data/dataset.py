@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 import struct
+import tarfile
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from urllib.parse import quote
 
 import yaml  # type: ignore[import-untyped]
 from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stateless
@@ -98,6 +102,7 @@ class PreparedDataset:
             )
         sizes = prepared_sizes(path)
         shards = tuple(_checked_shard(path, name, counts, sizes) for name in names)
+        _check_last_samples(path, names, list(counts))
         uuid_file = os.path.join(meta, "index.uuid")
         uuid = ""
         if os.path.isfile(uuid_file):
@@ -236,6 +241,44 @@ def _checked_shard(path: str, name: str, counts: Mapping[str, int], sizes: Mappi
             f"{sizes[name]}); restore it. scripts/data/prepare.py --check {path} names all that is wrong"
         )
     return Shard(name, counts[name], size)
+
+
+def _check_last_samples(path: str, names: Sequence[str], indexed: Sequence[str]) -> None:
+    """The last sample of each shard stands where energon's index has it; another file has another there."""
+    numbers = {name: number for number, name in enumerate(indexed)}
+    query = (
+        "select sample_key, byte_offset from samples where tar_file_id = ? order by sample_index desc limit 1"
+    )
+    rows = index_rows(path, query, [(numbers[name],) for name in names])
+    for name, found in zip(names, rows, strict=False):
+        if found and not _stands_at(os.path.join(path, name), *found[0]):
+            raise ValueError(
+                f"--data-path {path}: shard {name} is not the one that was prepared (its last sample was "
+                f"{found[0][0]}); restore it. scripts/data/prepare.py --check {path} names all that is wrong"
+            )
+
+
+def _stands_at(shard: str, key: str, offset: int) -> bool:
+    """Whether a file of a sample begins at a byte of a tar."""
+    try:
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            with tarfile.TarFile(fileobj=file) as tar:
+                first = tar.next()
+                return first is not None and first.name.startswith(f"{key}.")
+    except tarfile.TarError:
+        return False
+
+
+def index_rows(path: str, query: str, values: Sequence[Tuple[Any, ...]]) -> List[List[Tuple[Any, ...]]]:
+    """Rows of energon's index, a list for each of ``values``; none where the folder has no index."""
+    index = os.path.abspath(os.path.join(path, ".nv-meta", "index.sqlite"))
+    try:
+        # Read without locks, of which a shared file system may have none.
+        with closing(sqlite3.connect(f"file:{quote(index)}?mode=ro&immutable=1", uri=True)) as connection:
+            return [list(connection.execute(query, value)) for value in values]
+    except sqlite3.Error:
+        return []
 
 
 def read_field_map(path: str) -> Dict[str, str] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.loader import TrainLoader
 from tests.data.tiny_data import FOLDERS, hf_folder, make_samples, prepare, write_shards
 
 
@@ -30,3 +33,18 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards(root, make_samples(140), 7)
     prepare(prepare_command(str(root), ratio="6,1,0"))
     return root
+
+
+@pytest.fixture
+def open_loader() -> Iterator[Callable[..., TrainLoader]]:
+    """``TrainLoader``, of one rank unless told otherwise; closed at the end."""
+    made: list[TrainLoader] = []
+
+    def make(data: Any, processing: Any, data_workers: int, **options: Any) -> TrainLoader:
+        given = {"dp_rank": 0, "dp_size": 1, **options}
+        made.append(TrainLoader(data, processing, data_workers=data_workers, **given))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()

@@ -13,7 +13,14 @@ from megatron_vlm.config.dataset import prepare_command, split_parts, split_samp
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.templates import SampleError, Turn
 from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
-from tests.data.tiny_data import asked, make_conversations, make_samples, prepare, write_shards
+from tests.data.tiny_data import (
+    asked,
+    make_conversations,
+    make_samples,
+    prepare,
+    prepare_as_a_user,
+    write_shards,
+)
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def test_the_command_that_is_suggested_mends_an_empty_split(tmp_path: Path) -> N
     prepare(prepare_command(str(tmp_path)))  # energon splits by shards, and puts the only one into val
     with pytest.raises(ValueError, match="train split is empty") as error:
         PreparedDataset.open(str(tmp_path))
-    prepare(str(error.value).partition("prepare again: ")[2])
+    prepare_as_a_user(str(error.value).partition("prepare again: ")[2])
     assert PreparedDataset.open(str(tmp_path)).num_samples == 4
 
 

@@ -23,14 +23,15 @@ import megatron_vlm.data.encoder as encoder_module
 import megatron_vlm.data.loader as loader_module
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate, describe
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
 from megatron_vlm.data.packing import LengthGroups, Packing
+from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
-from tests.data.tiny_data import asked, jpeg, make_samples
+from tests.data.tiny_data import asked, content, jpeg, make_samples
 
 MICRO_BATCH = 3
 
@@ -46,33 +47,21 @@ def processing(folders: dict[str, Path], models: dict[str, ModelConfig]) -> Proc
 
 
 @pytest.fixture
-def make_loader(dataset: PreparedDataset, processing: Processing) -> Any:
-    """Makes loaders, and closes them at the end."""
-    made = []
-
+def make_loader(open_loader: Any, dataset: PreparedDataset, processing: Processing) -> Any:
     def make(data_workers: int, dp_rank: int = 0, dp_size: int = 1, **options: Any) -> TrainLoader:
-        options = {"shuffle_buffer_size": 16, "max_corrupt_rate": 0.5, "dataset": dataset, **options}
-        made.append(
-            TrainLoader(
-                processing=options.pop("processing", processing),
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-                data_workers=data_workers,
-                **{"micro_batch_size": MICRO_BATCH, **options},
-            )
+        given = {
+            "shuffle_buffer_size": 16,
+            "max_corrupt_rate": 0.5,
+            "micro_batch_size": MICRO_BATCH,
+            **options,
+        }
+        data, process = given.pop("dataset", dataset), given.pop("processing", processing)
+        loader: TrainLoader = open_loader(
+            data, process, data_workers, dp_rank=dp_rank, dp_size=dp_size, **given
         )
-        return made[-1]
+        return loader
 
-    yield make
-    for loader in made:
-        loader.close()
-
-
-def content(microbatch: Microbatch) -> tuple[Any, ...]:
-    """Everything in a microbatch, comparable and exact."""
-    tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
-    arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
-    return (*arrays, microbatch.lengths.tolist(), microbatch.keys, microbatch.counts, microbatch.worker)
+    return make
 
 
 def samples_of(microbatch: Microbatch) -> list[tuple[str, list[int], list[int]]]:
@@ -341,19 +330,6 @@ def test_collate_pads_on_the_right() -> None:
     assert torch.equal(microbatch.pixels, image[None]) and microbatch.keys == ["a", "b"]
     text_only = collate(samples[1:], pad_token_id=1, image_shape=(3, 2, 2))
     assert text_only.pixels.shape == (0, 3, 2, 2) and text_only.pixels.dtype == torch.uint8
-
-
-def test_describe_marks_what_is_trained(processing: Processing) -> None:
-    samples = [
-        processing.encode(key, asked("What?", "A cat."), [jpeg(1)] * (key == "a")) for key in ("a", "b")
-    ]
-    for order in (samples, samples[::-1]):  # the first sample padded, and not
-        microbatch = collate(order, processing.pad_token_id, processing.images.shape)
-        text = describe(microbatch, processing.tokenizer, processing.image_token_id)
-        assert text.count("⟦") == 1 and "A cat." in text.partition("⟦")[2] and text.endswith("</s>⟧")
-        assert ("<image>×25" in text) == (order[0].key == "a")
-        trained = sum(label != IGNORE_INDEX for label in order[0].labels)
-        assert text.startswith(f"{order[0].key} ({len(order[0].input_ids)} tokens, {trained} trained)")
 
 
 def test_every_validation_pass_is_the_same(dataset_dir: Path, processing: Processing) -> None:

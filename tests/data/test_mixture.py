@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import pickle
 import shutil
+import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.packing import Packing
 from megatron_vlm.data.preview import show
 from megatron_vlm.data.processing import Processing, load_processing
-from tests.data.tiny_data import make_conversations, make_samples, prepare, write_shards
+from tests.data.tiny_data import content, make_conversations, make_samples, prepare, write_shards
 
 WORKERS = (1, 2, 4)
 TEXT = [sample for sample in make_samples(123) if "noimage" in str(sample["key"])]
@@ -56,36 +61,23 @@ def write(data: Path, name: str = "mix", **datasets: str) -> str:
     return str(data / f"{name}.yaml")
 
 
+KILLED: dict[str, Any] = {"micro_batch_size": 1, "shuffle_buffer_size": 4, "max_corrupt_rate": 0.9}
+KILLED["grouping"] = Packing(buffer_size=8, capacity=300)
 EPOCHS = {"pictures": "subset: [0%, 50%]", "talks": "epochs: 2", "text": "epochs: 3"}
 WEIGHTS = {"pictures": "weight: 5", "talks": "weight: 3, template: plain", "text": "weight: 2"}
 
 
 @pytest.fixture
-def make_loader(processing: Processing) -> Any:
-    made: list[TrainLoader] = []
-
+def make_loader(open_loader: Any, processing: Processing) -> Any:
     def make(path: str, data_workers: int, dp_rank: int = 0, dp_size: int = 1, **options: Any) -> TrainLoader:
-        made.append(
-            TrainLoader(
-                options.pop("dataset", None) or Mixture.open(path),
-                processing,
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-                data_workers=data_workers,
-                **{"micro_batch_size": 2, "shuffle_buffer_size": 4, "max_corrupt_rate": 0.9, **options},
-            )
+        given = {"micro_batch_size": 2, "shuffle_buffer_size": 4, "max_corrupt_rate": 0.9, **options}
+        data, process = given.pop("dataset", None) or Mixture.open(path), given.pop("processing", processing)
+        loader: TrainLoader = open_loader(
+            data, process, data_workers, dp_rank=dp_rank, dp_size=dp_size, **given
         )
-        return made[-1]
+        return loader
 
-    yield make
-    for loader in made:
-        loader.close()
-
-
-def content(microbatch: Microbatch) -> tuple[Any, ...]:
-    tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
-    arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
-    return (*arrays, microbatch.keys, microbatch.sources, microbatch.counts, microbatch.worker)
+    return make
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -172,8 +164,8 @@ def test_resume_is_exact(
     states = json.loads(json.dumps(loader.state_dict()))
     expected = [content(next(loader)) for _ in range(after // workers * workers)]
     loader.close()
-    assert {source for microbatch in expected for source in microbatch[4]} == {0, 1, 2}
-    assert sum(m[5].get("corrupt", 0) + m[5].get("dropped", 0) for m in expected)
+    assert {source for microbatch in expected for source in microbatch[-3]} == {0, 1, 2}
+    assert sum(m[-2].get("corrupt", 0) + m[-2].get("dropped", 0) for m in expected)
     ranks = [make_loader(path, workers, rank, dp_size, **options) for rank in range(dp_size)]
     for rank in ranks:
         rank.load_state_dict(states)
@@ -182,6 +174,74 @@ def test_resume_is_exact(
         for rank in ranks:
             resumed += [content(next(rank)) for _ in range(workers // dp_size)]
     assert resumed == expected
+
+
+def train_until_killed(
+    path: str, processing: Processing, workers: int, dp_size: int, until: int, saved: Path
+) -> None:
+    """A process that goes on from what was saved, saves every second global batch, and is killed later."""
+    loaders = [
+        TrainLoader(
+            Mixture.open(path), processing, dp_rank=rank, dp_size=dp_size, data_workers=workers, **KILLED
+        )
+        for rank in range(dp_size)
+    ]
+    taken: list[list[Any]] = []
+    if saved.exists():
+        taken, states = pickle.loads(saved.read_bytes())
+        for loader in loaders:
+            loader.load_state_dict(json.loads(states))
+    while True:
+        taken.append([content(next(loader)) for loader in loaders for _ in range(workers // dp_size)])
+        if len(taken) % 2 == 0:
+            states = json.dumps({w: s for loader in loaders for w, s in loader.state_dict().items()})
+            saved.with_suffix(".new").write_bytes(pickle.dumps((taken, states)))
+            os.replace(saved.with_suffix(".new"), saved)
+        if len(taken) >= until:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers, dp_sizes", [(1, [1, 1]), (2, [1, 2, 1]), (4, [2, 4, 1])])
+def test_an_epoch_of_processes_that_are_killed(
+    data: Path, make_loader: Any, processing: Processing, tmp_path: Path, workers: int, dp_sizes: list[int]
+) -> None:
+    """With packing, damaged samples and another data-parallel size each time: the global batches are those of
+    a run that nothing disturbs, and each sample comes as often as the file says."""
+    path, short = write(data, **EPOCHS), replace(processing, seq_length=300)
+    mixture, calm = (
+        Mixture.open(path),
+        make_loader(write(data, **EPOCHS), workers, processing=short, **KILLED),
+    )
+    shares = [share(mixture, worker, workers) for worker in range(workers)]
+    # Samples that wait in a worker's buffer may be of two epochs; between them are some that are left out.
+    margin = 2 * KILLED["grouping"].buffer_size
+    early, whole, read = Counter[str](), Counter[str](), Counter[int]()
+    expected: list[list[Any]] = []
+    while any(read[worker] < samples + margin for worker, samples in enumerate(shares)):
+        microbatches = [next(calm) for _ in range(workers)]
+        expected.append(list(map(content, microbatches)))
+        for microbatch in microbatches:
+            worker = microbatch.worker
+            read[worker] += microbatch.counts["seen"]
+            whole.update(microbatch.keys)
+            if read[worker] <= shares[worker] - margin:
+                early.update(microbatch.keys)
+    times = dict.fromkeys(keys_of("p", make_samples(72)[:30]), 1)
+    times |= dict.fromkeys(keys_of("t", make_conversations(36)[:27]), 2)
+    times |= dict.fromkeys(keys_of("x", TEXT), 3)
+    assert early.keys() <= times.keys() == whole.keys()
+    assert all(early[key] <= times[key] <= whole[key] for key in times)
+    assert calm.counts["corrupt"] and calm.counts["dropped"]
+
+    saved, process = tmp_path / "saved", multiprocessing.get_context("fork").Process
+    until = len(expected) // 2 * 2
+    for number, dp_size in enumerate(dp_sizes, 1):
+        end = until * number // len(dp_sizes) // 2 * 2 + (number < len(dp_sizes))  # one more than is saved
+        leg = process(target=train_until_killed, args=(path, short, workers, dp_size, end, saved))
+        leg.start()
+        leg.join(120)
+        assert leg.exitcode == -signal.SIGKILL
+        assert pickle.loads(saved.read_bytes())[0] == expected[: end // 2 * 2]
 
 
 def test_a_changed_mixture_is_refused(data: Path, make_loader: Any) -> None:

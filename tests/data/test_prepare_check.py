@@ -1,25 +1,30 @@
-"""``--check`` names every damage that training would meet, and nothing else."""
+"""``--check`` names every damage that training would count or refuse, and nothing else."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
 from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.check import check
+from megatron_vlm.data.processing import load_processing
 from tests.data.test_prepare import SCRIPT, llava, samples_of
 from tests.data.tiny_data import jpeg, write_shards
 from tests.data.tiny_data import prepare as energon_prepare
+
+Trains = Callable[[Path], dict[str, int]]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +51,32 @@ def spoil(shard: Path, old: bytes, new: bytes, times: int = 1) -> None:
     shard.write_bytes(shard.read_bytes().replace(old, new, times))
 
 
+@pytest.fixture
+def trains(open_loader: Any, folders: dict[str, Path], models: dict[str, ModelConfig]) -> Trains:
+    """Reads the training split once; what was counted, unless it is refused."""
+    processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=400)
+
+    def read(data: Path) -> dict[str, int]:
+        dataset = PreparedDataset.open(str(data))
+        options = {"micro_batch_size": 1, "shuffle_buffer_size": 1, "max_corrupt_rate": 1.0}
+        loader = open_loader(dataset, processing, 1, **options)
+        for _ in range(dataset.num_samples):
+            if loader.counts["seen"] < dataset.num_samples:
+                next(loader)
+        return {name: count for name, count in loader.counts.items() if count and name != "seen"}
+
+    return read
+
+
 def forget_hashes(data: Path) -> None:
     (data / ".nv-meta/prepare.json").unlink()
 
 
-def test_nothing_is_wrong(whole: Path) -> None:
-    assert list(check(str(whole))) == []
+def test_nothing_is_wrong(whole: Path, trains: Trains) -> None:
+    assert list(check(str(whole))) == [] and trains(whole) == {}
 
 
-def test_every_corrupt_image_is_named(data: Path) -> None:
+def test_every_corrupt_image_is_named(data: Path, trains: Trains, tmp_path: Path) -> None:
     forget_hashes(data)  # without them too
     names = {}
     for identity in ("7", "30"):
@@ -66,9 +88,19 @@ def test_every_corrupt_image_is_named(data: Path) -> None:
         f"{shard}: sample {key}: image 0 can't be decoded (in no format that PIL knows)"
         for key, shard in names.items()
     )
+    held_out = sum(shard.startswith("val") for shard in names.values())
+    log = logging.FileHandler(tmp_path / "log")  # pytest keeps what a worker would say on stderr
+    logging.getLogger("megatron_vlm").addHandler(log)
+    assert trains(data) == {"corrupt": 2 - held_out}
+    logging.getLogger("megatron_vlm").removeHandler(log)
+    told = (tmp_path / "log").read_text()
+    for key, shard in names.items():
+        why = "(corrupt): its image is in no format that PIL knows"
+        assert shard.startswith("val") or f"sample {key} of {shard} is skipped {why}" in told
 
 
-def damaged(name: str) -> tuple[Callable[[Path], object], list[str]]:
+def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[str, int]]:
+    """What damages a folder, what ``--check`` says, and what training says at its start, or counts."""
     first, second, third = (f"train-00000{i}.tar" for i in range(3))
     return {
         "cut off": (
@@ -78,15 +110,22 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str]]:
                 f"{first}: sample # its image 0.jpg is missing",
                 f"{first}: cut off or damaged after 4 of 15 samples (no header at byte 8704, and no end)",
             ],
+            "train-000000.tar is truncated",
         ),
         "a damaged header": (
             lambda data: [forget_hashes(data), spoil(data / third, b".0.jpg\0", b".1.jpg\0")],
             [f"{third}: sample # its image 0.jpg is missing", f"{third}: cut off or damaged after 1 of"],
+            "Unexpected end of tar file: train-000002.tar",
         ),
-        "missing": (lambda data: (data / second).unlink(), [f"{second}: missing"]),
+        "missing": (
+            lambda data: (data / second).unlink(),
+            [f"{second}: missing"],
+            "train-000001.tar is missing",
+        ),
         "swapped for a shorter one": (
             lambda data: shutil.copy(data / "val-000000.tar", data / first),
             [f"{first}: cut off, ", f"{first}: swapped or changed since it was prepared"],
+            "train-000000.tar is truncated",
         ),
         "swapped with another": (
             lambda data: [
@@ -100,32 +139,39 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str]]:
                 f"{second}: not the file that was prepared: its content hash differs",
                 f"{second}: swapped or changed since it was prepared",
             ],
+            "train-000000.tar is not the one that was prepared",
         ),
         "text changed, as long as it was": (
             lambda data: spoil(data / first, b"Question", b"Answer??"),
             [f"{first}: not the file that was prepared: its content hash differs"],
+            {},
         ),
         "bad JSON": (
             lambda data: [forget_hashes(data), spoil(data / third, b'{"messages"', b"{{messages'")],
             [f"{third}: sample # its json can't be read (JSONDecodeError"],
+            {"corrupt": 1},
         ),
         "a key is missing": (
             lambda data: [forget_hashes(data), spoil(data / third, b'"messages"', b'"massages"')],
             [f"{third}: sample # its json[question] can't be read"],
+            {"corrupt": 1},
         ),
         "an image is missing": (
             lambda data: [forget_hashes(data), spoil(data / third, b'["0.jpg"]', b'["9.jpg"]')],
             [f"{third}: sample # its image 9.jpg is missing"],
+            {"corrupt": 1},
         ),
         "another tar": (
             lambda data: shutil.copy(data / first, data / "more.tar"),
             ["more.tar: in the folder, but not among the prepared shards"],
+            {},
         ),
         "not in the split": (
             lambda data: (data / ".nv-meta/split.yaml").write_text(
                 "split_parts:\n  train: []\n  val:\n  - val-000000.tar\n  - gone.tar\n"
             ),
             ["gone.tar: of the val split, but never indexed", "the train split is empty"],
+            "its train split is empty",
         ),
     }[name]
 
@@ -146,9 +192,9 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str]]:
         "not in the split",
     ],
 )
-def test_damage(name: str, data: Path) -> None:
+def test_damage(name: str, data: Path, trains: Trains) -> None:
     keys = {sample["key"] for sample in samples_of(data).values()}
-    damage, expected = damaged(name)
+    damage, expected, training = damaged(name)
     damage(data)
     found = list(check(str(data)))
     assert len(found) == len(expected), found
@@ -156,6 +202,24 @@ def test_damage(name: str, data: Path) -> None:
         for key in keys:
             line = line.replace(f"sample {key}:", "sample #")
         assert line.startswith(start)
+    if isinstance(training, str):
+        with pytest.raises(ValueError, match=f"--data-path {data}: .*{training}"):
+            trains(data)
+    else:
+        assert trains(data) == training
+
+
+def test_a_shard_as_long_as_the_one_that_was_there(tmp_path: Path, trains: Trains) -> None:
+    """Of samples as long as each other, as thumbnails with a word are; the index knows their names."""
+    samples = [{"key": f"{i:03d}", "json": b'{"question": "?"}', "txt": b"7"} for i in range(12)]
+    write_shards(tmp_path, samples, 3)
+    energon_prepare(prepare_command(str(tmp_path), ratio="1,0,0"))
+    assert trains(tmp_path) == {}
+    os.rename(tmp_path / "000000.tar", tmp_path / "x")
+    os.rename(tmp_path / "000001.tar", tmp_path / "000000.tar")
+    os.rename(tmp_path / "x", tmp_path / "000001.tar")
+    with pytest.raises(ValueError, match=r"000000\.tar is not the one that was prepared \(its last .* 003\)"):
+        trains(tmp_path)
 
 
 def test_training_compares_sizes_when_it_starts(data: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -17,6 +19,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.prepare.workers import call_forked
 from megatron_vlm.data.templates import Turn
 
 # As llava-hf/llava-1.5-7b-hf has it: content in parts, no end token after an answer.
@@ -129,6 +133,14 @@ def asked(question: str, answer: str) -> list[Turn]:
     return [Turn("user", question), Turn("assistant", answer)]
 
 
+def content(microbatch: Microbatch) -> tuple[Any, ...]:
+    """Everything in a microbatch, comparable and exact; its sources, counts and worker come last."""
+    tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
+    arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
+    samples = (microbatch.lengths.tolist(), microbatch.keys, microbatch.sources)
+    return (*arrays, *samples, microbatch.counts, microbatch.worker)
+
+
 def write_shards(root: Path, samples: list[dict[str, bytes | str]], shards: int) -> None:
     """Write samples (``key`` and one entry per file) to ``shards`` tars of about the same length."""
     root.mkdir(parents=True, exist_ok=True)
@@ -143,7 +155,21 @@ def write_shards(root: Path, samples: list[dict[str, bytes | str]], shards: int)
 
 
 def prepare(command: str) -> None:
-    """Run an ``energon prepare`` command line as a user would, with this environment's energon."""
+    """Run an ``energon prepare`` command line, in a process that has imported energon already."""
+    program, *argv = shlex.split(command)
+    assert (program, argv[0]) == ("energon", "prepare")
+    call_forked(_energon, [argv[0], "--no-progress", "--num-workers", "1", *argv[1:]])
+
+
+def _energon(argv: list[str]) -> None:
+    from megatron.energon.cli.main import main
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        main.main(argv, standalone_mode=False)
+
+
+def prepare_as_a_user(command: str) -> None:
+    """The same in a shell, with this environment's energon."""
     energon = Path(sys.executable).with_name("energon")
     command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
     subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)

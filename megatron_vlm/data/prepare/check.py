@@ -9,17 +9,15 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import sqlite3
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config.dataset import PREPARED, shard_counts, split_parts
 from megatron_vlm.data.conversations import trainable_turns
-from megatron_vlm.data.dataset import PreparedDataset, RawSample, read_field_map
+from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows, read_field_map
 from megatron_vlm.data.prepare.files import read_json
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.records import Rejected
@@ -157,10 +155,6 @@ def _sample_problems(task: _Task, key: str, parts: dict[str, bytes]) -> Iterator
 
 def _indexed(task: _Task) -> list[tuple[str, int]] | None:
     """Keys and offsets of the shard's samples when energon indexed it; None where there is no index."""
-    path = os.path.join(os.path.abspath(task.dataset.path), ".nv-meta", "index.sqlite")
     query = "select sample_key, byte_offset from samples where tar_file_id = ? order by sample_index"
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as index:
-            return list(index.execute(query, (task.number,)))
-    except sqlite3.Error:
-        return None
+    rows = index_rows(task.dataset.path, query, [(task.number,)])
+    return rows[0] if rows else None
