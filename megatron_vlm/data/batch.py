@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -137,32 +137,3 @@ def fill_up(
         labels=F.pad(microbatch.labels, (0, 0, 0, missing), value=IGNORE_INDEX),
         lengths=F.pad(microbatch.lengths, (0, missing)),
     )
-
-
-def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str:
-    """The first sample as the model sees it, for a look before training.
-
-    Trained tokens stand between ``⟦`` and ``⟧``; a run of image tokens is shown once, with its count.
-    Padding at the end is left out.
-    """
-    ids = microbatch.input_ids[0].tolist()
-    labels = microbatch.labels[0].tolist()
-    trained = [False] + [label != IGNORE_INDEX for label in labels[:-1]]
-    end = int(microbatch.lengths[0]) if microbatch.packed else len(ids)
-    if (
-        len(microbatch.keys) > 1 and not microbatch.packed
-    ):  # what every sample has after its last trained token may be padding
-        end = max((i + 1 for i, is_trained in enumerate(trained) if is_trained), default=len(ids))
-    text: List[str] = []
-    start = 0
-    while start < end:
-        stop = start + 1
-        is_image = ids[start] == image_token_id
-        while stop < end and trained[stop] == trained[start] and (ids[stop] == image_token_id) == is_image:
-            stop += 1
-        piece = tokenizer.decode(ids[start:stop], skip_special_tokens=False)
-        if is_image:
-            piece = f"{tokenizer.decode([image_token_id])}×{stop - start}"
-        text.append(f"⟦{piece}⟧" if trained[start] else piece)
-        start = stop
-    return f"{microbatch.keys[0]} ({end} tokens, {sum(trained)} trained): " + "".join(text)

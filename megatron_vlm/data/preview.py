@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers, read_ma
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.batch import IGNORE_INDEX, Sample
+from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import Processing, build_processing
@@ -145,6 +146,26 @@ def look(dataset: PreparedDataset, processing: Processing, raw: RawSample) -> Vi
         pieces=list(_pieces(processing, sample, pictures)),
         pictures=pictures,
     )
+
+
+def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str:
+    """The first sample of a loader's micro batch, for the log of a run.
+
+    Trained tokens stand between ``⟦`` and ``⟧``; a run of image tokens is shown once, with its count.
+    """
+    end = int(microbatch.lengths[0])
+    ids = microbatch.input_ids[0, :end].tolist()
+    trained = [False] + (microbatch.labels[0, : end - 1] != IGNORE_INDEX).tolist()
+    texts = _texts(ids, tokenizer, image_token_id)
+    pieces = [f"{microbatch.keys[0]} ({end} tokens, {sum(trained)} trained): "]
+    kinds = [(is_trained, token == image_token_id) for is_trained, token in zip(trained, ids, strict=True)]
+    for (is_trained, is_image), run in itertools.groupby(range(end), kinds.__getitem__):
+        places = list(run)
+        text = "".join(texts[place] for place in places)
+        if is_image:
+            text = f"{tokenizer.decode([image_token_id])}×{len(places)}"
+        pieces.append(f"⟦{visible(text)}⟧" if is_trained else visible(text))
+    return "".join(pieces)
 
 
 def to_json(view: View) -> dict[str, Any]:

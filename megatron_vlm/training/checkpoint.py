@@ -70,6 +70,7 @@ class RunState:
     improved_loss: float | None = None  # of the last evaluation that counted as an improvement
     evaluations_without_improvement: int = 0  # since then
     evaluated_step: int | None = None  # optimizer_steps at the last evaluation
+    held_out: dict[str, Any] | None = None  # what tells the samples of evaluations from others
     evaluation_due: bool = False  # a signal came before or in the evaluation of this iteration
 
 

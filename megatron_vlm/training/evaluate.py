@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch, fill_up
 from megatron_vlm.data.loader import ValidationLoader
-from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.data.mixture import Mixture, mixture_change
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel import Layout, on_first_rank
 from megatron_vlm.training.batch import BatchReader, sample_names
@@ -23,6 +24,8 @@ from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.sources import SourceTotals
 from megatron_vlm.training.step import NonFiniteError, sum_losses
+
+_OTHER_SHARDS = "other shards, or prepared again"
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class Evaluator:
 
     Args:
         dtype, sequence_multiple: as :class:`BatchReader` takes them.
+        before: :attr:`identity` of the run's earlier evaluations; None if there were none.
 
     Raises:
-        ValueError: there is no such split, or it can't be read.
+        ValueError: there is no such split, it can't be read, or it has other samples than before.
     """
 
     def __init__(
@@ -68,11 +72,21 @@ class Evaluator:
         processing: Processing,
         dtype: torch.dtype,
         sequence_multiple: int,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         training = config.training
         assert training.eval_interval is not None
         self.interval = training.eval_interval
         dataset = on_first_rank(lambda: _held_out(str(config.data.data_path)))
+        self.identity: dict[str, Any] = {"data": dataset.fingerprint, "mixture": dataset.description}
+        """Losses of other samples say nothing of a run's progress."""
+        if before is not None and before != self.identity:
+            changed = mixture_change(before["mixture"], self.identity["mixture"])
+            raise ValueError(
+                f"the held-out samples changed since the checkpoint ({changed or _OTHER_SHARDS}), so that "
+                "losses on them can't be compared; go on with the old ones, or start a new run from the "
+                "checkpoint's weights"
+            )
         self.layout = layout
         self.micro_batch_size = training.micro_batch_size
         self.processing = processing
@@ -214,6 +228,7 @@ def without_evaluations(state: RunState) -> RunState:
         improved_loss=None,
         evaluations_without_improvement=0,
         evaluated_step=None,
+        held_out=None,
     )
 
 

@@ -27,9 +27,9 @@ from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import Start, check_restart, check_same_model, check_same_run, with_adapters
 from megatron_vlm.config.train_modules import PROJECTOR
-from megatron_vlm.data.batch import describe
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.scaling import load_scaling_state
@@ -149,8 +149,15 @@ class Trainer:
         multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
         if self.config.training.eval_interval is not None:
             self.evaluator = Evaluator(
-                self.config, self.layout, self.model_config, processing, self._dtype, multiple
+                self.config,
+                self.layout,
+                self.model_config,
+                processing,
+                self._dtype,
+                multiple,
+                before=self.state.held_out,
             )
+            self.state.held_out = self.evaluator.identity
         self.reader = BatchReader(
             self.loader,
             self.layout,

@@ -22,13 +22,21 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.preview import PreviewConfig
-from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.batch import IGNORE_INDEX, collate, collate_packed
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
-from megatron_vlm.data.preview import _texts, look, show, terminal
+from megatron_vlm.data.preview import _texts, describe, look, show, terminal
 from megatron_vlm.data.preview_page import page
 from megatron_vlm.data.processing import Processing, load_processing
-from tests.data.tiny_data import llama_tokenizer, make_conversations, prepare, qwen_tokenizer, write_shards
+from tests.data.tiny_data import (
+    asked,
+    jpeg,
+    llama_tokenizer,
+    make_conversations,
+    prepare,
+    qwen_tokenizer,
+    write_shards,
+)
 
 IMAGE_TOKENS = 25  # of the folder "bare"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "preview.py"
@@ -278,3 +286,26 @@ def test_an_image_that_is_cut_is_shown_in_its_tiles(data: Path, tmp_path: Path) 
     reader.feed(page([view], {}, 600, with_ids=False))
     assert len(reader.sources) == sum(len(picture.tiles) for picture in view.pictures)
     assert "31×24 → 20×20 and 2×2 tiles" in reader.text
+
+
+@pytest.mark.parametrize("join", [collate, collate_packed])
+def test_the_first_sample_in_a_runs_log(processing: Processing, join: Any) -> None:
+    """As the tokenizer decodes it whole, spaces between trained and other text among it."""
+    tokenizer = processing.tokenizer
+    samples = [
+        processing.encode(key, asked("What\x1b[2J?", "A cat."), [jpeg(1)] * (key == "a"))
+        for key in ("a", "b")
+    ]
+    for order in (samples, samples[::-1]):  # the first sample padded, and not
+        microbatch = join(order, processing.pad_token_id, processing.images.shape)
+        text = describe(microbatch, tokenizer, processing.image_token_id)
+        ids, labels = order[0].input_ids, order[0].labels
+        head, _, shown = text.partition("): ")
+        trained = [label for label in labels if label != IGNORE_INDEX]
+        assert head == f"{order[0].key} ({len(ids)} tokens, {len(trained)} trained"
+        whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        image = IMAGE_TOKENS * "<image>"
+        assert shown.replace("⟦", "").replace("⟧", "") == whole.replace(
+            image, f"<image>×{IMAGE_TOKENS}"
+        ).replace("\x1b", "␛")
+        assert shown.endswith("ASSISTANT:⟦ A cat.</s>⟧") and shown.count("⟦") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from megatron_vlm.config.checkpoint import resolve_checkpoint
+from megatron_vlm.config.dataset import split_parts
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
@@ -240,3 +242,32 @@ def test_without_held_out_samples(pool: Pool, trainables: dict[str, Trainable], 
     message = failure(pool, 2, [*flags, "--data-path", str(tmp_path / "data")])
     assert message.startswith("--eval-interval needs held-out samples. --data-path ")
     assert "its val split is empty" in message and "energon prepare" in message
+
+
+def test_other_held_out_samples(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """A run that goes on would compare losses that can't be compared: another shard, or a dataset less."""
+    one = trainables["untied"]
+    data = shutil.copytree(one.data, tmp_path / "data")
+
+    def write(text: str) -> None:
+        mixture = f"datasets:\n  pictures: {{path: data}}\n  text: {{path: {one.text_only}{text}}}\n"
+        (tmp_path / "mix.yaml").write_text(mixture)
+
+    write("")
+    flags = [*SAVE, "--eval-interval", "1", "--eval-iters", "1", "--data-path", str(tmp_path / "mix.yaml")]
+    pool.run(1, train, one.flags(tmp_path, "run", *flags, "--train-iters", "2"))
+    flags = one.flags(tmp_path, "run", *flags, "--train-iters", "4")
+    write(", val: false")
+    message = failure(pool, 2, flags)
+    assert message.startswith(
+        "the held-out samples changed since the checkpoint (dataset text (epochs 1) is gone)"
+    )
+    assert "go on with the old ones, or start a new run" in message
+    write("")
+    (shard,) = [data / name for name in split_parts(str(data))["val"]]
+    with open(shard, "ab") as file:
+        file.write(b"\0" * 512)
+    assert "(other shards, or prepared again)" in failure(pool, 2, flags)
+    os.truncate(shard, shard.stat().st_size - 512)
+    pool.run(2, train, flags)
+    assert [line["iteration"] for line in validations(tmp_path / "run")] == [1, 2, 3, 4]

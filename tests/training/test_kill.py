@@ -1,4 +1,7 @@
-"""A run that is killed again and again ends as one that never was: losses and weights bit for bit."""
+"""A run that is killed again and again ends as one that never was: losses, counts and weights bit for bit.
+
+It packs a mixture of two datasets, with damaged images among them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_vlm.hf.native import NativeReader
 from tests.training.conftest import Trainable
+from tests.training.test_evaluate import without_times
 
 # A kill costs a start of the whole stack. `make kill-test` does 20.
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -25,8 +30,13 @@ RUN = Path(__file__).parents[2] / "scripts" / "train" / "run.py"
 
 
 def command(trainable: Trainable, folder: Path, name: str) -> list[str]:
+    mixture = folder / "mix.yaml"
+    mixture.write_text(
+        f"datasets:\n  pictures: {{path: {trainable.data}, weight: 2}}\n"
+        f"  text: {{path: {trainable.text_only}, weight: 1, template: plain}}\n"
+    )
     flags = trainable.flags(folder, name, "-g", "2", "--dist-optim", "--train-vision", "--save-optim")
-    flags += ["--packing", "--packing-buffer-size", "12"]
+    flags += ["--packing", "--packing-buffer-size", "12", "--data-path", str(mixture)]
     return [sys.executable, str(RUN), *flags, "--save-interval", "8", "--train-iters", str(ITERATIONS)]
 
 
@@ -88,10 +98,10 @@ def wait_for(moment: str, started: subprocess.Popen[bytes], run: Path) -> None:
     raise AssertionError(f"never got to {moment}: exit code {started.poll()}")
 
 
-def losses(run: Path) -> list[float]:
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def logged(run: Path) -> list[dict[str, Any]]:
+    entries = without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
     assert [entry["iteration"] for entry in entries] == list(range(1, ITERATIONS + 1))
-    return [entry["loss"] for entry in entries]
+    return entries
 
 
 def test_killed_runs_go_on_exactly(trainables: dict[str, Trainable], tmp_path: Path) -> None:
@@ -117,7 +127,10 @@ def test_killed_runs_go_on_exactly(trainables: dict[str, Trainable], tmp_path: P
     ended = subprocess.run(again, check=True, capture_output=True, text=True)
     assert f"resuming {run} from iter_" in ended.stdout
 
-    assert losses(run) == losses(tmp_path / "calm")
+    expected = logged(tmp_path / "calm")
+    assert expected[-1]["corrupt"] > 0
+    for entry, calm_entry in zip(logged(run), expected, strict=True):
+        assert entry == calm_entry
     last = f"checkpoints/iter_{ITERATIONS:07d}"
     killed, calm = NativeReader(run / last), NativeReader(tmp_path / "calm" / last)
     assert set(killed.names) == set(calm.names)

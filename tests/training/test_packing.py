@@ -9,9 +9,10 @@ import torch
 
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
+from tests.training.test_evaluate import forget, position, validations, without_times
 from tests.training.test_layouts import layout_flags, run
 from tests.training.test_run import metrics
-from tests.workers import Layout, packed_and_apart
+from tests.workers import Layout, packed_and_apart, train
 
 # An iteration has 4 micro batches of 2 sequences each, of samples with and without images.
 PACKING = [
@@ -74,3 +75,54 @@ def test_every_layout_trains_alike_on_packed_sequences(
     assert last["padding"] == 0.0
     # Stages take micro batches of one length: the shorter ones are padded.
     assert 0.0 < metrics(tmp_path / str(layout))[-1]["padding"] < 0.3
+
+
+def test_a_mixture_goes_on_at_another_data_parallel_size(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Every later global batch is the one that it would have been: the counts of samples, tokens and damaged
+    images of each dataset tell."""
+    one = trainables["untied"]
+    (tmp_path / "mix.yaml").write_text(
+        f"datasets:\n  pictures: {{path: {one.data}}}\n  text: {{path: {one.text_only}, epochs: 2}}\n"
+    )
+    flags = [*PACKING, "--data-path", str(tmp_path / "mix.yaml"), "--train-iters", "8"]
+    flags += ["--save-optim", "--save-interval", "4"]
+    pool.run(1, train, one.flags(tmp_path, "calm", *flags))
+    expected = without_times(metrics(tmp_path / "calm"))
+    unknown = [name for name, value in expected[0].items() if value is None]
+    assert expected[-1]["corrupt"] > expected[3]["corrupt"] > 0
+    calm = tmp_path / "calm/checkpoints/iter_0000008"
+    run = tmp_path / "run"
+    for world in (2, 4, 1):
+        pool.run(world, train, one.flags(tmp_path, "run", *flags))
+        for line, other in zip(without_times(metrics(run)), expected, strict=True):
+            # fp32 sums in another order, as in test_layouts.py; what is counted is equal.
+            assert all(line.pop(name) == other[name] for name in unknown)
+            assert line == {name: pytest.approx(other[name], rel=1e-5) for name in line}
+        assert position(run / "checkpoints/iter_0000008") == position(calm)
+        forget(run, 8)
+
+
+def test_evaluations_pack_nothing(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    """Their losses are those of a run without packing."""
+    one = trainables["untied"]
+    flags = [
+        "--train-iters",
+        "1",
+        "--lr",
+        "0",
+        "--eval-interval",
+        "1",
+        "--no-save",
+        "--micro-batch-size",
+        "3",
+    ]
+    flags += ["--global-batch-size", "6", "--seq-length", "200"]
+    pool.run(1, train, one.flags(tmp_path, "apart", *flags))
+    layout = Layout(pp=2)
+    packed = [*flags, "--packing", "--packing-buffer-size", "20", *layout_flags(layout)]
+    pool.run(layout.world, train, one.flags(tmp_path, "packed", *packed))
+    (expected,), (found,) = (without_times(validations(tmp_path / name)) for name in ("apart", "packed"))
+    assert metrics(tmp_path / "packed")[0]["samples"] > 6
+    assert found == pytest.approx(expected, rel=1e-5)
