@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm import parallel
@@ -189,6 +189,49 @@ def train(argv: list[str]) -> None:
         sections.tp, sections.pp, config.training.seed, sections.device, vpp=sections.vpp
     )
     trainer.run(config, layout)
+
+
+def plain_and_for_fp8(argv: list[str]) -> list[tuple[float, dict[str, torch.Tensor], list[int]]]:
+    """Loss and gradients of global batches without FP8, and of the same with all that FP8 changes but the
+    arithmetic, which needs a GPU; and the tokens that the linears had at once, if they were for FP8."""
+    config = RunConfig.from_flags([*argv, "--fp8"])
+    layout = parallel.initialize(config.parallel.tp, config.parallel.pp, vpp=config.parallel.vpp)
+    checkpoint = Path(str(config.model.megatron_load_dir)) / "release"
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+    processing = build_processing(config, model)
+    read: list[Microbatch] = []
+    count = 2 * config.num_microbatches(layout.world_size)
+    if layout.loads_data:
+        with closing(build_train_loader(config, processing, layout.dp_rank, layout.dp)) as loader:
+            read = [next(loader) for _ in range(count)]
+    results = []
+    for fp8, multiple in ((None, 1), (config.fp8, config.sequence_multiple)):
+        chunks = build_model(
+            model,
+            layout,
+            sequence_parallel=config.parallel.sequence_parallel,
+            layers_per_stage=config.layers_per_stage(model),
+            impl="local",
+            fp8=fp8,
+        )
+        set_trainable(chunks, parse_train_modules("all"), layout)
+        load_weights(checkpoint, chunks)
+        tokens: list[int] = []
+        for chunk in chunks:
+            parts = [chunk.language_model.decoder, getattr(chunk, "vision_projection", None)]
+            for module in (m for part in parts if part is not None for m in part.modules()):
+                if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                    module.register_forward_pre_hook(
+                        lambda _, args, tokens=tokens: tokens.append(args[0].shape[:-1].numel())
+                    )
+        models = wrap_model(chunks, config.parallel.dist_optim, overlap_grad_reduce=False)
+        prepare_for_schedules(models)
+        cut = layout.tp if config.parallel.sequence_parallel else 1
+        reader = BatchReader(iter(read), layout, model, processing, count, torch.float32, max(multiple, cut))
+        loss, _ = compute_gradients(models, reader.next(), layout)
+        gradients = {name: p.main_grad.detach().clone() for name, p in named_parameters(chunks)}
+        results.append((loss, gradients, tokens))
+    return results
 
 
 def packed_and_apart(argv: list[str]) -> list[tuple[float, int, dict[str, torch.Tensor]]]:

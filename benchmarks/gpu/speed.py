@@ -24,6 +24,7 @@ from benchmarks.ours import freeze_tower, microbatch
 from benchmarks.workload import OPTIMIZER, Workload, llava_config, make_batches, peak_memory
 from megatron_vlm import parallel
 from megatron_vlm.config.flops import Flops, Work, causal_pairs, training_flops
+from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.vlm import build_model
@@ -106,8 +107,7 @@ Step = Callable[[], float]
 def our_step(workload: Workload, layout: parallel.Layout, fp8: bool) -> Step:
     """A training step of this project; returns its loss."""
     model = ModelConfig.from_hf(llava_config(workload, IMAGE_TOKEN).to_dict())
-    options: dict[str, Any] = {"fp8": "tensorwise"} if fp8 else {}
-    chunks = build_model(model, layout, torch.bfloat16, **options)
+    chunks = build_model(model, layout, torch.bfloat16, fp8=Fp8Config() if fp8 else None)
     freeze_tower(chunks)
     with torch.no_grad():
         for chunk in chunks:

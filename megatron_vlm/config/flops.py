@@ -14,26 +14,26 @@ from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parameters import ROUTER, expert_weight
 
-# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's datasheets: half of what they print "with sparsity".
-# The first entry that stands in the device's name as a word counts.
+# Dense TFLOP/s in bfloat16 and in FP8 with float32 sums, from NVIDIA's datasheets: half of what they print
+# "with sparsity". The first entry that stands in the device's name as a word counts.
 _PEAK_TFLOPS = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("GH200", 989.0),
-    ("H200 NVL", 835.0),
-    ("H200", 989.0),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
-    ("H20", 148.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A40", 149.7),
-    ("A30", 165.0),
-    ("A10", 125.0),
-    ("L40S", 362.0),
-    ("L4", 121.0),
+    ("GB200", 2500.0, 5000.0),
+    ("B200", 2250.0, 4500.0),
+    ("GH200", 989.0, 1979.0),
+    ("H200 NVL", 835.0, 1671.0),
+    ("H200", 989.0, 1979.0),
+    ("H100 PCIe", 756.0, 1513.0),
+    ("H100 NVL", 835.0, 1671.0),
+    ("H100", 989.0, 1979.0),
+    ("H800", 989.0, 1979.0),
+    ("H20", 148.0, 296.0),
+    ("A100", 312.0, None),
+    ("A800", 312.0, None),
+    ("A40", 149.7, None),
+    ("A30", 165.0, None),
+    ("A10", 125.0, None),
+    ("L40S", 362.0, 733.0),
+    ("L4", 121.0, 242.0),
 )
 
 _Product = Tuple[Optional[str], int]  # a weight's name, or None for attention; operations forward
@@ -116,20 +116,21 @@ def _operations(
     return total, gradient_flows
 
 
-def peak_tflops(device_name: str) -> Optional[float]:
-    """Dense bfloat16 peak of a GPU.
+def peak_tflops(device_name: str, fp8: bool = False) -> Optional[float]:
+    """Dense peak of a GPU.
 
     Args:
         device_name: as ``torch.cuda.get_device_name()`` has it.
+        fp8: in FP8 instead of bfloat16.
 
     Returns:
-        TFLOP/s; None for a device that isn't in the table, or for a part of one.
+        TFLOP/s; None for a device that isn't in the table, or for a part of one, or that has no FP8.
     """
     if re.search(r"\bMIG\b", device_name):
         return None
-    for name, peak in _PEAK_TFLOPS:
+    for name, bf16, in_fp8 in _PEAK_TFLOPS:
         if re.search(rf"\b{name}\b", device_name):
-            return peak
+            return in_fp8 if fp8 else bf16
     return None
 
 

@@ -8,6 +8,7 @@ DISTRIBUTED = "Distributed settings"
 TOKENIZER = "Tokenizer-related arguments"
 DATA = "Data arguments"
 TRAINING = "Training settings"
+FP8 = "FP8 arguments"
 OPTIMIZER = "Optimizer arguments"
 LORA = "LoRA arguments"
 SLURM = "SLURM arguments"
@@ -23,6 +24,7 @@ GROUPS = (
     TOKENIZER,
     DATA,
     TRAINING,
+    FP8,
     LORA,
     OPTIMIZER,
     SLURM,

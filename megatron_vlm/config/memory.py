@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.activations import Block, Shape, stage_block
+from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parameters import EMBEDDING, Parameter, stage_parameters
 from megatron_vlm.config.run import RunConfig
@@ -100,6 +101,7 @@ def estimate(
     for rank in range(pp):
         own = [parameter for stage in parameters[rank::pp] for parameter in stage]
         weights, gradients, optimizer = _state(own, trained, shape, dp if config.parallel.dist_optim else 1)
+        weights += _fp8_copies(own, config.fp8, model)
         activations, in_flight = _peak(blocks[rank::pp], pp, rank, microbatches)
         if shape.device == "cpu" and config.parallel.dist_optim and dp > 1:
             # Gloo scatters sums of a copy, which is there until the backward pass has come to the embedding.
@@ -114,7 +116,7 @@ def _shape(config: RunConfig, model: ModelConfig, device: str) -> Shape:
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
     default = "transformer_engine" if device == "cuda" and precision == "bf16" else "local"
     impl = config.parallel.transformer_impl or default
-    multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
+    multiple = config.sequence_multiple
     rows, length = config.training.micro_batch_size, config.data.seq_length
     images = rows
     if config.data.packing:
@@ -143,6 +145,15 @@ def _state(
     updated = sum(parameter.size for parameter in parameters if parameter.name in trained)
     per_parameter = 2 * _FP32 + (_FP32 if shape.element < _FP32 else 0)
     return count * shape.element, updated * _FP32, -(-updated // shards) * per_parameter
+
+
+def _fp8_copies(parameters: Sequence[Parameter], fp8: Optional[Fp8Config], model: ModelConfig) -> int:
+    """Weights in FP8, as they are and transposed, for the backward pass: made by an iteration's first micro
+    batch, and kept. Weights that are FP8 themselves, and their transposes, take what bfloat16 took."""
+    if fp8 is None or fp8.param_gather:
+        return 0
+    weights = set(fp8.weights(model.language.num_layers))
+    return 2 * sum(parameter.size for parameter in parameters if parameter.name in weights)
 
 
 def _inputs(model: ModelConfig, shape: Shape, microbatches: int, first: bool) -> int:

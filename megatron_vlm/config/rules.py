@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional
 
+from megatron_vlm.config import fp8
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.model import ModelConfig
 
@@ -25,6 +26,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
         lambda: config.checkpoint.run_dir,
         lambda: _schedule(config),
         lambda: _adapters(config),
+        lambda: fp8.check_flags(config),
     ]
     if model is not None:
         known = model  # for mypy: a lambda forgets what was narrowed
@@ -36,6 +38,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
             lambda: config.layers_per_stage(known),
             lambda: _class_token(config, known),
             lambda: _token_ids(config, known),
+            lambda: fp8.check_model(config, known),
         ]
     rules += [
         lambda: _interleaving(config, world_size),

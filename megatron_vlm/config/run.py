@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.data import DataSection
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
+from megatron_vlm.config.fp8 import Fp8Config, Fp8Section
 from megatron_vlm.config.headings import GROUPS
 from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.lora import LoraSection
@@ -42,6 +43,7 @@ SECTIONS: Dict[str, type] = {
     "parallel": ParallelSection,
     "data": DataSection,
     "training": TrainingSection,
+    "low_precision": Fp8Section,
     "lora": LoraSection,
     "optimizer": OptimizerSection,
     "checkpoint": CheckpointSection,
@@ -94,6 +96,7 @@ class RunConfig:
     parallel: ParallelSection
     data: DataSection
     training: TrainingSection
+    low_precision: Fp8Section
     lora: LoraSection
     optimizer: OptimizerSection
     checkpoint: CheckpointSection
@@ -196,6 +199,8 @@ class RunConfig:
         values.setdefault(
             "lr_warmup_fraction", None if values.get("lr_warmup_iters") is not None else _WARMUP_FRACTION
         )
+        if values.get("fp8") and values.get("precision") is None:
+            values["precision"] = "bf16"
         if values.get("train_modules") is not None:
             values.update(_switches_of(values["train_modules"], given))
         elif values.get("stage") == 1 and not values["freeze_lm"]:
@@ -236,6 +241,21 @@ class RunConfig:
                 + _micro_batches_that_work(batch, micro, dp)
             )
         return batch // (micro * dp)
+
+    @property
+    def fp8(self) -> Optional[Fp8Config]:
+        """How matrix products in FP8 are done; None without ``--fp8``."""
+        return self.low_precision.config if self.training.fp8 else None
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What sequences are padded to a multiple of: tensor parallel ranks cut them into equal parts with
+        sequence parallelism, and FP8 multiplies aligned numbers of tokens."""
+        parallel, fp8 = self.parallel, self.fp8
+        if fp8 is None:
+            return parallel.tp if parallel.sequence_parallel else 1
+        rows = 1 if self.data.packing else self.training.micro_batch_size
+        return fp8.sequence_multiple(rows, parallel.tp, parallel.sequence_parallel)
 
     def layers_per_stage(self, model: ModelConfig) -> Tuple[int, ...]:
         """Layers of the language model on each pipeline stage, see :func:`pipeline.deal_layers`.

@@ -12,6 +12,7 @@ from megatron_vlm.config.flags import REQUIRED, flag, flag_name
 from megatron_vlm.config.headings import (
     DEBUG,
     DISTRIBUTED,
+    FP8,
     LOGGING,
     OPTIMIZER,
     OTHER,
@@ -252,7 +253,12 @@ class TrainingSection:
     early_stopping_min_delta: float = flag(
         TRAINING, 0.0, "how far below the last improvement's loss is an improvement"
     )
-    fp8: bool = flag(OTHER, False, "compute in FP8", not_yet="use --bf16")
+    fp8: bool = flag(
+        FP8,
+        False,
+        "compute the language model's and the projector's matrix products in FP8, all else in bfloat16; "
+        "needs Transformer Engine, and GPUs of compute capability 8.9 or more",
+    )
     deterministic: bool = flag(
         DEBUG,
         False,
@@ -414,7 +420,7 @@ class LoggingSection:
         LOGGING,
         None,
         "what one device could do in TFLOP/s, for the model FLOPs utilisation (MFU)",
-        shown_default="bfloat16, by the GPU's name; no MFU on CPUs",
+        shown_default="bfloat16's, or FP8's with --fp8, by the GPU's name; no MFU on CPUs",
     )
     alert_spike: bool = flag(
         LOGGING, False, "tell when the loss jumps: a line of the log, and a message by Weights & Biases"

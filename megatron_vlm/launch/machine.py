@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import subprocess
-from typing import List, Mapping, Optional
+from typing import List, Mapping, Optional, Tuple
 
 PORT_RANGE = range(9800, 10000)  # searched when the wanted port is busy
 _INTERFACE_PREFIXES = ("ib", "hsn", "en", "eth")  # InfiniBand, Slingshot, Ethernet: fastest first
@@ -37,18 +38,29 @@ def visible_gpus(environ: Mapping[str, str]) -> List[str]:
 
 def gpu_memory() -> Optional[float]:
     """Memory of the smallest GPU of this machine in GiB; None where nvidia-smi tells none."""
+    sizes = [line for line in _ask_gpus("memory.total") if line.isdigit()]
+    return min(map(int, sizes)) / 1024 if sizes else None  # MiB
+
+
+def compute_capability() -> Optional[Tuple[int, int]]:
+    """Compute capability of this machine's oldest GPU, such as (9, 0); None where nvidia-smi tells none."""
+    found = [line.split(".") for line in _ask_gpus("compute_cap") if re.fullmatch(r"\d+\.\d+", line)]
+    return min(((int(major), int(minor)) for major, minor in found), default=None)
+
+
+def _ask_gpus(what: str) -> List[str]:
+    """nvidia-smi's answers, one for each GPU; none without it."""
     try:
         result = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=30,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    sizes = [line for line in result.stdout.decode(errors="replace").split() if line.isdigit()]
-    return min(map(int, sizes)) / 1024 if sizes and not result.returncode else None  # MiB
+        return []
+    return [] if result.returncode else result.stdout.decode(errors="replace").split()
 
 
 def main_memory() -> Optional[int]:

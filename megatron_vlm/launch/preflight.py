@@ -17,6 +17,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, checkpoint_layers, read_manifest
 from megatron_vlm.config.dataset import shard_counts
 from megatron_vlm.config.engine import engine_problem
+from megatron_vlm.config.fp8 import unsupported
 from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
 from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture, one_pass
 from megatron_vlm.config.model import ModelConfig
@@ -127,6 +128,7 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
     found = Inspection(plan, errors=list(problems), warnings=list(doubts))
     checks: Sequence[Tuple[str, Callable[[Inspection], None]]] = (
         ("interpreter", _interpreter),
+        ("GPUs", _gpus),
         ("image", _image),
         ("dataset", _dataset),
         ("checkpoint", _checkpoint),
@@ -156,7 +158,8 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
 
 def _interpreter(found: Inspection) -> None:
     try:
-        check_interpreter(found.config.launch.sif_path, found.config.parallel.transformer_impl)
+        config = found.config
+        check_interpreter(config.launch.sif_path, config.parallel.transformer_impl, config.training.fp8)
         _check_engine(found)
     except ValueError as error:
         if not (found.config.slurm.submit and found.config.slurm.setup):
@@ -171,6 +174,17 @@ def _check_engine(found: Inspection) -> None:
     problem = engine_problem()
     if problem is not None:
         raise ValueError(f"{problem}; install such a one, or use --transformer-impl local")
+
+
+def _gpus(found: Inspection) -> None:
+    """A job, or a plan for another machine, may find other GPUs than this machine has."""
+    fp8 = found.config.fp8
+    capability = machine.compute_capability() if fp8 is not None and found.plan.device == "cuda" else None
+    if fp8 is None or capability is None or found.config.slurm.submit:
+        return
+    problem = unsupported(fp8.recipe, capability)
+    if problem is not None:
+        (found.warnings if found.config.launch.only_looks else found.errors).append(problem)
 
 
 def _image(found: Inspection) -> None:
@@ -424,7 +438,9 @@ def _shared_memory(found: Inspection) -> None:
         )
 
 
-def check_interpreter(sif_path: Optional[str] = None, transformer_impl: Optional[str] = None) -> None:
+def check_interpreter(
+    sif_path: Optional[str] = None, transformer_impl: Optional[str] = None, fp8: bool = False
+) -> None:
     """Check that this Python, which the ranks will run under, has what they need.
 
     Inside a container it isn't asked.
@@ -437,8 +453,11 @@ def check_interpreter(sif_path: Optional[str] = None, transformer_impl: Optional
             f"{sys.executable} has no torch; run `make setup` and `source .venv/bin/activate`, "
             "or give --sif-path"
         )
-    wants_engine = transformer_impl == "transformer_engine"
-    if wants_engine and sif_path is None and not _installed("transformer_engine"):
+    if sif_path is not None or _installed("transformer_engine"):
+        return
+    if fp8:
+        raise ValueError(f"--fp8: {sys.executable} has no Transformer Engine; use --bf16, or give --sif-path")
+    if transformer_impl == "transformer_engine":
         raise ValueError(
             f"--transformer-impl transformer_engine: {sys.executable} does not have it; "
             "use local, or give --sif-path"

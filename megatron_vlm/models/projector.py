@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_context
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -57,6 +59,15 @@ class Projector(MegatronModule):
         Returns:
             ``[features, language hidden_size]``.
         """
-        output, bias = self.encoder(self.norm(features))
+        in_fp8, shape = self.config.fp8 is not None, features.shape[:2]
+        features = self.norm(features)
+        if in_fp8:
+            # Rows of zeros scale nothing, and what becomes of them is cut off, so that it has no gradient.
+            missing = -shape.numel() % get_fp8_align_size(self.config.fp8_recipe)
+            features = F.pad(features.flatten(0, 1), (0, 0, 0, missing))
+        with get_fp8_context(self.config):  # megatron-core enters it for the layers of a block alone
+            output, bias = self.encoder(features)
         output = output if bias is None else output + bias
+        if in_fp8:
+            output = output[: shape.numel()].unflatten(0, shape)
         return output.flatten(0, 1) if index is None else index.gather(output, self.image_newline)

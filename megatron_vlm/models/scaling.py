@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def load_scaling_state(folder: Path, chunks: Sequence[VisionLanguageModel]) -> b
         if fits:
             _give(linear, tensors, config)
     return fits
+
+
+@contextmanager
+def unmoved(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
+    """What is run meanwhile, an evaluation, leaves no trace in what the linears remember."""
+    tensors = [tensor for _, linear in _linears(chunks) for tensor in _kept(linear).values()]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
 
 
 def _linears(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, Module]]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.language import LanguageConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import StageCosts, deal_layers
@@ -58,6 +59,7 @@ def transformer_configs(
     recompute: str = "none",
     recompute_num_layers: int | None = None,
     fused_rope: bool = False,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfigs:
     """The configs of a model on this layout.
 
@@ -70,6 +72,8 @@ def transformer_configs(
         recompute_num_layers: with "full", the layers of each stage, and of the tower; None for all.
         fused_rope: rotate queries and keys with Transformer Engine's kernel. Without it, packed samples
             make the host wait for the GPU twice in each layer.
+        fp8: of the language model and the projector; the tower's tokens are seldom aligned, and its work is
+            little. None: no FP8.
     """
     on_gpu = layout.device.type == "cuda"
     common: dict[str, Any] = dict(
@@ -115,6 +119,7 @@ def transformer_configs(
             activation_func=_ACTIVATIONS[projector.activation],
             bias_activation_fusion=False,
             add_bias_linear=projector.bias,
+            **(_fp8(fp8) if fp8 is not None and fp8.projector else {}),
             **common,
         ),
         language=TransformerConfig(
@@ -142,6 +147,7 @@ def transformer_configs(
             overlap_p2p_comm=layout.vpp > 1,
             sequence_parallel=sequence_parallel,
             apply_rope_fusion=fused_rope,
+            **(_fp8_of_layers(fp8) if fp8 is not None else {}),
             **recomputation,
             **common,
         ),
@@ -156,6 +162,25 @@ def _experts(language: LanguageConfig) -> dict[str, Any]:
         moe_router_topk=language.experts_per_token,
         moe_ffn_hidden_size=language.ffn_hidden_size,
         moe_router_load_balancing_type="none",
+    )
+
+
+def _fp8(fp8: Fp8Config) -> dict[str, Any]:
+    return dict(
+        fp8=fp8.format,
+        fp8_recipe=fp8.recipe,
+        # Of delayed scaling: Transformer Engine's defaults. megatron-core's own is a history of one.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+    )
+
+
+def _fp8_of_layers(fp8: Fp8Config) -> dict[str, Any]:
+    return _fp8(fp8) | dict(
+        fp8_param=fp8.param_gather,
+        first_last_layers_bf16=bool(fp8.bf16_at_start or fp8.bf16_at_end),
+        num_layers_at_start_in_bf16=fp8.bf16_at_start,
+        num_layers_at_end_in_bf16=fp8.bf16_at_end,
     )
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
@@ -211,6 +212,7 @@ def build_model(
     layers_per_stage: Sequence[int] | None = None,
     recompute: str = "none",
     recompute_num_layers: int | None = None,
+    fp8: Fp8Config | None = None,
 ) -> list[VisionLanguageModel]:
     """This rank's chunks of the model, on the layout's device, with weights not yet set.
 
@@ -218,10 +220,14 @@ def build_model(
 
     Args:
         impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
-        layers_per_stage, recompute, recompute_num_layers: see :func:`transformer_configs`.
+        layers_per_stage, recompute, recompute_num_layers, fp8: see :func:`transformer_configs`.
+
+    Raises:
+        ValueError: ``impl`` is not to be had here, or FP8 is wanted and it is not Transformer Engine's.
     """
     check_environment()
-    impl = choose_transformer_impl(layout.device.type, impl, dtype)
+    wanted = impl or ("transformer_engine" if fp8 is not None else None)
+    impl = choose_transformer_impl(layout.device.type, wanted, dtype)
     configs = transformer_configs(
         model,
         layout,
@@ -232,6 +238,7 @@ def build_model(
         recompute,
         recompute_num_layers,
         fused_rope=impl == "transformer_engine",
+        fp8=fp8,
     )
     chunks = [
         VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by, chunk).to(layout.device)

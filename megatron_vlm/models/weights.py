@@ -51,6 +51,9 @@ def load_weights(
         for name, parameter in named_parameters(chunks):
             if name in loaded:
                 parameter.copy_(loaded[name])
+                if hasattr(parameter, "get_high_precision_init_val"):
+                    # An FP8 weight: from this the optimizer makes its master weight.
+                    parameter.get_high_precision_init_val().copy_(loaded[name])
 
 
 def has_adapters(folder: Path) -> bool:

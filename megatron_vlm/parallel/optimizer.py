@@ -43,6 +43,7 @@ def wrap_model(
     distributed_optimizer: bool,
     overlap_grad_reduce: bool,
     overlap_param_gather: bool = False,
+    fp8_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
     """Wrap this rank's model chunks for mixed precision and data parallelism.
 
@@ -53,6 +54,7 @@ def wrap_model(
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         overlap_param_gather: gather updated weights while the next forward pass runs; needs both others.
             Whatever reads weights without running the modules calls :meth:`Optimizer.gather_weights` first.
+        fp8_param_gather: weights that are FP8 in memory are gathered so; needs ``distributed_optimizer``.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -60,6 +62,7 @@ def wrap_model(
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,
+        fp8_param_gather=fp8_param_gather,
     )
     return [
         DistributedDataParallel(config, ddp_config, Float16Module(config, chunk) if config.bf16 else chunk)
@@ -115,6 +118,7 @@ class Optimizer:
             params_dtype=models[0].config.params_dtype,
             use_distributed_optimizer=models[0].ddp_config.use_distributed_optimizer,
             overlap_param_gather=models[0].ddp_config.overlap_param_gather,
+            fp8_recipe=models[0].config.fp8_recipe if models[0].config.fp8 else None,
         )
         self.models = models
         self._replicas = models[0].dp_cp_group.size()  # ranks over which gradients are reduced
@@ -236,6 +240,12 @@ class Optimizer:
             loaded[index].setdefault("param", parameter.detach())
         if isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer.load_parameter_state_from_fully_reshardable(loaded)
+            if self.optimizer.ddp_config.fp8_param_gather:
+                # The weights were saved as they are in FP8. Rounding those again could give others than
+                # rounding the master weights, as the last step has.
+                self.optimizer._copy_main_params_to_model_params()
+                for model in self.models:
+                    model.start_param_sync(force_sync=True)
             return
         for index, parameter in enumerate(self._parameters()):
             for key, tensor in self._tensors(parameter).items():

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
 
 def _train(config: RunConfig, stop: StopRequest) -> int:
     from megatron_vlm import parallel
+    from megatron_vlm.parallel import fp8
     from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
     from megatron_vlm.training import trainer
     from megatron_vlm.training.debugging import post_mortem
@@ -49,6 +50,8 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         ),
         config.parallel.vpp,
     )
+    if config.fp8 is not None:
+        fp8.check_ranks(config.fp8.recipe, layout)
     with post_mortem(config.training.debug):
         return trainer.run(config, layout, stop)
 

@@ -19,6 +19,7 @@ from typing import Any
 import megatron.core
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_vlm
@@ -119,6 +120,7 @@ def save_checkpoint(
     if optimizer is not None:
         sharded.update(_request("optimizer", optimizer.sharded_state(weights)))
         sharded.update(_request("scaling", scaling_state(chunks, layout)))
+    force_all_tensors_to_non_fp8(written)  # after that: the optimizer looks its weights up by their tensors
     try:
         sharded_files.save(sharded, str(staging))
     except OSError as error:

@@ -29,6 +29,7 @@ class Meter:
         peak: of one device in TFLOP/s; None for what its name says, and no utilisation if that is unknown.
         state: how far the run is; the time that the devices are used is added there.
         total_iterations: of the run.
+        fp8: it computes in FP8, so that the device's peak is that of FP8.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class Meter:
         peak: float | None,
         state: RunState,
         total_iterations: int,
+        fp8: bool = False,
     ) -> None:
         self.layout = layout
         self.model = model
         self.trains = trains
         if peak is None and layout.device.type == "cuda":
-            peak = peak_tflops(torch.cuda.get_device_name(layout.device))
+            peak = peak_tflops(torch.cuda.get_device_name(layout.device), fp8)
         self.peak = peak
         self.state = state
         self.first_iteration = state.iteration

@@ -32,7 +32,7 @@ from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
-from megatron_vlm.models.scaling import load_scaling_state
+from megatron_vlm.models.scaling import load_scaling_state, unmoved
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.sinks import Sinks
@@ -116,6 +116,7 @@ class Trainer:
             self.model_config,
             trains=self.regime.trained.__contains__,
             peak=config.logging.peak_tflops,
+            fp8=config.training.fp8,
             state=self.state,
             total_iterations=self.total_iterations,
         )
@@ -146,7 +147,7 @@ class Trainer:
             self._show_first_sample(self.loader, processing)
         names = parallel.on_first_rank(lambda: trained_sources(str(self.config.data.data_path)))
         self.sources = SourceTotals(names, self.layout) if names else None
-        multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
+        multiple = self.config.sequence_multiple
         if self.config.training.eval_interval is not None:
             self.evaluator = Evaluator(
                 self.config,
@@ -185,6 +186,7 @@ class Trainer:
             layers_per_stage=layers,
             recompute=config.parallel.recompute,
             recompute_num_layers=config.parallel.recompute_num_layers,
+            fp8=config.fp8,
         )
         self.regime = set_trainable(self.chunks, config.trained, layout)
         load_weights(start.checkpoint, self.chunks, config.model.base)
@@ -195,6 +197,7 @@ class Trainer:
             config.parallel.dist_optim,
             config.parallel.overlap_grad_reduce and layout.dp > 1,
             config.parallel.overlap_param_gather and layout.dp > 1,
+            config.low_precision.fp8_param_gather,
         )
         prepare_for_schedules(self.models)
         self.optimizer = Optimizer(
@@ -346,7 +349,8 @@ class Trainer:
             self.state.evaluation_due = False
             self.say(f"no evaluation at iteration {self.state.iteration}: no update since the last one")
             return
-        found = evaluator.evaluate(self.models, self.watchdog.beat, self.stop)
+        with unmoved(self.chunks):
+            found = evaluator.evaluate(self.models, self.watchdog.beat, self.stop)
         if found is None:
             return
         self.state.evaluation_due = False

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vlm.config.flops import Flops, Work, causal_pairs, peak_tflops, training_flops
+from megatron_vlm.config.flops import _PEAK_TFLOPS, Flops, Work, causal_pairs, peak_tflops, training_flops
 from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from tests.models.test_parity import make_batch
@@ -177,3 +177,11 @@ def test_mixtral_8x7b() -> None:
 )
 def test_peak(device: str, peak: float | None) -> None:
     assert peak_tflops(device) == peak
+
+
+def test_peak_of_fp8() -> None:
+    """Where there is any, FP8 multiplies twice as fast; the datasheets round each."""
+    for name, bf16, fp8 in _PEAK_TFLOPS:
+        assert fp8 is None or fp8 == pytest.approx(2 * bf16, rel=0.013), name
+    assert peak_tflops("NVIDIA H100 80GB HBM3", fp8=True) == 1979
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", fp8=True) is None

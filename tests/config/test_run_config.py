@@ -30,7 +30,8 @@ MEGATRON_FLAGS = """
 --lr-warmup-fraction --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --seed --seq-length
 --bf16 --fp32 --sequence-parallel --make-vocab-size-divisible-by --decoder-first-pipeline-num-layers
 --decoder-last-pipeline-num-layers --recompute-num-layers --overlap-grad-reduce --overlap-param-gather
---tp-comm-overlap --distributed-timeout-minutes
+--tp-comm-overlap --distributed-timeout-minutes --fp8-recipe --fp8-param-gather --first-last-layers-bf16
+--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16
 """
 
 
@@ -64,6 +65,9 @@ COMPANIONS = {
     "early_stopping_patience": ["--eval-interval", "5"],
     "early_stopping_min_delta": ["--eval-interval", "5", "--early-stopping-patience", "2"],
     "spike_threshold": ["--alert-spike"],
+    "fp8": ["--bf16"],
+    "num_layers_at_start_in_bf16": ["--first-last-layers-bf16"],
+    "num_layers_at_end_in_bf16": ["--first-last-layers-bf16"],
     "bind": ["--sif-path", "image.sif"],
     **{key: ["--wandb"] for key in ("wandb_mode", "wandb_project", "wandb_entity", "wandb_name")},
 }
@@ -166,7 +170,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ({"optimizer": 3}, ["optimizer is a section"]),
         ({"help": True}, ["help"]),
         ({"config": "other.json"}, ["config"]),
-        ({"fp8": True}, ["--fp8 is not available yet"]),
+        ({"tp_comm_overlap": True}, ["--tp-comm-overlap is not available yet"]),
         ({"bf16": True, "fp32": True}, ["--fp32: not allowed with argument --bf16"]),
         ([1], ["expected a JSON object"]),
     ],
@@ -235,7 +239,6 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         (["--gpu-ids", "0,1", "-g", "1"], ["--gpu-ids", "--gpus 2"]),
         (["--gpu-ids", "0,0"], ["--gpu-ids", "twice"]),
         (["--master-port", "70000"], ["--master-port 70000", "65535"]),
-        (["--fp8"], ["--fp8", "not available yet", "--bf16"]),
         (["--skip-train-iteration-range", "110-100"], ["110-100", "such as 100-110"]),
         (["--skip-train-iteration-range", "1-2", "0-5"], ["0-5", "from 1 on"]),
         (["--skip-train-iteration-range", "100"], ["100", "such as 100-110"]),
@@ -266,7 +269,7 @@ def test_skipped_ranges_are_merged() -> None:
 
 
 def test_an_unavailable_switch_may_be_off() -> None:
-    assert RunConfig.from_flags(["--no-fp8"]) == RunConfig.from_flags([])
+    assert RunConfig.from_flags(["--no-tp-comm-overlap"]) == RunConfig.from_flags([])
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,12 @@ def test_what_deterministic_needs_on_gpus_is_in_the_command() -> None:
         assert "CUBLAS_WORKSPACE_CONFIG" not in environment(without.command)
 
 
+def test_fp8_needs_gpus() -> None:
+    assert "--fp8" in plan("--fp8", CUDA_VISIBLE_DEVICES="0").command
+    with pytest.raises(ValueError, match="--fp8 needs GPUs, and this machine has none; use --bf16"):
+        plan("--fp8")
+
+
 def test_transformer_engine_needs_gpus() -> None:
     engine = ["--transformer-impl", "transformer_engine"]
     assert after(plan(*engine, CUDA_VISIBLE_DEVICES="0").command, engine[0]) == engine[1]

@@ -59,8 +59,8 @@ def test_a_sound_run(workplace) -> None:
     found = inspect()
     assert found.say()[:-1] == []
     assert found.say()[-1] == (
-        "ok: interpreter, image, dataset, checkpoint, flags and layout, tokenizer, image processor, image "
-        "tokens, memory, save folder, disk, container paths, nodes, shared memory"
+        "ok: interpreter, GPUs, image, dataset, checkpoint, flags and layout, tokenizer, image processor, "
+        "image tokens, memory, save folder, disk, container paths, nodes, shared memory"
     )
     assert found.train_samples == 9 and found.facts.start == "from the weights of ckpt"
     assert not (workplace / "runs").exists()
@@ -410,6 +410,40 @@ def test_transformer_engine_has_to_fit(monkeypatch) -> None:
     found = look("--setup", "module load pytorch")
     assert found.problems == [] and "or let --setup bring it" in found.warnings[0]
     assert inspect().problems == []  # on CPUs it isn't used
+
+
+def test_fp8_asks_for_transformer_engine(monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "_installed", lambda package: package != "transformer_engine")
+    with pytest.raises(ValueError, match=r"^--fp8: .* has no Transformer Engine; use --bf16, or give --sif"):
+        preflight.check_interpreter(fp8=True)
+    preflight.check_interpreter("image.sif", fp8=True)
+
+
+def test_fp8_asks_for_a_gpu_that_has_it(tmp_path, monkeypatch) -> None:
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] && echo 9.0 && echo 8.0\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    assert machine.compute_capability() == (8, 0)
+    monkeypatch.setattr(preflight, "_installed", lambda package: True)
+    words = "a GPU here has compute capability 8.0; use --bf16"
+    gpu = {"CUDA_VISIBLE_DEVICES": "0"}
+
+    def told(*argv: str) -> list[list[str]]:
+        plan = make_plan(RunConfig.from_flags([*BASE, "-g", "1", *argv]), gpu, [])
+        found = preflight.inspect(plan)
+        return [
+            [line for line in lines if "capability" in line] for lines in (found.problems, found.warnings)
+        ]
+
+    errors, warnings = told("--fp8")
+    assert warnings == [] and len(errors) == 1 and words in errors[0]
+    errors, warnings = told("--fp8", "--dry-run")  # may be for another machine
+    assert errors == [] and words in warnings[0]
+    assert told() == [[], []]
+    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert machine.compute_capability() is None and told("--fp8") == [[], []]
 
 
 def test_torch_has_to_be_installed(monkeypatch) -> None:

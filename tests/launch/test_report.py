@@ -43,6 +43,10 @@ def shown(*argv: str, model: ModelConfig | None = MODEL, samples: int | None = N
     return screen(make_plan(config, {"CUDA_VISIBLE_DEVICES": ""}, []), Facts("somewhere", model, samples))
 
 
+def test_fp8_is_named() -> None:
+    assert "; bf16 with FP8 tensorwise\n" in shown("--fp8", "--device", "cuda", "-g", "1")
+
+
 def test_four_ranks() -> None:
     argv = ["-g", "4", "--tp", "2", "--pp", "2", "--global-batch-size", "6"]
     assert shown(*argv, "--seq-length", "640", samples=15).splitlines()[:9] == [

@@ -92,7 +92,7 @@ def test_help(python, tmp_path) -> None:
     [
         ["--tpp", "2"],
         ["--backend", "mpi"],
-        ["--fp8"],
+        ["--tp-comm-overlap"],
         [*BASE],
         [*BASE, "--tp", "2", "-g", "3", "--dry-run"],
         [*BASE, "--global-batch-size", "3", "-g", "2", "--dry-run"],

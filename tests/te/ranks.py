@@ -69,6 +69,10 @@ def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
         linear.start_scaling(fake.DelayedScaling(history))
         for name, tensor in scaling._kept(linear).items():
             tensor.copy_(number(base, name, tensor.shape))
+    with scaling.unmoved(chunks):  # as an evaluation is
+        for _, linear in scaling._linears(chunks):
+            for tensor in scaling._kept(linear).values():
+                tensor.zero_()
     if layout.rank == 0:
         Path(target).mkdir()
         shutil.copy(Path(source) / "manifest.json", target)
