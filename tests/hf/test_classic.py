@@ -27,6 +27,7 @@ from tests.hf.upstream import load_classic_and_save, save_as_megatron_lm
 from tests.tiny import build, save_tiny_llava, tiny_config
 
 FILE = "mp_rank_00/model_optim_rng.pt"
+RECORDED = Path(__file__).parents[1] / "te/keys.json"  # by tests/te/record.py
 
 
 def even(tp: int = 1, pp: int = 1, vpp: int = 1, spec: str = TE, num_layers: int = 4) -> ClassicLayout:
@@ -299,6 +300,24 @@ def test_training_says_how_to_reshard(llava: Path, tmp_path: Path) -> None:
         open_weights(folder)
     (problem,) = shard_problems(folder)
     assert f"scripts/convert/reshard.py --megatron-dir {folder} writes it" in problem
+
+
+@pytest.mark.parametrize("family", ["clip-llama", "siglip-qwen2", "clip-mixtral"])
+def test_the_engines_names(tmp_path: Path, family: str) -> None:
+    """The stages' files together hold what upstream's model of two layers with Transformer Engine takes."""
+    save_tiny_llava(tmp_path / "hf", family)
+    classic = to_classic(tmp_path / "hf", tmp_path / "classic", even(2, 2))
+    recorded = json.loads(RECORDED.read_text())["families"][family]["upstream"]["tensors"]
+    for tp_rank in range(2):
+        files = [classic / f"mp_rank_{tp_rank:02d}_{stage:03d}/model_optim_rng.pt" for stage in range(2)]
+        first, last = (torch.load(file, weights_only=False)["model"] for file in files)
+        layers = {name for name in recorded if ".decoder.layers." in name and name.startswith("language")}
+        assert layers == {name for name in first if name in last}
+        held = {**first, **last}
+        assert held.keys() == recorded.keys()
+        for name, (_, shape) in recorded.items():
+            if "embedding" not in name and "output_layer" not in name:  # the vocabulary's padding
+                assert list(held[name].shape) == shape
 
 
 def test_both_specs_names(llava: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_across_formats(tmp_path: Path, family: str) -> None:
     two = import_hf(source, tmp_path / "two", 2, 2)  # another padding and other cuts
     for a, b in ((source, one), (two, source), (one, two), (two.parent, source)):
         assert verify(a, b) == count
-        assert check_manifest(one) == len(NativeReader(one).names)
+    assert check_manifest(one) == len(NativeReader(one).names)
 
 
 def test_names_of_both_generations(llava: Path, other: Path) -> None:
