@@ -31,6 +31,7 @@ from megatron_vlm.config.dataset import (
     prepared_sizes,
 )
 from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
+from megatron_vlm.data.shards import ShardReader
 from megatron_vlm.data.templates import SampleError, Turn
 
 
@@ -175,7 +176,23 @@ class PreparedDataset:
 
 
 class _Crude(CrudeWebdataset):
-    """energon's, with the length of its subset: what a blend takes for the dataset's share."""
+    """energon's, with a quicker reader, and the length of its subset: what a blend takes for the dataset's
+    share."""
+
+    def build(self, worker_rotation_offset: int = 0) -> Any:
+        built: Any = super().build(worker_rotation_offset)
+        samples = built.dataset
+        (reader,) = samples.join_readers
+        samples.join_readers = [
+            ShardReader(
+                self.path,
+                self.shards,
+                part_filter=self.part_filter,
+                sample_filter=self.sample_filter,
+                itar_cache_size=reader.itar_cache_size,
+            )
+        ]
+        return built
 
     def __len__(self) -> int:
         total = super().__len__()
