@@ -16,13 +16,67 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.config.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
+from megatron_vlm.data.resize import resized
 from megatron_vlm.data.templates import SampleError
 
+_PLAIN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "LlavaImageProcessorPil")
 # What a processor does to an image before it is cut into tiles, or that isn't.
 _TILE_SETTINGS = (
     *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the processors of CLIP and SigLIP do to an image: resize it and, maybe, cut the middle out. LLaVA's
+    does the same where it doesn't pad.
+
+    Attributes:
+        shortest_edge: that images are resized to, or
+        size: height and width.
+        resample: one of PIL's filters.
+        crop: height and width of the middle; None: nothing is cut.
+    """
+
+    shortest_edge: Optional[int]
+    size: Optional[Size]
+    resample: int
+    crop: Optional[Size]
+
+    @classmethod
+    def of(cls, processor: Any) -> Optional[Steps]:
+        """The steps of a processor; None where they are others."""
+        given = {name for name, value in dict(processor.size).items() if value}
+        known = type(processor).__name__ in _PLAIN and processor.do_resize and not processor.do_pad
+        if not known or given not in ({"shortest_edge"}, {"height", "width"}):
+            return None
+        size, crop = processor.size, processor.crop_size
+        return cls(
+            size.shortest_edge,
+            (size.height, size.width) if size.height else None,
+            int(processor.resample),
+            (crop.height, crop.width) if processor.do_center_crop else None,
+        )
+
+    def apply(self, image: Image.Image) -> Optional[Tensor]:
+        """uint8 ``[3, H, W]``; None of an image that takes other steps."""
+        if image.mode != "RGB" or image.info.get("transparency") is not None:
+            return None
+        if self.shortest_edge is not None:
+            short, long = sorted((image.height, image.width))
+            longer = int(self.shortest_edge * long / short)
+            upright = image.height > image.width
+            size = (longer, self.shortest_edge) if upright else (self.shortest_edge, longer)
+        else:
+            assert self.size is not None
+            size = self.size
+        if self.crop is None:
+            return resized(image, size, self.resample)
+        top, left = ((whole - part) // 2 for whole, part in zip(size, self.crop, strict=True))
+        if top < 0 or left < 0:  # then there is something to fill up
+            return None
+        return resized(image, size, self.resample, (top, left, top + self.crop[0], left + self.crop[1]))
 
 
 @dataclass(frozen=True)
@@ -37,6 +91,7 @@ class ImageTransform:
         rescale: factor from uint8 to the processor's range, usually 1/255.
         mean, std: one per channel, after rescaling.
         anyres: how images are cut into tiles; None: each is one tile.
+        steps: what the processor does, where that is known; the same pixels in less time.
     """
 
     processor: Any
@@ -45,6 +100,7 @@ class ImageTransform:
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
     anyres: Optional[AnyRes] = None
+    steps: Optional[Steps] = None
 
     @classmethod
     def from_dir(
@@ -77,6 +133,7 @@ class ImageTransform:
             mean=_per_channel(processor.image_mean if processor.do_normalize else 0.0, num_channels),
             std=_per_channel(processor.image_std if processor.do_normalize else 1.0, num_channels),
             anyres=anyres,
+            steps=Steps.of(processor) if anyres is None else None,
         )
         transform._check(directory)
         return transform
@@ -99,7 +156,7 @@ class ImageTransform:
 
         settings = {setting: getattr(self.processor, setting) for setting in _TILE_SETTINGS}
         processor = LlavaImageProcessorPil(**settings, do_pad=name == "pad")
-        transform = replace(self, processor=processor, anyres=None)
+        transform = replace(self, processor=processor, anyres=None, steps=Steps.of(processor))
         transform._check(f"image_aspect_ratio {name}")
         return transform
 
@@ -132,12 +189,17 @@ class ImageTransform:
         """
         with _decoding():
             if self.anyres is None:
-                tiles = [self._pixels(image) for image in images]
-            elif self.anyres.several_uncut and len(images) > 1:
+                return [self._tile(image) for image in images]
+            if self.anyres.several_uncut and len(images) > 1:
                 tiles = [pixels[0] for pixels in self._several(images)]
             else:
                 tiles = [tile for image in images for tile in self._pixels(image)]
-        return [torch.from_numpy(np.ascontiguousarray(tile)) for tile in tiles]
+        return [_tensor(tile) for tile in tiles]
+
+    def _tile(self, image: Image.Image) -> Tensor:
+        """uint8 ``[c, H, W]``, of an image that isn't cut."""
+        tile = self.steps.apply(image) if self.steps is not None else None
+        return tile if tile is not None else _tensor(self._pixels(image))
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 ``[c, H, W]``, or ``[tiles, c, H, W]`` of an image that is cut."""
@@ -166,6 +228,11 @@ class ImageTransform:
             made = [(pixels, (1 + area[0] * area[1] // (height * width), *self.shape))]
             if self.anyres.several_uncut:
                 made.append((self._several([image, image]), (2, 1, *self.shape)))
+        if self.steps is not None and not torch.equal(self._tile(image), _tensor(pixels)):
+            raise ValueError(
+                f"{directory}: images are resized in another way than by this Pillow; "
+                "install the version of environments/constraints-cpu.txt"
+            )
         for array, shape in made:
             if array.shape != shape or array.dtype != np.uint8:
                 raise ValueError(
@@ -205,6 +272,10 @@ def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Ten
 def _by_channel(values: Tuple[float, ...], device: torch.device) -> Tensor:
     """``[1, c, 1, 1]``, kept: each copy to a GPU from memory that isn't page-locked is waited for."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _per_channel(value: Any, num_channels: int) -> Tuple[float, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.images import ImageTransform, Steps
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import jpeg
 
@@ -61,6 +64,62 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
         finished = (pixels * transform.rescale - mean) / std
         # One uint8 level is at least 1e-2 where there is normalisation; what is left is rounding.
         torch.testing.assert_close(finished, expected.float(), rtol=0, atol=2e-6)
+
+
+def pictures_at_random(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Noise and smooth ones of all sizes, in all the modes and kinds of JPEG that PIL writes."""
+    for mode, format, options in [
+        *(("RGB", "JPEG", {"subsampling": subsampling, "quality": 90}) for subsampling in (0, 1, 2)),
+        *((mode, "JPEG", {"progressive": True}) for mode in ("L", "CMYK")),
+        *((mode, "PNG", {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        ("RGB", "PNG", {"transparency": (7, 7, 7)}),
+    ]:
+        for grain in (1, 7, 60):
+            height, width = (int(side) for side in np.exp(rng.uniform(0, np.log(400), 2)))
+            noise = rng.integers(0, 256, (max(1, height // grain), max(1, width // grain), 4), dtype=np.uint8)
+            noise[:1, :1, :3] = 7
+            buffer = io.BytesIO()
+            Image.fromarray(noise).resize((width, height)).convert(mode).save(buffer, format, **options)
+            yield f"{mode} {format} {options} {height}x{width}, grain {grain}", buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 21, "width": 20}),
+        CLIPImageProcessorPil(**_CROPPED, do_convert_rgb=False),
+        SiglipImageProcessorPil(size={"height": 28, "width": 33}, resample=Image.Resampling.BILINEAR),
+        SiglipImageProcessorPil(size={"height": 20, "width": 33}, resample=Image.Resampling.LANCZOS),
+    ],
+    ids=range(4),
+)
+def test_quick_steps_make_the_same_pixels(processor: Any) -> None:
+    """Value by value, and where the processor takes no such picture neither is taken here."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    slow = ImageTransform(processor, (3, size.height, size.width), 1.0, (0.0,) * 3, (1.0,) * 3)
+    quick = replace(slow, steps=Steps.of(processor))
+    assert quick.steps is not None
+    for name, data in pictures_at_random(np.random.default_rng(0)):
+        try:
+            (expected,) = slow.tiles(slow.open([data]))
+        except SampleError as error:
+            with pytest.raises(SampleError, match=re.escape(str(error))):
+                quick.tiles(quick.open([data]))
+        else:
+            assert torch.equal(quick.tiles(quick.open([data]))[0], expected), name
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        LlavaImageProcessorPil(**_CROPPED, do_pad=True),
+        CLIPImageProcessorPil(do_resize=False, crop_size=_CROPPED["crop_size"]),
+        SiglipImageProcessorPil(size={"longest_edge": 28, "shortest_edge": 20}),
+    ],
+    ids=range(3),
+)
+def test_other_steps_are_the_processors(processor: Any) -> None:
+    assert Steps.of(processor) is None
 
 
 def test_a_processor_that_does_something_else_is_refused(
