@@ -4,13 +4,16 @@ prepare/           files of many formats to shards, and a look through them
 conversations.py   turns from JSON, and what is made of unusual ones
 templates.py       conversations to token ids, trained tokens known by construction
 chat_templates.py  the built-in templates, system prompts and questions for captions
+resize.py          PIL's resize in less time
 images.py          image bytes to uint8 pixels, as the folder's own image processor makes them
 processing.py      both together: one raw sample to ids, labels and pixels
 dataset.py         folders that `energon prepare` has prepared, checked when opened
+shards.py          samples of their shards, each in one read
 mixture.py         one such folder, or several by weights or epochs
 encoder.py         energon's task encoder: what happens to samples that can't be used, counts
 batch.py           the microbatch, padding, a look at what the model sees
-loader.py          worker processes, data order over data-parallel ranks, exact resume
+loader.py          data order over data-parallel ranks, exact resume
+workers.py         loader workers: processes that are forked, and say where they are
 state.py           energon's state as JSON
 preview.py         what the model will see of samples; preview_page.py as a page of HTML
 """

@@ -29,8 +29,8 @@ _TILE_SETTINGS = (
 
 @dataclass(frozen=True)
 class Steps:
-    """What the processors of CLIP and SigLIP do to an image: resize it and, maybe, cut the middle out. LLaVA's
-    does the same where it doesn't pad.
+    """What the processors of CLIP and SigLIP do to an image, and LLaVA's where it doesn't pad: resize it and,
+    maybe, cut the middle out.
 
     Attributes:
         shortest_edge: that images are resized to, or

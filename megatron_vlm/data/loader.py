@@ -11,38 +11,26 @@ process can use neither.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
-import functools
-import gc
-import os
-import queue
-import signal
-import sys
-import time
-import warnings
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping
 
-import torch
-from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig
-from megatron.energon.errors import FatalSampleError, reraise_exception
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
+from megatron.energon import WorkerConfig
+from megatron.energon.errors import reraise_exception
 
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.encoder import STOPPED, VisionLanguageEncoder
+from megatron_vlm.data.encoder import VisionLanguageEncoder
 from megatron_vlm.data.mixture import Mixture, mixture_change
 from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
-from megatron_vlm.data.state import from_json, to_json
+from megatron_vlm.data.workers import Taken, Workers
 
 if TYPE_CHECKING:
     from megatron_vlm.config.run import RunConfig
 
 SAMPLES_PER_SLICE = 100  # consecutive samples that are read in one go, before the shuffle buffer
-CHECKPOINT_SECONDS = 1.0  # a worker notes its state this often: the most that a restore has to repeat
+STATE_SECONDS = 1.0  # a worker tells its state this often: the most that a restore has to repeat
 TIMEOUT_SECONDS = 600.0
 _NO_GROUPING = "neither --packing nor --group-by-length"
 
@@ -61,7 +49,7 @@ class TrainLoader(Iterator[Microbatch]):
             other.
         seed: of the order of samples.
         max_corrupt_rate: share of corrupt samples above which the run stops.
-        timeout: seconds to wait for a microbatch or a worker's state.
+        timeout: seconds to wait for a microbatch.
 
     Raises:
         ValueError: the split is too small, or ``dp_size`` does not divide ``data_workers``.
@@ -109,7 +97,7 @@ class TrainLoader(Iterator[Microbatch]):
         )
         encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate, grouping, shuffle_buffer_size)
         share = mixture.num_samples // data_workers
-        self._loader = _Loader(
+        self._workers = Workers(
             encoder.build_train_datasets(
                 datasets=mixture.load(worker_config, max_samples_per_sequence=SAMPLES_PER_SLICE),
                 blend_mode=mixture.blend_mode,
@@ -119,10 +107,10 @@ class TrainLoader(Iterator[Microbatch]):
             ),
             dataset.path,
             timeout,
+            STATE_SECONDS,
         )
-        self._peeked: Microbatch | None = None
+        self._peeked: Taken | None = None
         self._states: Dict[int, Any] = {worker: self._fresh_state() for worker in self._worker_ids}
-        self._taken: Counter[int] = Counter()  # microbatches per worker since the start or the restore
 
     @property
     def counts(self) -> Dict[str, int]:
@@ -139,8 +127,8 @@ class TrainLoader(Iterator[Microbatch]):
             as ``next()``.
         """
         if self._peeked is None:
-            self._peeked = self._loader.take()
-        return self._peeked
+            self._peeked = self._workers.take()
+        return self._peeked[0]
 
     def __next__(self) -> Microbatch:
         """The next microbatch.
@@ -149,25 +137,23 @@ class TrainLoader(Iterator[Microbatch]):
             ValueError: the data can't be read further; one line that says why.
             RuntimeError: a worker died, or gave nothing for ``timeout`` seconds.
         """
-        microbatch, self._peeked = self.peek(), None
+        (microbatch, position), self._peeked = self._peeked or self._workers.take(), None
         state = self._states[microbatch.worker]
         state["microbatches"] += 1
         state["counts"] = dict(Counter(state["counts"]) + Counter(microbatch.counts))
-        self._taken[microbatch.worker] += 1
+        state["since"] += 1
+        if position is not None:
+            state["position"], state["since"] = position, 0
         return microbatch
 
     def state_dict(self) -> Dict[int, Any]:
         """Where the consumer of this loader is, not how far its workers have read ahead.
 
+        Asks no worker: their positions have come with the microbatches.
+
         Returns:
             one JSON value per global worker id of this rank.
         """
-        if self._taken:
-            if self._peeked is not None:
-                raise RuntimeError("state_dict: take the microbatch that was peeked at first")
-            for worker, checkpoint in zip(self._worker_ids, self._loader.checkpoints(), strict=True):
-                if self._taken[worker]:  # else what was restored still holds
-                    self._states[worker]["checkpoint"] = to_json(checkpoint)
         return {worker: dict(state) for worker, state in self._states.items()}
 
     def load_state_dict(self, states: Mapping[Any, Any]) -> None:
@@ -180,7 +166,7 @@ class TrainLoader(Iterator[Microbatch]):
             ValueError: they are of other data, another number of workers, or can't be shared out over
                 this many ranks.
         """
-        if self._loader.started:
+        if self._workers.started:
             raise RuntimeError("load_state_dict comes before the first next()")
         by_worker = {int(worker): state for worker, state in states.items()}
         for state in by_worker.values():
@@ -198,20 +184,23 @@ class TrainLoader(Iterator[Microbatch]):
                 "the data loader state was saved within a global batch, at another data-parallel size; "
                 "go on at that size, or from another checkpoint"
             )
-        checkpoints = [
-            from_json(state["checkpoint"]) or SavableDatasetCheckpoint(state=None, offset=0)
-            for state in own.values()
-        ]
         if any(taken):
-            self._loader.restore(checkpoints, next_worker)
+            self._workers.start_at([(s["position"], s["since"]) for s in own.values()], next_worker)
         self._states = own
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
-        self._loader.close()
+        self._workers.close()
 
     def _fresh_state(self) -> Dict[str, Any]:
-        return {"identity": self._identity, "microbatches": 0, "counts": {}, "checkpoint": None}
+        # A position is what Workers.take() gives along with a microbatch; `since` counts those after it.
+        return {
+            "identity": self._identity,
+            "microbatches": 0,
+            "counts": {},
+            "position": None,
+            "since": 0,
+        }
 
     def _check_identity(self, saved: Mapping[str, Any]) -> None:
         for name in ("data_workers", "micro_batch_size", "shuffle_buffer_size"):
@@ -309,7 +298,7 @@ class ValidationLoader:
         )
         mixture = dataset if isinstance(dataset, Mixture) else Mixture.of(dataset)
         encoder = VisionLanguageEncoder(mixture, processing, max_corrupt_rate=1.0)
-        self._loader = _Loader(
+        self._workers = Workers(
             encoder.build_val_datasets(
                 datasets=mixture.load(worker_config, mixture.first_samples(self.num_samples)),
                 worker_config=worker_config,
@@ -327,7 +316,7 @@ class ValidationLoader:
             as :meth:`__iter__`.
         """
         with contextlib.suppress(StopIteration):
-            self._peeked = self._loader.take()
+            self._peeked = self._workers.take()[0]
 
     def __iter__(self) -> Iterator[Microbatch]:
         """One pass, in the split's order. The one before must have been read to its end.
@@ -341,146 +330,11 @@ class ValidationLoader:
             yield peeked
         while True:
             try:
-                microbatch = self._loader.take()
+                microbatch, _ = self._workers.take()
             except StopIteration:
                 return
             yield microbatch
 
     def close(self) -> None:
         """End the worker. Safe to call twice."""
-        self._loader.close()
-
-
-class _Loader(SavableDataLoader):
-    """energon's loader with an end: to waiting, to its workers' lives, and to its own."""
-
-    worker_init_fn: Any
-    _iterator: Any
-
-    def __init__(self, dataset: SavableDataset[Microbatch], path: str, timeout: float) -> None:
-        with _no_worker_number_warning():
-            super().__init__(
-                dataset,
-                checkpoint_every_sec=CHECKPOINT_SECONDS,
-                checkpoint_every_min_n_samples=1,
-                # energon's watchdog is a thread in the worker, which a hung C call stops as well; torch's
-                # own timeout below is in this process.
-                watchdog_timeout_seconds=None,
-            )
-        self.timeout = timeout
-        self.started = False
-        self._path = path
-        self.pin_memory = torch.cuda.is_available()
-        self.generator = torch.Generator()  # else torch draws a seed from the global one
-        self.worker_init_fn = functools.partial(_init_worker, os.getpid(), self.worker_init_fn)
-
-    def take(self) -> Microbatch:
-        """The next microbatch; the first call forks the workers.
-
-        Raises:
-            ValueError: the data can't be read further; one line that says why.
-            RuntimeError: a worker died, or gave nothing for ``timeout`` seconds.
-        """
-        if self.started:
-            return self._next()
-        self.started = True
-        atexit.register(self.close)
-        # What exists now is no concern of the workers' garbage collectors, which would look at all of it,
-        # and so copy it, time and again: a start takes a tenth of the time.
-        already_frozen = gc.get_freeze_count()
-        gc.freeze()
-        try:
-            with _no_worker_number_warning():
-                return self._next()
-        finally:
-            if not already_frozen:
-                gc.unfreeze()
-
-    def _next(self) -> Microbatch:
-        """``next`` with an error of a worker process as one line."""
-        try:
-            microbatch: Microbatch = next(iter(self))
-            return microbatch
-        except (FatalSampleError, ValueError, OSError) as error:
-            # torch raises a worker's error again; its message is the worker's whole traceback.
-            lines = str(error).strip().splitlines()
-            if not lines or "DataLoader worker process" not in lines[0]:
-                raise RuntimeError(f"a data loader worker died ({type(error).__name__})") from None
-            stopped = [line.partition(STOPPED)[2] for line in lines if STOPPED in line]
-            message = stopped[-1] if stopped else lines[-1].partition(": ")[2]
-            raise ValueError(f"--data-path {self._path}: {message}") from None
-        except (EOFError, RuntimeError) as error:
-            raise RuntimeError(f"a data loader worker died or hangs ({error})") from None
-
-    def checkpoints(self) -> List[Any]:
-        """Each worker's state right after the last microbatch that was taken from it."""
-        state = self.save_state_rank()
-        assert state is not None, "asked for before the first microbatch"
-        return list(state.worker_states)
-
-    def restore(self, checkpoints: List[Any], next_worker: int) -> None:
-        """Set what the workers start from."""
-        self.restore_state_rank(
-            SavableDataLoaderState(
-                worker_states=checkpoints,
-                next_worker_id=next_worker,
-                # energon's own, or it would stretch what is to be repeated: a group of samples counts as one.
-                micro_batch_size=self._get_batch_size(),
-            )
-        )
-
-    def _worker_command(self, *command: Any) -> List[Any]:
-        """As energon's, but a dead or hung worker ends the wait instead of blocking it for ever."""
-        for commands in self.cmd_queues:
-            commands.put(command)
-        results: Dict[int, Any] = {}
-        deadline = time.monotonic() + self.timeout
-        for answers in self.result_queues:
-            answer = None
-            while answer is None:
-                try:
-                    answer = answers.get(timeout=1.0)
-                except queue.Empty:
-                    if not all(worker.is_alive() for worker in self._iterator._workers):
-                        raise RuntimeError("a data loader worker died; is there memory enough?") from None
-                    if time.monotonic() > deadline:
-                        raise RuntimeError(f"a data loader worker hangs for {self.timeout:g} s") from None
-            results.update(answer)
-        for result in results.values():
-            if isinstance(result, Exception):
-                raise result
-        return [results[worker] for worker in sorted(results)]
-
-    def close(self) -> None:
-        """End the workers, in good order if they answer, by force if not."""
-        atexit.unregister(self.close)
-        iterator, self._iterator = self._iterator, None
-        self._epoch_iterator = None
-        if iterator is not None:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                if worker.is_alive():  # they ignore the SIGTERM that torch tried
-                    worker.kill()
-                    worker.join()
-
-
-def _init_worker(parent: int, init: Callable[[int], None], worker_id: int) -> None:
-    """Runs first in each forked worker."""
-    # A rank that is killed takes its workers with it (prctl(2): PR_SET_PDEATHSIG = 1).
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    # Signals to the process group are for the trainer: it may still save, and needs its workers for that.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns about the fork
-    init(worker_id)
-
-
-@contextlib.contextmanager
-def _no_worker_number_warning() -> Iterator[None]:
-    """torch warns of more workers than cores; their number is part of the data order here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
+        self._workers.close()

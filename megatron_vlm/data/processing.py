@@ -145,17 +145,16 @@ class Processing:
     def _expand_images(
         self, ids: List[int], trained: List[bool], sizes: Sequence[Size]
     ) -> tuple[List[int], List[bool]]:
-        counts = [self.model.count_tokens(size) for size in sizes]
         expanded: List[int] = []
         expanded_trained: List[bool] = []
-        images = 0
-        for token, is_trained in zip(ids, trained, strict=True):
-            is_image = token == self.image_token_id
-            count = counts[images] if is_image else 1
-            images += is_image
-            expanded += [token] * count
-            expanded_trained += [is_trained and not is_image] * count
-        return expanded, expanded_trained
+        start = 0
+        for size in sizes:
+            count = self.model.count_tokens(size)
+            place = ids.index(self.image_token_id, start)
+            expanded += ids[start:place] + [self.image_token_id] * count
+            expanded_trained += trained[start:place] + [False] * count
+            start = place + 1
+        return expanded + ids[start:], expanded_trained + trained[start:]
 
     def _truncate(self, ids: List[int], labels: List[int]) -> tuple[List[int], List[int]]:
         limit = f"{len(ids)} tokens are more than --seq-length {self.seq_length}"

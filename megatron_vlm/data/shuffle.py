@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Iterator
 
+from megatron.energon.state import FlexState
 from megatron.energon.wrappers import ShuffleBufferDataset
+from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 
 class EpochShuffle(ShuffleBufferDataset[Any]):
@@ -22,6 +24,7 @@ class EpochShuffle(ShuffleBufferDataset[Any]):
 
     def reset_state_own(self) -> None:
         super().reset_state_own()
+        self._active_buffer = _Buffer(self.dataset, worker_config=self.worker_config)
         self._draining = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,3 +42,9 @@ class EpochShuffle(ShuffleBufferDataset[Any]):
 
     def _pop(self) -> Any:
         return self._active_buffer.pop(self._worker_rng.randbelow(self._active_buffer.len_worker()))
+
+
+class _Buffer(SavableSampleBuffer[Any]):
+    def save_state(self) -> FlexState:
+        # energon copies each key and the tuples in it, which takes most of the time of a save.
+        return FlexState(__class__=type(self).__name__, _restore_keys=list(self._restore_keys))

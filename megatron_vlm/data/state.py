@@ -11,19 +11,13 @@ import dataclasses
 from typing import Any, Dict
 
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.savable_loader import SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
 
-_CLASSES: Dict[str, Any] = {
-    cls.__name__: cls for cls in (SavableDatasetCheckpoint, SavableDatasetState, SliceState)
-}
+_CLASSES: Dict[str, Any] = {SliceState.__name__: SliceState}
 
 
 def to_json(value: Any) -> Any:
     """energon's state as JSON values; :func:`from_json` is its inverse.
-
-    The states of the global random generators are left out: nothing in the pipeline draws from them, and
-    energon seeds them anew where there is none.
 
     Raises:
         TypeError: the state holds a class that is not known here.
@@ -41,8 +35,6 @@ def to_json(value: Any) -> Any:
     name = type(value).__name__
     if _CLASSES.get(name) is type(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(_CLASSES[name])}
-        if name == "SavableDatasetState":
-            fields["rng"] = None
         return {name: {key: to_json(item) for key, item in fields.items()}}
     raise TypeError(f"energon's state holds a {type(value)}, which has no JSON form here")
 

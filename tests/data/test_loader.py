@@ -137,7 +137,7 @@ def test_resume_is_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also in the second epoch, with damaged pictures, counts, and at another data-parallel size."""
-    monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(loader_module, "STATE_SECONDS", seconds)
     workers, after = 2, 12
     states: dict[str, Any] = {}
     expected: dict[int, list[Any]] = {}
@@ -163,7 +163,7 @@ def test_resume_is_exact(
 def test_resume_at_any_microbatch_again_and_again(
     workers: int, grouping: Any, make_loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "CHECKPOINT_SECONDS", 1000.0)  # a restore has something to repeat
+    monkeypatch.setattr(loader_module, "STATE_SECONDS", 1000.0)  # a restore has something to repeat
     reference = make_loader(workers, grouping=grouping)
     expected = take(reference, 16)
     states: dict[int, Any] | None = None
@@ -404,26 +404,30 @@ def test_a_shard_that_goes_bad_while_training_is_one_line(
 
 def shorten_timeout(loader: TrainLoader, seconds: float) -> Any:
     """Once it runs, for a start may take long on a busy machine. Returns the only worker's process."""
-    loader._loader.timeout = loader._loader._iterator._timeout = seconds
-    (worker,) = loader._loader._iterator._workers
+    loader._workers._iterator._timeout = seconds
+    (worker,) = loader._workers._iterator._workers
     return worker
 
 
-def test_a_dead_worker_ends_the_wait(make_loader: Any) -> None:
-    loader = make_loader(1)
-    take(loader, 2)
+def test_a_dead_worker_ends_the_wait_and_hinders_no_save(make_loader: Any) -> None:
+    reference, loader = make_loader(1), make_loader(1)
+    expected = take(reference, 5)
+    assert take(loader, 2) == expected[:2]
     worker = shorten_timeout(loader, 2.0)
-    # torch also tells by a signal handler, at any point of this process; the save must not need it.
+    # torch also tells by a signal handler, at any point of this process; the wait must not need it.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="a data loader worker died"):
-            loader.state_dict()
-        with pytest.raises(RuntimeError, match="a data loader worker died"):
             take(loader, 10)
+        states = loader.state_dict()
         loader.close()
     finally:
         signal.signal(signal.SIGCHLD, handler)
+    resumed = make_loader(1)
+    resumed.load_state_dict(states)
+    taken = states[0]["microbatches"]  # some were on their way when the worker died
+    assert take(resumed, 5 - taken) == expected[taken:]
 
 
 def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +474,7 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
         options = dict(dp_rank=0, dp_size=1, data_workers=4, micro_batch_size=1, shuffle_buffer_size=4)
         loader = TrainLoader(dataset, processing, **options)
         next(loader)
-        print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
+        print(*[worker.pid for worker in loader._workers._iterator._workers], flush=True)
         if not killed:
             time.sleep(0.5)
             os.kill(os.getpid(), 9)

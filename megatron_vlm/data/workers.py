@@ -1,0 +1,206 @@
+"""An energon dataset in loader workers: processes that are forked, and say where they are.
+
+energon's own loader asks a worker for its state when it is wanted. The worker answers between two
+microbatches, or later where it has much to do. Here the state comes along with a microbatch every now and
+then, so that nobody has to wait for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from typing import Any, Dict, Iterator, Sequence, Tuple
+
+import torch
+from megatron.energon import SavableDataset, WorkerConfig
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.state import FlexState
+from megatron.energon.wrappers.gc_dataset import gc_init_worker
+from torch.utils.data import DataLoader, IterableDataset
+
+from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.encoder import STOPPED
+from megatron_vlm.data.state import from_json, to_json
+
+# What next() gives: a microbatch and, every now and then, the worker's state right after it, as JSON.
+Taken = Tuple[Microbatch, "str | None"]
+# Where a worker starts: at a state (None: the very beginning) less some microbatches that come after it.
+Start = Tuple["str | None", int]
+
+
+class Workers(DataLoader[Any]):
+    """Takes microbatches from the loader workers of one rank, in turn.
+
+    Workers are forked at the first :meth:`take`, and die with the process that forked them.
+
+    Args:
+        dataset: what each worker has a copy of; its ``worker_config`` says how many there are.
+        path: what ``--data-path`` names, for messages.
+        timeout: seconds to wait for a microbatch.
+        state_seconds: a worker's state comes with its first microbatch, and then this often; None for never.
+    """
+
+    _iterator: Any
+
+    def __init__(
+        self,
+        dataset: SavableDataset[Microbatch],
+        path: str,
+        timeout: float,
+        state_seconds: float | None = None,
+    ) -> None:
+        self._share = _Share(dataset, state_seconds)
+        with _no_worker_number_warning():
+            super().__init__(
+                self._share,
+                batch_size=None,
+                num_workers=dataset.worker_config.num_workers,
+                # energon's watchdog would be a thread in the worker, which a hung C call stops as well;
+                # torch's own timeout is in this process.
+                timeout=timeout,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=True,
+                multiprocessing_context="fork",
+                worker_init_fn=functools.partial(_init_worker, os.getpid()),
+                generator=torch.Generator(),  # else torch draws a seed from the global one
+            )
+        self.started = False
+        self._path = path
+        self._pass: Iterator[Taken] | None = None
+
+    def start_at(self, starts: Sequence[Start], next_worker: int) -> None:
+        """Set what the workers start from, and which of them comes first. Before the first :meth:`take`.
+
+        Raises:
+            ValueError: a state is not such a thing.
+        """
+        self._share.starts = {
+            worker: (state and from_json(json.loads(state)), skip)
+            for worker, (state, skip) in enumerate(starts)
+        }
+        self._share.next_worker = next_worker
+
+    def take(self) -> Taken:
+        """The next microbatch; the first call forks the workers.
+
+        Raises:
+            StopIteration: the dataset is at its end; the next call begins anew.
+            ValueError: the data can't be read further; one line that says why.
+            RuntimeError: a worker died, or gave nothing for ``timeout`` seconds.
+        """
+        if self.started:
+            return self._next()
+        self.started = True
+        atexit.register(self.close)
+        # What exists now is no concern of the workers' garbage collectors, which would look at all of it,
+        # and so copy it, time and again: a start takes a tenth of the time.
+        already_frozen = gc.get_freeze_count()
+        gc.freeze()
+        try:
+            with _no_worker_number_warning():
+                return self._next()
+        finally:
+            if not already_frozen:
+                gc.unfreeze()
+
+    def _next(self) -> Taken:
+        """``next`` with an error of a worker process as one line."""
+        try:
+            if self._pass is None:
+                self._pass = iter(self)
+            taken: Taken = next(self._pass)
+            return taken
+        except StopIteration:
+            self._pass = None
+            raise
+        except (FatalSampleError, ValueError, OSError) as error:
+            # torch raises a worker's error again; its message is the worker's whole traceback.
+            lines = str(error).strip().splitlines()
+            if not lines or "DataLoader worker process" not in lines[0]:
+                raise RuntimeError(f"a data loader worker died ({type(error).__name__})") from None
+            stopped = [line.partition(STOPPED)[2] for line in lines if STOPPED in line]
+            message = stopped[-1] if stopped else lines[-1].partition(": ")[2]
+            raise ValueError(f"--data-path {self._path}: {message}") from None
+        except (EOFError, RuntimeError) as error:
+            raise RuntimeError(f"a data loader worker died or hangs ({error})") from None
+
+    def close(self) -> None:
+        """End the workers, in good order if they answer, by force if not."""
+        atexit.unregister(self.close)
+        iterator, self._iterator, self._pass = self._iterator, None, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                if worker.is_alive():  # they ignore the SIGTERM that torch tried
+                    worker.kill()
+                    worker.join()
+
+
+class _Share(IterableDataset[Taken]):
+    """What runs in a worker: its share of the dataset."""
+
+    def __init__(self, dataset: SavableDataset[Microbatch], state_seconds: float | None) -> None:
+        self.starts: Dict[int, Tuple[FlexState | None, int]] = {}
+        self.next_worker = 0
+        self._dataset = dataset
+        self._state_seconds = state_seconds
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Taken]:
+        config = self._dataset.worker_config
+        WorkerConfig.worker_id_offset = self.next_worker
+        state, to_skip = self.starts.pop(config.rank_worker_id(), (None, 0))
+        if state is not None:
+            self._dataset.restore_state(state["dataset"])
+            self._taken = state["microbatches"]
+        due = 0.0
+        try:
+            config.worker_activate(self._taken)
+            for microbatch in self._dataset:
+                config.worker_deactivate()
+                self._taken += 1
+                if to_skip:
+                    to_skip -= 1
+                elif self._state_seconds is None or time.monotonic() < due:
+                    yield microbatch, None
+                else:
+                    yield microbatch, self._state()
+                    due = time.monotonic() + self._state_seconds
+                config.worker_activate(self._taken)
+        finally:
+            config.worker_deactivate()
+
+    def _state(self) -> str:
+        state = FlexState(dataset=self._dataset.save_state(), microbatches=self._taken)
+        return json.dumps(to_json(state), separators=(",", ":"))
+
+
+def _init_worker(parent: int, worker_id: int) -> None:
+    """Runs first in each forked worker."""
+    # A rank that is killed takes its workers with it (prctl(2): PR_SET_PDEATHSIG = 1).
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    # Signals to the process group are for the trainer: it may still save, and needs its workers for that.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns about the fork
+    gc_init_worker(worker_id)  # CUDA's objects can't be freed here
+
+
+@contextlib.contextmanager
+def _no_worker_number_warning() -> Iterator[None]:
+    """torch warns of more workers than cores; their number is part of the data order here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
