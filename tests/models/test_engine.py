@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool
 from tests.models.test_packing import make_packed_batch
 from tests.models.test_parity import Reference, check_gradients, check_logits
@@ -70,3 +71,4 @@ def test_delayed_scaling_is_saved_and_given_back(pool: Pool, reference: Referenc
     assert load(reference.checkpoint, 1, 4, "delayed") == [(False, 0)]
     # A local model and the converters don't mind.
     pool.run(1, save_again, saved, str(tmp_path / "local"), 1)
+    assert verify(saved, reference.checkpoint)

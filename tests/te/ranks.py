@@ -33,10 +33,14 @@ def with_engine(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def keys(model: dict[str, Any], tp: int) -> tuple[Shapes, list[str], Shapes]:
-    """Of a model's state dict on this rank: the tensors' shapes and the extra state; and the whole shapes of
-    its checkpoint's tensors."""
+def keys(model: dict[str, Any], tp: int) -> list[tuple[Shapes, list[str], Shapes]]:
+    """With the engine and with local layers, of a model's state dict on this rank: the tensors' shapes and
+    the extra state; and the whole shapes of its checkpoint's tensors."""
     layout = parallel.initialize(tp)
+    return [with_engine(_keys, model, layout), _keys(model, layout)]
+
+
+def _keys(model: dict[str, Any], layout: parallel.Layout) -> tuple[Shapes, list[str], Shapes]:
     (chunk,) = vlm.build_model(ModelConfig.from_dict(model), layout, vocab_divisible_by=8)
     state = chunk.state_dict()
     tensors = {name: list(t.shape) for name, t in state.items() if not name.endswith("_extra_state")}
@@ -56,6 +60,7 @@ def save_again(source: str, target: str, tp: int) -> None:
     if layout.rank == 0:
         Path(target).mkdir()
         shutil.copy(Path(source) / "manifest.json", target)
+        shutil.copytree(Path(source) / "hf", Path(target) / "hf")
     dist.barrier()
     sharded_files.save({"model": sharded_weights(chunks)}, target)
 
@@ -64,6 +69,7 @@ def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
     """Write a checkpoint of linears that have been scaled with a delay, each differently."""
     layout = parallel.initialize(tp)
     chunks = in_fp8(source, layout, history)
+    load_weights(Path(source), chunks)
     assert scaling_state(chunks, layout) == {}  # before the first iteration
     for base, linear in scaling._linears(chunks):
         linear.start_scaling(fake.DelayedScaling(history))
@@ -76,6 +82,7 @@ def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
     if layout.rank == 0:
         Path(target).mkdir()
         shutil.copy(Path(source) / "manifest.json", target)
+        shutil.copytree(Path(source) / "hf", Path(target) / "hf")
     dist.barrier()
     sharded_files.save({"model": sharded_weights(chunks), "scaling": scaling_state(chunks, layout)}, target)
 
