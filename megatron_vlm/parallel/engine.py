@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from megatron_vlm.config.engine import engine_problem
 
 _PACKAGE = "transformer_engine"
+_LIBRARY_FOLDERS = [
+    f"{library}_{where}" for library in ("CUDA", "CUDNN", "NVRTC", "CURAND") for where in ("HOME", "PATH")
+]
 _failure: str | None = None
 
 
@@ -21,6 +25,9 @@ def import_engine() -> None:
     imported is hidden here: everything but its own layers goes on, and :func:`why_not` has the reason.
     """
     global _failure
+    for name in _LIBRARY_FOLDERS:
+        if os.environ.get(name) == "":
+            del os.environ[name]  # it would look for its libraries from the root of the disk on
     try:
         importlib.import_module(f"{_PACKAGE}.pytorch")
     except ModuleNotFoundError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.parallel.engine import import_engine
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from megatron_vlm import parallel
@@ -61,3 +63,11 @@ def test_one_that_cannot_be_imported(tmp_path: Path, files: dict[str, str], reas
         f"Transformer Engine can't be imported beside torch {torch.__version__} ({reason}); "
         "mend that, or use --transformer-impl local",
     ]
+
+
+def test_an_empty_folder_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine would search below it, which is the whole disk."""
+    monkeypatch.setenv("CUDA_HOME", "")
+    monkeypatch.setenv("CUDNN_PATH", "/opt/cudnn")
+    import_engine()
+    assert "CUDA_HOME" not in os.environ and os.environ["CUDNN_PATH"] == "/opt/cudnn"
