@@ -44,6 +44,8 @@ _KEPT_IN = {
 
 def scaling_state(chunks: Sequence[VisionLanguageModel], layout: Layout) -> dict[str, ShardedTensor]:
     """Checkpoint entries of this rank's linears; none where nothing is scaled with a delay, or not yet."""
+    if not _is_delayed(chunks):
+        return {}
     replica = (0, layout.tp_rank, layout.dp_rank)
     tensors = {
         f"{PREFIX}.{base}.{name}": tensor
@@ -63,9 +65,9 @@ def load_scaling_state(folder: Path, chunks: Sequence[VisionLanguageModel]) -> b
         False if the model scales with a delay and the checkpoint is of a run that didn't, or that kept
         another number of iterations: then the history begins anew.
     """
-    config = chunks[0].config
-    if config.fp8 is None or config.fp8_recipe != "delayed":
+    if not _is_delayed(chunks):
         return True
+    config = chunks[0].config
     saved: Any = read_metadata(folder).state_dict_metadata
     request, found = {}, {}
     for base, linear in _linears(chunks):
@@ -95,6 +97,11 @@ def unmoved(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
     finally:
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
+
+
+def _is_delayed(chunks: Sequence[VisionLanguageModel]) -> bool:
+    config = chunks[0].config
+    return config.fp8 is not None and config.fp8_recipe == "delayed"
 
 
 def _linears(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, Module]]:
