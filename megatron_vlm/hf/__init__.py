@@ -12,10 +12,15 @@
     convert.py   both directions and resharding, from the parts above
     verify.py    whether two checkpoints, of whatever format, hold the same
     lora.py      adapters: merged, or as PEFT's
-    build.py     joins a text model and a vision tower into a new LLaVA (needs transformers)
+    projector.py LLaVA's mm_projector.bin, read and written
+    random_weights.py  weights of a model of which only config.json is there
+    build.py     joins a text model and a vision tower into a new LLaVA, from:
+    hub.py       where a model is that is named by a folder or a tag
+    parts.py     the tensors of what is joined
+    tokenizer.py its tokenizer and chat template; spm.py: from a sentencepiece model
     cli.py       what the scripts share
 
-No process groups, no CUDA, and, except in build.py, no transformers.
+No process groups, no CUDA, and, except in build.py and tokenizer.py, no transformers.
 """
 
 

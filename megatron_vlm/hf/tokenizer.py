@@ -1,4 +1,5 @@
-"""A text model's tokenizer as a LLaVA needs it: one ``tokenizer.json``, with ``<image>`` and padding."""
+"""A text model's tokenizer as a LLaVA needs it: one ``tokenizer.json``, with ``<image>`` and padding; and a
+folder's chat template."""
 
 from __future__ import annotations
 
