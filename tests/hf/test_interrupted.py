@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks.conversion import make_llava
-from megatron_vlm.hf import Difference, folder, native, stored
+from megatron_vlm.hf import Difference, convert, folder, native, stored
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.verify import verify
 from tests.hf.test_convert import make
+from tests.hf.test_scripts import run
 
 KILLS = int(os.environ.get("KILLS", "1"))  # of each signal
 
@@ -65,6 +66,31 @@ def test_verify_reads_back_what_was_written(llava: Path, tmp_path: Path, monkeyp
             else:
                 export_hf(tmp_path / "megatron", tmp_path / "more", verify=True)
     assert not (tmp_path / "more").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_half_way(llava: Path, tmp_path: Path, monkeypatch, capsys, number: signal.Signals) -> None:
+    """One line, 128 plus its number, and nothing is left; ignored, as nohup does it, it changes nothing."""
+    checked, check = [], convert.check_finite
+
+    def signalled(name: str, tensor: torch.Tensor) -> None:
+        checked.append(name)
+        if len(checked) == 20:
+            assert list(tmp_path.glob(".megatron.*/release"))
+            os.kill(os.getpid(), number)
+        check(name, tensor)
+
+    monkeypatch.setattr(convert, "check_finite", signalled)
+    command = ["convert_hf_to_megatron", "--hf-dir", llava, "--megatron-dir", tmp_path / "megatron"]
+    assert run(monkeypatch, *command) == 128 + number
+    assert capsys.readouterr().err.endswith(f"\nended by {number.name}; no unfinished output is left\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+    checked.clear()
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert run(monkeypatch, *command) == 0 and len(checked) > 20
+    finally:
+        signal.signal(number, before)
 
 
 def run_script(log: Path, script: str, *flags: str) -> None:
