@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -194,8 +195,15 @@ class Optimizer:
     def gather_weights(self) -> None:
         """Finish what ``overlap_param_gather`` leaves to the next forward pass; a collective call."""
         if self.config.overlap_param_gather:
-            for model in self.models:
-                model.start_param_sync(force_sync=True)
+            self._gather()
+
+    def _gather(self) -> None:
+        for model in self.models:
+            model.start_param_sync(force_sync=True)
+        # megatron-core turns FP8 weights over for the backward pass when it gathers them, but not here.
+        in_fp8 = [p for model in self.models for p in model.parameters() if is_float8tensor(p)]
+        if in_fp8:
+            post_all_gather_processing(in_fp8)
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool = False) -> dict[Any, dict[str, Any]]:
         """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``.
@@ -244,8 +252,7 @@ class Optimizer:
                 # The weights were saved as they are in FP8. Rounding those again could give others than
                 # rounding the master weights, as the last step has.
                 self.optimizer._copy_main_params_to_model_params()
-                for model in self.models:
-                    model.start_param_sync(force_sync=True)
+                self._gather()
             return
         for index, parameter in enumerate(self._parameters()):
             for key, tensor in self._tensors(parameter).items():

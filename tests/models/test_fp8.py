@@ -20,6 +20,7 @@ from megatron_vlm.models import projector as projector_module
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.transformer_configs import transformer_configs
 from megatron_vlm.models.vlm import build_model
+from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from tests.distributed import Pool
 from tests.tiny import tiny_config
@@ -73,6 +74,28 @@ def test_with_delayed_scaling_the_projector_does_too(pool: Pool) -> None:
 def test_without_fp8_nothing_is(pool: Pool) -> None:
     ((parts, gathers, recipe),) = pool.run(1, built, None)
     assert [part["fp8"] for part in parts.values()] == [None] * 3 and recipe is None and not gathers
+
+
+def gathered(overlap: bool) -> list[int]:
+    """How many weights are turned over for the backward pass when they are gathered for a checkpoint."""
+    layout = parallel.initialize()
+    chunks = build_model(MODEL, layout, torch.bfloat16)
+    models = wrap_model(chunks, True, overlap, overlap)
+    optimizer = Optimizer(models, 0.1, 0.9, 0.999, 1e-8, 1.0)
+    turned: list[int] = []
+    with (
+        mock.patch.object(optimizer_module, "is_float8tensor", lambda p: p.dim() > 1),
+        mock.patch.object(optimizer_module, "post_all_gather_processing", lambda ps: turned.append(len(ps))),
+    ):
+        optimizer.gather_weights()
+    assert not turned or turned == [sum(p.dim() > 1 for p in chunks[0].parameters())]
+    return turned
+
+
+def test_gathered_weights_are_turned_over(pool: Pool) -> None:
+    """megatron-core 0.16.1 leaves the transposes of the weights before where it gathers ahead of a pass."""
+    assert pool.run(1, gathered, False) == [[]]  # each step has gathered them
+    assert pool.run(1, gathered, True)[0]
 
 
 def refused() -> str:
