@@ -289,7 +289,7 @@ def apply_rotary_pos_emb(
 
 def _turn(t: Tensor, freqs: Tensor) -> Tensor:
     first, second = t.chunk(2, dim=-1)
-    return t * freqs.cos() + torch.cat([-second, first], dim=-1) * freqs.sin()
+    return (t * freqs.cos() + torch.cat([-second, first], dim=-1) * freqs.sin()).to(t.dtype)
 
 
 class _Unused(ModuleType):

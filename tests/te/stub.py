@@ -180,7 +180,7 @@ def _turn(t: torch.Tensor, freqs: torch.Tensor, kind: str, ends: torch.Tensor | 
     else:
         angles = freqs[: len(t)]
     first, second = t.chunk(2, dim=-1)
-    return t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+    return (t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(t.dtype)
 
 
 def install() -> str:
