@@ -65,7 +65,7 @@ STEPS = (
     speed("7B", "fp8", 30),
     speed("7B", "transformers", 35),
     Step("specs", ("-m", "benchmarks.gpu.specs"), 40),
-    Step("digits", ("-m", "benchmarks.gpu.digits"), 110),
+    Step("digits", ("-m", "benchmarks.gpu.digits"), 130),
     Step("parity", ("-m", "benchmarks.gpu.parity"), 90),
     speed("1B", "bf16", 30),
     speed("1B", "fp8", 30),

@@ -14,7 +14,6 @@ import os
 import pickle
 import queue
 import signal
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -41,7 +40,6 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if DEVICE == "cuda":
         os.environ["LOCAL_RANK"] = str(rank)
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its float32 products are TF32
     import torch
     import torch.distributed as dist
 

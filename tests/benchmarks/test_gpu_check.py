@@ -203,12 +203,15 @@ def test_a_wrong_gradient_shows() -> None:
 
 
 def test_curves_are_compared_smoothed() -> None:
-    flat = [2.0] * 40
+    flat = [2.0] * digits.COMPARED
     assert digits.apart(flat, flat) == 0.0
-    noisy = [2.0 + 0.2 * (-1) ** i for i in range(40)]
+    noisy = [2.0 + 0.2 * (-1) ** i for i in range(digits.COMPARED)]
     assert digits.apart(noisy, flat) == pytest.approx(0.0, abs=1e-9)
-    late = flat[:30] + [2.1] * 10
-    assert digits.apart(late, flat) == pytest.approx(0.05)
+    for other in (2.1, 1.9):
+        assert digits.apart([other] * 100, flat) == pytest.approx(0.05)
+    above_and_below = [2.1] * 50 + [1.9] * 50
+    assert digits.apart(above_and_below, flat) > 0.04
+    assert digits.apart(flat + [9.0], flat + [1.0]) == 0.0  # what comes later is told by the accuracy
 
 
 def test_digits_flags_are_the_launchers() -> None:
