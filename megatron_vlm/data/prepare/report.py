@@ -84,7 +84,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             if facts["count"] > len(facts["examples"]):
                 lines.append(f"- and {facts['count'] - len(facts['examples'])} more")
     if report["notes"]:
-        lines += ["", "## Kept, and worth a look", ""]
+        lines += ["", "## Worth a look", ""]
         lines += [f"- {count} x {note}" for note, count in report["notes"].items()]
     for name, state in report["histograms"].items():
         lines += ["", f"## {name[0].upper()}{name[1:]}", "", *_histogram(state)]
@@ -104,7 +104,10 @@ def _files(files: Mapping[str, Mapping[str, int]]) -> list[str]:
 def summary(report: Mapping[str, Any]) -> str:
     """What became of the records, in a line."""
     read, kept = report["read"], report["kept"]
-    dropped = f", {read - kept} dropped ({(read - kept) / read:.1%})" if read > kept else ""
+    dropped = ""
+    if read > kept:
+        reason, facts = next(iter(report["dropped"].items()))  # the most frequent one
+        dropped = f", {read - kept} dropped ({(read - kept) / read:.1%}; {facts['count']} of them: {reason})"
     untrained = sum(facts["count"] for facts in report["untrained"].values())
     left_out = f", {untrained} of them left out by training" if untrained else ""
     return f"{kept} of {read} records kept{left_out}{dropped}"
