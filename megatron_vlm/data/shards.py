@@ -125,3 +125,5 @@ def _by_tarfile(data: bytes) -> Iterator[Tuple[str, bytes]]:
             file = tar.extractfile(member) if member.isfile() else None
             if file is not None:
                 yield member.name, file.read()
+        if tar.offset < len(data):  # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"no header at byte {tar.offset} of it")

@@ -132,8 +132,8 @@ def main(argv: List[str]) -> int:
     if share_lost(report) <= args.max_dropped:
         return 0
     print(
-        f"error: more than --max-dropped {args.max_dropped:g} of the records are lost; the dataset is there all "
-        "the same, and --force makes it anew",
+        f"error: more than --max-dropped {args.max_dropped:g} of the records are lost; the dataset is there "
+        "all the same, and --force makes it anew",
         file=sys.stderr,
     )
     return 1

@@ -496,7 +496,9 @@ def test_what_was_lost_of_each_file_and_the_exit_code(
 
     code, told, error = run("whole", "half", "twice", "nothing")
     assert code == 0 and "error" not in error
-    assert told.endswith(f"\n{out}: 14 of 24 records kept, 10 dropped (41.7%); report.md says more\n")
+    assert told.endswith(
+        f"\n{out}: 14 of 24 records kept, 10 dropped (41.7%; 8 of them: duplicate id); report.md says more\n"
+    )
     report = json.loads((out / "report.json").read_text())
     counts = {os.path.basename(path): list(facts.values()) for path, facts in report["files"].items()}
     assert counts == {
@@ -507,10 +509,10 @@ def test_what_was_lost_of_each_file_and_the_exit_code(
     }
     assert f"| {tmp_path}/half.json | 4 | 2 | 2 |" in (out / "report.md").read_text()
     code, told, error = run("whole", "half", more=["--force", "--max-dropped", "0.12"])
-    assert code == 1 and "2 dropped (12.5%)" in told.splitlines()[-1]
+    assert code == 1 and "2 dropped (12.5%; 2 of them: missing image)" in told.splitlines()[-1]
     assert "error: more than --max-dropped 0.12 of the records are lost; the dataset is there" in error
     assert PreparedDataset.open(str(out)).num_samples == 14
     code, told, _ = run("whole", "half", more=["--force", "--max-dropped", "0.125"])
-    assert code == 0 and "2 dropped (12.5%)" in told.splitlines()[-1]
+    assert code == 0 and "2 dropped (12.5%; 2 of them: missing image)" in told.splitlines()[-1]
     with pytest.raises(ValueError, match="nothing that can be used"):
         run("nothing", more=["--force"])
