@@ -4,7 +4,6 @@ prepare/           files of many formats to shards, and a look through them
 conversations.py   turns from JSON, and what is made of unusual ones
 templates.py       conversations to token ids, trained tokens known by construction
 chat_templates.py  the built-in templates, system prompts and questions for captions
-resize.py          PIL's resize in less time
 images.py          image bytes to uint8 pixels, as the folder's own image processor makes them
 processing.py      both together: one raw sample to ids, labels and pixels
 dataset.py         folders that `energon prepare` has prepared, checked when opened

@@ -141,7 +141,6 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
         ("disk", _disk),
         ("container paths", _container_paths),
         ("nodes", _nodes),
-        ("shared memory", _shared_memory),
     )
     for name, check in checks:
         before = len(found.problems) + len(found.warnings)
@@ -419,22 +418,6 @@ def _nodes(found: Inspection) -> None:
         found.warnings.append(
             f"--save-dir {where} is on this machine's own file system ({kind}), and all {nodes} nodes write "
             "parts of a checkpoint there; give a folder that they share"
-        )
-
-
-def _shared_memory(found: Inspection) -> None:
-    """Loader workers hand their micro batches over in /dev/shm, two each."""
-    if found.model is None or found.contradictions:
-        return
-    config, vision = found.config, found.model.vision
-    sample = vision.num_channels * vision.image_size**2 + 16 * config.data.seq_length
-    workers = -(-config.data_workers(found.plan.world_size) // (config.launch.node or 1))
-    need = workers * 2 * config.training.micro_batch_size * sample
-    free = storage.free_bytes("/dev/shm") if os.path.isdir("/dev/shm") else None
-    if free is not None and need > free:
-        found.warnings.append(
-            f"/dev/shm has {size_text(free)} free, and {workers} loader workers put up to {size_text(need)} "
-            "there; make it larger (docker: --shm-size), or use fewer --data-workers"
         )
 
 

@@ -60,7 +60,7 @@ def test_a_sound_run(workplace) -> None:
     assert found.say()[:-1] == []
     assert found.say()[-1] == (
         "ok: interpreter, GPUs, image, dataset, checkpoint, flags and layout, tokenizer, image processor, "
-        "image tokens, memory, save folder, disk, container paths, nodes, shared memory"
+        "image tokens, memory, save folder, disk, container paths, nodes"
     )
     assert found.train_samples == 9 and found.facts.start == "from the weights of ckpt"
     assert not (workplace / "runs").exists()
@@ -373,17 +373,6 @@ def test_nodes_that_share_no_folder(monkeypatch) -> None:
 def test_nodes_that_do_not_meet(argv, words) -> None:
     assert inspect(*TWO, "-g", "2", "--tp", "2").warnings == []
     assert words in warning(*argv)
-
-
-def test_shared_memory(monkeypatch) -> None:
-    # Four workers with two micro batches of one image and 1,024 tokens each.
-    need = 4 * 2 * (3 * 336 * 336 + 16 * 1024)
-    real = storage.free_bytes
-    room = {"/dev/shm": need}
-    monkeypatch.setattr(storage, "free_bytes", lambda path: room.get(path) or real(path))
-    assert inspect().warnings == []
-    room["/dev/shm"] = need - 1
-    assert "/dev/shm has 2.7 MiB free, and 4 loader workers" in warning()
 
 
 # --- what runs it ------------------------------------------------------------------------------------
