@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -46,6 +47,20 @@ def compute_capability() -> Optional[Tuple[int, int]]:
     """Compute capability of this machine's oldest GPU, such as (9, 0); None where nvidia-smi tells none."""
     found = [line.split(".") for line in _ask_gpus("compute_cap") if re.fullmatch(r"\d+\.\d+", line)]
     return min(((int(major), int(minor)) for major, minor in found), default=None)
+
+
+def torch_cuda() -> Optional[Tuple[int, int]]:
+    """The CUDA that torch in this Python is built for, such as (12, 8); None without torch, or for CPUs."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        try:
+            with open(os.path.join(folder, "version.py"), encoding="utf-8") as file:
+                found = re.search(r"^cuda\b.*'(\d+)\.(\d+)'", file.read(), re.MULTILINE)
+        except OSError:
+            continue
+        if found:
+            return int(found[1]), int(found[2])
+    return None
 
 
 def _ask_gpus(what: str) -> List[str]:

@@ -115,7 +115,7 @@ def make_plan(
     launch = config.launch
     on_gpus = DETERMINISTIC_ENVIRONMENT if config.training.deterministic else {}
     ranks = plan_ranks(config, "megatron_vlm.training", _training_flags(config), environ, on_gpus, problems)
-    if ranks.device == "cpu" and config.fp8 is not None:
+    if ranks.device == "cpu" and config.parallel.device != "cpu" and config.fp8 is not None:
         raise ValueError("--fp8 needs GPUs, and this machine has none; use --bf16")
     if again:
         ranks.notes.append("SLURM has started this job before: the run goes on, without --restart")

@@ -181,7 +181,8 @@ def _gpus(found: Inspection) -> None:
     capability = machine.compute_capability() if fp8 is not None and found.plan.device == "cuda" else None
     if fp8 is None or capability is None or found.config.slurm.submit:
         return
-    problem = unsupported(fp8.recipe, capability)
+    cuda = machine.torch_cuda() if found.config.launch.sif_path is None else None
+    problem = unsupported(fp8.recipe, capability, cuda)
     if problem is not None:
         (found.warnings if found.config.launch.only_looks else found.errors).append(problem)
 

@@ -305,6 +305,7 @@ def test_fp8_needs_gpus() -> None:
     assert "--fp8" in plan("--fp8", CUDA_VISIBLE_DEVICES="0").command
     with pytest.raises(ValueError, match="--fp8 needs GPUs, and this machine has none; use --bf16"):
         plan("--fp8")
+    plan("--fp8", "--device", "cpu")  # not the machine's fault; a rule of the flags says so
 
 
 def test_transformer_engine_needs_gpus() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -431,8 +432,33 @@ def test_fp8_asks_for_a_gpu_that_has_it(tmp_path, monkeypatch) -> None:
     errors, warnings = told("--fp8", "--dry-run")  # may be for another machine
     assert errors == [] and words in warnings[0]
     assert told() == [[], []]
+    tool.write_text("#!/bin/sh\necho 9.0\n")
+    monkeypatch.setattr(machine, "torch_cuda", lambda: (12, 8))
+    assert told("--fp8") == [[], []]
+    plan = make_plan(RunConfig.from_flags([*BASE, "-g", "1", "--fp8", "--fp8-recipe", "blockwise"]), gpu, [])
+    assert any(
+        "needs CUDA 12.9, and torch here has 12.8" in line for line in preflight.inspect(plan).problems
+    )
     tool.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert machine.compute_capability() is None and told("--fp8") == [[], []]
+
+
+def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "torch").mkdir()
+    version = tmp_path / "torch/version.py"
+    spec = importlib.util.spec_from_file_location(
+        "torch", tmp_path / "torch/__init__.py", submodule_search_locations=[str(tmp_path / "torch")]
+    )
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: spec)
+    for text, expected in {
+        "cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n": (13, 0),
+        "cuda = '12.8'\n": (12, 8),
+        "cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n": None,
+    }.items():
+        version.write_text(text)
+        assert machine.torch_cuda() == expected
+    version.unlink()
+    assert machine.torch_cuda() is None
 
 
 def test_torch_has_to_be_installed(monkeypatch) -> None:
