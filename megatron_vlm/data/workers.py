@@ -12,8 +12,10 @@ import contextlib
 import ctypes
 import functools
 import gc
+import io
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -117,6 +119,8 @@ class Workers(DataLoader[Any]):
         try:
             if self._pass is None:
                 self._pass = iter(self)
+                reader = self._iterator._worker_result_queue._reader
+                reader._recv = functools.partial(_read, reader.fileno(), self.timeout)
             taken: Taken = next(self._pass)
             return taken
         except StopIteration:
@@ -143,6 +147,28 @@ class Workers(DataLoader[Any]):
                 if worker.is_alive():  # they ignore the SIGTERM that torch tried
                     worker.kill()
                     worker.join()
+
+
+def _read(file: int, seconds: float, size: int) -> io.BytesIO:
+    """As multiprocessing's ``Connection._recv``, but a worker that stops amid a microbatch is not waited for.
+
+    torch's timeout ends the wait for the first byte, and its handler of signals that for the dead.
+
+    Raises:
+        RuntimeError: nothing came for ``seconds``.
+        EOFError: the other end is closed.
+    """
+    waiting = select.poll()
+    waiting.register(file, select.POLLIN)
+    data = io.BytesIO()
+    while data.tell() < size:
+        if not waiting.poll(seconds * 1e3):
+            raise RuntimeError(f"it stopped amid a microbatch {seconds:g} s ago")
+        piece = os.read(file, size - data.tell())
+        if not piece:
+            raise EOFError
+        data.write(piece)
+    return data
 
 
 class _Share(IterableDataset[Taken]):

@@ -448,6 +448,20 @@ def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.Monke
     assert not worker.is_alive()
 
 
+def test_a_worker_that_stops_amid_a_microbatch_ends_the_wait(
+    make_loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(1, micro_batch_size=60, timeout=5.0)  # more than a pipe holds
+    take(loader, 1)
+    (worker,) = loader._workers._iterator._workers
+    time.sleep(0.5)  # by now the next one fills the pipe; if not, torch's own timeout ends the wait
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"it stopped amid a microbatch 5 s ago|timed out after 5"):
+        take(loader, 10)
+    loader.close()
+    assert not worker.is_alive()
+
+
 def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folders: dict[str, Path]) -> None:
     """Both with a process that is killed while its workers hang, and with one that ends without close()."""
     script = textwrap.dedent("""
