@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from typing import Callable, Optional
 
@@ -19,11 +18,13 @@ def engine_problem(version_of: Optional[Callable[[str], str]] = None) -> Optiona
     Args:
         version_of: ``importlib.metadata.version``.
     """
-    version_of = version_of or importlib.metadata.version
+    import importlib.metadata  # slow, and only jobs on GPUs come here
+
+    installed = version_of or importlib.metadata.version
 
     def version(package: str) -> Optional[str]:
         try:
-            return version_of(package)
+            return installed(package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
