@@ -236,10 +236,20 @@ def measure(workload: Workload, side: str, device: torch.device) -> dict[str, An
         "first_losses": losses,
     }
     if device.type == "cuda":
-        found["waits"] = find_waits(step)
-        found["kernels"] = find_kernels(step)
+        found |= look_at(step)
     if layout is not None:
         parallel.finalize()
+    return found
+
+
+def look_at(step: Step) -> dict[str, Any]:
+    """Waits and kernels of a step. Where a profiler may not run, why not: what was timed is worth keeping."""
+    found: dict[str, Any] = {}
+    for name, find in (("waits", find_waits), ("kernels", find_kernels)):
+        try:
+            found[name] = find(step)
+        except Exception as error:
+            found[f"no {name}"] = f"{type(error).__name__}: {error}"
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.config.fp8 import unsupported
+from megatron_vlm.parallel.engine import why_not
 from megatron_vlm.parallel.layout import Layout
 
 
@@ -29,6 +30,8 @@ def check_ranks(recipe: str, layout: Layout) -> None:
 def _reason(recipe: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "--fp8 needs GPUs, and this run is on the CPU; use --bf16"
+    if why_not() is not None:
+        return f"--fp8: Transformer Engine {why_not()}; mend that, or use --bf16 --transformer-impl local"
     if importlib.util.find_spec("transformer_engine") is None:
         return "--fp8 needs Transformer Engine, which is not installed here; use --bf16"
     major, minor = (int(number) for number in str(torch.version.cuda).split(".")[:2])

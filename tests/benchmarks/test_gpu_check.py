@@ -173,6 +173,16 @@ def test_both_sides_train_the_same_batches(pool: Pool) -> None:
     assert ours["tflops"] * ours["step_seconds"] == pytest.approx(theirs["tflops"] * theirs["step_seconds"])
 
 
+def test_a_profiler_that_may_not_run_takes_no_times_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(step: Any) -> Any:
+        raise RuntimeError("CUPTI: insufficient privileges")
+
+    monkeypatch.setattr(speed, "find_kernels", refused)
+    monkeypatch.setattr(speed, "find_waits", lambda step: [str(step())])
+    found = speed.look_at(lambda: 2.5)
+    assert found == {"waits": ["2.5"], "no kernels": "RuntimeError: CUPTI: insufficient privileges"}
+
+
 def test_shapes_hold_an_image_and_an_answer() -> None:
     for workload in speed.SHAPES.values():
         assert workload.image_tokens == 576 and 2048 <= workload.sequence <= 4096

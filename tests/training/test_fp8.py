@@ -74,4 +74,8 @@ def test_all_ranks_end_alike(pool: Pool) -> None:
     assert first == second
     assert first == f"--fp8 needs compute capability 8.9 or more, and {GPU} 8.0; use --bf16"
     assert "Transformer Engine, which is not installed here" in pool.run(1, check, [(9, 0)], False)[0]
+    with mock.patch.object(fp8, "why_not", return_value="can't be imported"):
+        assert fp8._reason("tensorwise", torch.device("cuda")) == (
+            "--fp8: Transformer Engine can't be imported; mend that, or use --bf16 --transformer-impl local"
+        )
     assert "this run is on the CPU" in pool.run(1, check, [(9, 0)], True, "cpu")[0]
