@@ -58,7 +58,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 # Where there is a GPU, torch and Transformer Engine often come with the machine's own Python.
-GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(BIN)/python)
+HAS_ENGINE := import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("torch", "transformer_engine"))))
+OWN_PYTHON := $(if $(wildcard $(BIN)/python),,$(shell python3 -c '$(HAS_ENGINE)' 2>/dev/null && echo python3))
+GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or $(OWN_PYTHON),$(BIN)/python))
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 

@@ -240,16 +240,27 @@ def test_junit_counts(tmp_path: Path) -> None:
     assert all((ROOT / path).is_file() for path in (*parity.TESTS, *parity.ON_SEVERAL, *parity.TINY))
 
 
-def test_make_takes_any_python() -> None:
+def test_make_takes_any_python(tmp_path: Path) -> None:
     """Where a machine's own Python has torch and Transformer Engine, no .venv is made."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
 
     def says(*words: str) -> str:
-        command = ["make", "-n", "gpu-check", *words]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        command = ["make", "-n", "gpu-check", f"VENV={tmp_path}/venv", *words]
+        said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
 
     given = says(f"PYTHON={sys.executable}", "ARGS=--dry-run")
-    assert given.strip() == f"{sys.executable} -m benchmarks.gpu_check --dry-run"
-    assert says().strip().endswith(".venv/bin/python -m benchmarks.gpu_check")
+    assert given == f"{sys.executable} -m benchmarks.gpu_check --dry-run"
+    # The machine's python3, with packages that are folders here.
+    own = tmp_path / "bin/python3"
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} -S "$@"\n')
+    own.chmod(0o755)
+    environment["PATH"] = f"{own.parent}:{environment['PATH']}"
+    (tmp_path / "packages/torch").mkdir(parents=True)
+    assert says().endswith("venv/bin/python -m benchmarks.gpu_check")
+    (tmp_path / "packages/transformer_engine").mkdir()
+    assert says() == "python3 -m benchmarks.gpu_check"
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").touch()
+    assert says().endswith("venv/bin/python -m benchmarks.gpu_check")
