@@ -19,8 +19,8 @@ from megatron_vlm.data.processing import load_processing
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
-from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import BatchReader
+from megatron_vlm.training.run import run
 from megatron_vlm.training.step import prepare_for_schedules, train_step
 
 
@@ -92,7 +92,7 @@ def from_loader(workload: Workload, folder: Path, layout: parallel.Layout) -> di
     argv += ["--megatron-load-dir", str(folder / "megatron"), "--tokenizer-load-dir", str(folder / "hf")]
     argv += ["--data-path", str(folder / "data"), "--save-dir", str(folder / "runs"), "--restart"]
     argv += ["--bf16" if layout.device.type == "cuda" else "--fp32"]
-    trainer.run(RunConfig.from_flags(argv), layout)
+    run(RunConfig.from_flags(argv), layout)
     dist.barrier()  # rank 0 has written its last line
     log = folder / "runs" / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]

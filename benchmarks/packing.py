@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks.workload import Workload, save_model, save_shards
 from megatron_vlm import parallel
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.training import trainer
+from megatron_vlm.training.run import run
 
 WORKLOAD = Workload(
     vocab_size=8000,
@@ -81,7 +81,7 @@ def train(name: str, folder: Path, iterations: int) -> None:
     argv += ["--seq-length", str(WORKLOAD.sequence), "--train-iters", str(iterations), "--stage", "2"]
     argv += ["--lang", "en", "--fp32", "--no-save", "--restart", "--data-workers", "1", *RUNS[name]]
     argv += ["--packing-buffer-size", "300"] if name != "padded" else []
-    trainer.run(RunConfig.from_flags(argv), parallel.initialize())
+    run(RunConfig.from_flags(argv), parallel.initialize())
     parallel.finalize()
 
 

@@ -39,6 +39,7 @@ from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, BatchReader, GlobalBatch
 from megatron_vlm.training.regimes import set_trainable, table
+from megatron_vlm.training.run import run
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules, train_step
 
@@ -188,7 +189,7 @@ def train(argv: list[str]) -> None:
     layout = parallel.initialize(
         sections.tp, sections.pp, config.training.seed, sections.device, vpp=sections.vpp
     )
-    trainer.run(config, layout)
+    run(config, layout)
 
 
 def plain_and_for_fp8(argv: list[str]) -> list[tuple[float, dict[str, torch.Tensor], list[int]]]:

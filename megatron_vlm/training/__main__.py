@@ -30,8 +30,8 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     from megatron_vlm import parallel
     from megatron_vlm.parallel import fp8
     from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
-    from megatron_vlm.training import trainer
     from megatron_vlm.training.debugging import post_mortem
+    from megatron_vlm.training.run import run
 
     if config.training.deterministic:
         use_deterministic_algorithms(parallel.choose_device(config.parallel.device)[0])
@@ -53,7 +53,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     if config.fp8 is not None:
         fp8.check_ranks(config.fp8.recipe, layout)
     with post_mortem(config.training.debug):
-        return trainer.run(config, layout, stop)
+        return run(config, layout, stop)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from megatron_vlm.config.mixture import trained_sources
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, check_restart, check_same_model, check_same_run, with_adapters
+from megatron_vlm.config.start import Start, check_same_model, check_same_run, with_adapters
 from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
@@ -37,7 +36,7 @@ from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
-from megatron_vlm.training import checkpoint, run_folder
+from megatron_vlm.training import checkpoint
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.debugging import Debugger
@@ -475,46 +474,3 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
         data=replace(config.data, data_workers=config.data_workers(world_size)),
         training=replace(config.training, precision=precision),
     )
-
-
-def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = None) -> int:
-    """Train as ``config`` says, from the start or from where an earlier start of the run ended.
-
-    Args:
-        stop: asks the run to end before its end.
-
-    Returns:
-        The exit code, see :mod:`megatron_vlm.config.exit_codes`.
-
-    Raises:
-        ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.
-    """
-    folder = Path(config.checkpoint.run_dir)
-    held = []
-
-    def prepare() -> Start:
-        held.append(run_folder.lock(folder))
-        if config.checkpoint.restart:
-            check_restart(config, folder)
-            run_folder.move_aside(folder)
-        start = run_folder.choose_start(config, folder)
-        print(start.message, flush=True)
-        print(layout, flush=True)
-        return start
-
-    start = parallel.on_first_rank(prepare)
-    stop = stop or StopRequest()
-    with (
-        Watchdog(folder, layout.rank, config.logging.watchdog_minutes) as watchdog,
-        Sinks() as sinks,
-        closing(Trainer(config, layout, start, sinks, watchdog, stop)) as trainer,
-    ):
-        if trainer.done:
-            trainer.say(trainer.why_finished())
-            return DONE
-        if layout.rank == 0:
-            trainer.config.save(str(folder / run_folder.CONFIG))
-        code = trainer.train()
-    if code != DONE:
-        stop.leave()
-    return code

@@ -22,6 +22,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.native import NativeReader
 from megatron_vlm.training import checkpoint, trainer
 from megatron_vlm.training.evaluate import Evaluator
+from megatron_vlm.training.run import run
 from megatron_vlm.training.signals import StopRequest
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
@@ -58,7 +59,7 @@ def train(argv: list[str], rank: int = -1, iteration: int = 0, moment: str = "tr
         mock.patch.object(owner, name, then_ask(getattr(owner, name))),
         mock.patch.object(trainer.Trainer, "say", lambda self, message: said.append(message)),
     ):
-        return trainer.run(config, layout, stop), said[-1]
+        return run(config, layout, stop), said[-1]
 
 
 def codes(answers: list[tuple[int, str]]) -> set[int]:

@@ -1,0 +1,59 @@
+"""One start of a run: its folder, where it begins, the training, and the exit code that says how it ended."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from megatron_vlm import parallel
+from megatron_vlm.config.exit_codes import DONE
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.start import Start, check_restart
+from megatron_vlm.observe.sinks import Sinks
+from megatron_vlm.training import run_folder
+from megatron_vlm.training.guards import Watchdog
+from megatron_vlm.training.signals import StopRequest
+from megatron_vlm.training.trainer import Trainer
+
+
+def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = None) -> int:
+    """Train as ``config`` says, from the start or from where an earlier start of the run ended.
+
+    Args:
+        stop: asks the run to end before its end.
+
+    Returns:
+        The exit code, see :mod:`megatron_vlm.config.exit_codes`.
+
+    Raises:
+        ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.
+    """
+    folder = Path(config.checkpoint.run_dir)
+    held = []
+
+    def prepare() -> Start:
+        held.append(run_folder.lock(folder))
+        if config.checkpoint.restart:
+            check_restart(config, folder)
+            run_folder.move_aside(folder)
+        start = run_folder.choose_start(config, folder)
+        print(start.message, flush=True)
+        print(layout, flush=True)
+        return start
+
+    start = parallel.on_first_rank(prepare)
+    stop = stop or StopRequest()
+    with (
+        Watchdog(folder, layout.rank, config.logging.watchdog_minutes) as watchdog,
+        Sinks() as sinks,
+        closing(Trainer(config, layout, start, sinks, watchdog, stop)) as trainer,
+    ):
+        if trainer.done:
+            trainer.say(trainer.why_finished())
+            return DONE
+        if layout.rank == 0:
+            trainer.config.save(str(folder / run_folder.CONFIG))
+        code = trainer.train()
+    if code != DONE:
+        stop.leave()
+    return code
