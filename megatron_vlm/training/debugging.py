@@ -15,7 +15,7 @@ from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel.optimizer import Optimizer
-from megatron_vlm.training.batch import GlobalBatch
+from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.regimes import MODULES, Regime
 
 
@@ -43,15 +43,14 @@ class Debugger:
         self.say(f"debug: iteration {iteration}")
         for number, batch in enumerate(global_batch.microbatches):
             if number == 0 and global_batch.keys:
-                packed = batch.packed_seq_params
                 first = Microbatch(
                     input_ids=batch.input_ids.cpu(),
                     labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
-                    lengths=torch.empty(0) if packed is None else packed.cu_seqlens_q.diff().cpu(),
+                    lengths=_length_of_first(batch),
                     pixels=torch.empty(0),
                     image_sizes=torch.empty(0),
                     keys=global_batch.keys[0],
-                    packed=packed is not None,
+                    packed=batch.packed_seq_params is not None,
                 )
                 shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)
                 self.say(f"debug:   first sample: {shown}")
@@ -67,6 +66,14 @@ class Debugger:
         dist.all_reduce(squares)
         norms = zip(self.modules, squares.sqrt().tolist(), strict=True)
         self.say("debug:   gradient norms: " + ", ".join(f"{module} {norm:.6g}" for module, norm in norms))
+
+
+def _length_of_first(batch: Batch) -> torch.Tensor:
+    """int64 ``[1]``; without packing up to the last trained token, since what follows may be padding."""
+    if batch.packed_seq_params is not None:
+        return batch.packed_seq_params.cu_seqlens_q.diff()[:1].cpu()
+    trained = batch.loss_mask[0].nonzero()  # each is the place before its token
+    return trained[-1].cpu() + 2 if len(trained) else torch.tensor([batch.input_ids.shape[1]])
 
 
 @contextlib.contextmanager
