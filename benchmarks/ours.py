@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.workload import IGNORE, OPTIMIZER, Workload, make_batches, peak_memory
-from megatron_vlm import parallel
+from megatron_vlm import parallel, rank
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
@@ -127,3 +127,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    rank.leave(0)

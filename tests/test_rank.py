@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -89,3 +91,25 @@ def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
     assert ranks[0].exitcode == 0
     assert "Traceback" not in said
     assert "rank 0: another rank is gone (" in said
+
+
+LEAVES = """
+import atexit, sys, threading, time
+from megatron_vlm import rank
+
+class Kept:
+    def __del__(self):
+        sys.stderr.write("taken down")
+
+kept = Kept()
+atexit.register(lambda: print("handler", end=" "))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
+print("work", end=" ")
+rank.leave(3)
+"""
+
+
+def test_leaves_with_the_interpreter_standing() -> None:
+    """After the threads and the exit handlers, with all that was printed."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "work thread handler ", "")

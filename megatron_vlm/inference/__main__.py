@@ -61,4 +61,4 @@ def _answer(config: GenerationConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    rank.leave(main(sys.argv[1:]))

@@ -57,4 +57,4 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    rank.leave(main(sys.argv[1:]))
