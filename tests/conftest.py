@@ -1,5 +1,6 @@
 """What every test runs under, subprocesses too: no network, one thread each; and the pool of ranks."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -26,6 +27,14 @@ sys.dont_write_bytecode = False
 # process of a test be.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+with contextlib.suppress(ImportError):  # GPU machines may lack it, and the tests that need it
+    from hypothesis import settings
+
+    # The same examples each time, so that nobody's change fails on what was there before it;
+    # ``make test ARGS=--hypothesis-profile=default`` looks for new ones.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

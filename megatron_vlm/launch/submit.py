@@ -194,7 +194,7 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
     config, slurm = plan.config, plan.config.slurm
     lines = [
         "# Written by run.py --submit; sbatch with this file submits it again.",
-        "# shellcheck disable=SC1003,SC1010,SC2016 # values with \\ and $ are quoted on purpose; 'do' is one",
+        "# shellcheck disable=SC1003,SC1010,SC2016,SC2191 # \\ and $ are meant so; 'do', '=' are values",
         f"# It ends as run.py does: 0 done, {CONTINUE} saved early and to be continued, 2 a wrong flag.",
         "",
     ]

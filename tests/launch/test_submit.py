@@ -187,7 +187,7 @@ def test_only_the_first_job_of_a_chain_starts_over(stubs: Path) -> None:
 
 
 def test_values_that_are_words_of_the_shell() -> None:
-    for word in ("then", "do", "fi", "esac", "{", "!", "[["):
+    for word in ("then", "do", "fi", "esac", "{", "!", "[[", "=", "=x"):
         shellcheck(job("--data-path", word).script)
 
 
