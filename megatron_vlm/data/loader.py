@@ -163,13 +163,15 @@ class TrainLoader(Iterator[Microbatch]):
             states: the values of all N workers, from all ranks' :meth:`state_dict`; keys may be strings.
 
         Raises:
-            ValueError: they are of other data, another number of workers, or can't be shared out over
-                this many ranks.
+            ValueError: they are of other data, another number of workers or another version of this code,
+                or can't be shared out over this many ranks.
         """
         if self._workers.started:
             raise RuntimeError("load_state_dict comes before the first next()")
         by_worker = {int(worker): state for worker, state in states.items()}
         for state in by_worker.values():
+            _check_fields(state, self._fresh_state())
+            _check_fields(state["identity"], self._identity)
             self._check_identity(state["identity"])
         if set(by_worker) != set(range(self._identity["data_workers"])):
             raise ValueError(
@@ -210,13 +212,13 @@ class TrainLoader(Iterator[Microbatch]):
                     f"{flag} {self._identity[name]} differs from {saved[name]}, with which the data loader's "
                     f"state was saved; go on with {flag} {saved[name]}, or start a new run"
                 )
-        before, now = saved.get("grouping", ""), self._identity["grouping"]
+        before, now = saved["grouping"], self._identity["grouping"]
         if before != now:
             raise ValueError(
                 f"the data loader's state was saved with {before or _NO_GROUPING}, and this run has "
                 f"{now or _NO_GROUPING}; go on as it was, or start a new run"
             )
-        changed = mixture_change(saved.get("mixture", {}), self._identity["mixture"])
+        changed = mixture_change(saved["mixture"], self._identity["mixture"])
         if changed:
             raise ValueError(
                 f"the mixture changed since the checkpoint: {changed}; go on with the old one, or start a "
@@ -227,6 +229,16 @@ class TrainLoader(Iterator[Microbatch]):
                 "the training data changed since the checkpoint (other shards, or prepared again); go on "
                 "with the old data, or start a new run from the checkpoint's weights"
             )
+
+
+def _check_fields(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where a state has other fields than this version's, which then mean something else."""
+    differing = ", ".join(sorted(saved.keys() ^ own.keys()))
+    if differing:
+        raise ValueError(
+            f"the data loader's state was saved by another version of this code (it differs in {differing}); "
+            "go on with that version, or start a new run from the checkpoint's weights"
+        )
 
 
 def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, dp_size: int) -> TrainLoader:

@@ -201,6 +201,9 @@ class Mixture:
 
 def mixture_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The first difference between two :attr:`Mixture.description`; empty if there is none."""
+    if bool(before) != bool(now):
+        was, has = (f"of {', '.join(names)}" if names else "a single dataset" for names in (before, now))
+        return f"it was {was}, and is {has}"
     for name in [*before, *now]:
         if name not in now:
             return f"dataset {name} ({before[name]}) is gone"

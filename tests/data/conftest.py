@@ -1,4 +1,4 @@
-"""Hugging Face folders and one prepared dataset, shared by the tests of the data pipeline."""
+"""Hugging Face folders, one prepared dataset and its loaders, shared by the tests of the data pipeline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
-from tests.data.tiny_data import FOLDERS, hf_folder, make_samples, prepare, write_shards
+from megatron_vlm.data.processing import Processing, load_processing
+from tests.data.tiny_data import FOLDERS, MICRO_BATCH, hf_folder, make_samples, prepare, write_shards
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +50,31 @@ def open_loader() -> Iterator[Callable[..., TrainLoader]]:
     yield make
     for loader in made:
         loader.close()
+
+
+@pytest.fixture(scope="session")
+def dataset(dataset_dir: Path) -> PreparedDataset:
+    return PreparedDataset.open(str(dataset_dir))
+
+
+@pytest.fixture(scope="session")
+def processing(folders: dict[str, Path], models: dict[str, ModelConfig]) -> Processing:
+    return load_processing(str(folders["llava"]), models["llava"], seq_length=120)
+
+
+@pytest.fixture
+def make_loader(open_loader: Any, dataset: PreparedDataset, processing: Processing) -> Any:
+    def make(data_workers: int, dp_rank: int = 0, dp_size: int = 1, **options: Any) -> TrainLoader:
+        given = {
+            "shuffle_buffer_size": 16,
+            "max_corrupt_rate": 0.5,
+            "micro_batch_size": MICRO_BATCH,
+            **options,
+        }
+        data, process = given.pop("dataset", dataset), given.pop("processing", processing)
+        loader: TrainLoader = open_loader(
+            data, process, data_workers, dp_rank=dp_rank, dp_size=dp_size, **given
+        )
+        return loader
+
+    return make

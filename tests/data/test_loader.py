@@ -1,16 +1,9 @@
-"""The loader in worker processes: order, counts, resume, errors and ends."""
+"""The loader: order, counts, resume, and what stops it."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,43 +18,13 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
+from megatron_vlm.data.loader import ValidationLoader, build_train_loader
 from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
-from tests.data.tiny_data import asked, content, jpeg, make_samples
-
-MICRO_BATCH = 3
-
-
-@pytest.fixture(scope="module")
-def dataset(dataset_dir: Path) -> PreparedDataset:
-    return PreparedDataset.open(str(dataset_dir))
-
-
-@pytest.fixture(scope="module")
-def processing(folders: dict[str, Path], models: dict[str, ModelConfig]) -> Processing:
-    return load_processing(str(folders["llava"]), models["llava"], seq_length=120)
-
-
-@pytest.fixture
-def make_loader(open_loader: Any, dataset: PreparedDataset, processing: Processing) -> Any:
-    def make(data_workers: int, dp_rank: int = 0, dp_size: int = 1, **options: Any) -> TrainLoader:
-        given = {
-            "shuffle_buffer_size": 16,
-            "max_corrupt_rate": 0.5,
-            "micro_batch_size": MICRO_BATCH,
-            **options,
-        }
-        data, process = given.pop("dataset", dataset), given.pop("processing", processing)
-        loader: TrainLoader = open_loader(
-            data, process, data_workers, dp_rank=dp_rank, dp_size=dp_size, **given
-        )
-        return loader
-
-    return make
+from tests.data.tiny_data import MICRO_BATCH, asked, content, jpeg, make_samples, take
 
 
 def samples_of(microbatch: Microbatch) -> list[tuple[str, list[int], list[int]]]:
@@ -69,10 +32,6 @@ def samples_of(microbatch: Microbatch) -> list[tuple[str, list[int], list[int]]]
     lengths = microbatch.lengths.tolist()
     ids, labels = (t[0].split(lengths) for t in (microbatch.input_ids, microbatch.labels))
     return [(k, i.tolist(), n.tolist()) for k, i, n in zip(microbatch.keys, ids, labels, strict=True)]
-
-
-def take(loader: TrainLoader, count: int) -> list[tuple[Any, ...]]:
-    return [content(next(loader)) for _ in range(count)]
 
 
 PACKING = Packing(buffer_size=20, capacity=120)
@@ -249,6 +208,13 @@ def test_state_of_something_else_is_refused(
         make_loader(2).load_state_dict({0: states[0]})
     with pytest.raises(ValueError, match="within a global batch"):
         make_loader(2).load_state_dict({0: states[1], 1: states[0]})
+    identity = {name: value for name, value in states[0]["identity"].items() if name != "grouping"}
+    for other, differing in (({"identity": identity}, "grouping"), ({"order": 1}, "order")):
+        message = (
+            rf"another version of this code \(it differs in {differing}\); go on with that version, or st"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_loader(2).load_state_dict({0: {**states[0], **other}, 1: states[1]})
     with pytest.raises(ValueError, match="can't be shared by 2 data-parallel ranks; try 2"):
         make_loader(3, dp_size=2)
 
@@ -390,117 +356,3 @@ def test_building_from_a_run_config(
     assert build_processing(config, models["bare"], hf_dir=str(folders["bare"])).images.shape == (3, 20, 20)
     with pytest.raises(ValueError, match="no image processor"):
         build_processing(config, models["bare"])
-
-
-def test_a_shard_that_goes_bad_while_training_is_one_line(
-    make_loader: Any, dataset_dir: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
-    dataset = PreparedDataset.open(str(copy))
-    os.truncate(copy / "000001.tar", 30000)
-    with pytest.raises(ValueError, match=r"^--data-path \S+copy: Unexpected end of tar file: 000001.tar$"):
-        take(make_loader(1, dataset=dataset), 100)
-
-
-def shorten_timeout(loader: TrainLoader, seconds: float) -> Any:
-    """Once it runs, for a start may take long on a busy machine. Returns the only worker's process."""
-    loader._workers._iterator._timeout = seconds
-    (worker,) = loader._workers._iterator._workers
-    return worker
-
-
-def test_a_dead_worker_ends_the_wait_and_hinders_no_save(make_loader: Any) -> None:
-    reference, loader = make_loader(1), make_loader(1)
-    expected = take(reference, 5)
-    assert take(loader, 2) == expected[:2]
-    worker = shorten_timeout(loader, 2.0)
-    # torch also tells by a signal handler, at any point of this process; the wait must not need it.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="a data loader worker died"):
-            take(loader, 10)
-        states = loader.state_dict()
-        loader.close()
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-    resumed = make_loader(1)
-    resumed.load_state_dict(states)
-    taken = states[0]["microbatches"]  # some were on their way when the worker died
-    assert take(resumed, 5 - taken) == expected[taken:]
-
-
-def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize = Processing.tokenize
-
-    def hang(self: Processing, key: str, *rest: Any) -> Sample:
-        time.sleep(600.0 * key.startswith("00061"))
-        return tokenize(self, key, *rest)
-
-    monkeypatch.setattr(Processing, "tokenize", hang)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch's patience
-    loader = make_loader(1)
-    take(loader, 1)
-    worker = shorten_timeout(loader, 2.0)
-    with pytest.raises(RuntimeError, match="timed out after 2"):
-        take(loader, 100)
-    loader.close()
-    assert not worker.is_alive()
-
-
-def test_a_worker_that_stops_amid_a_microbatch_ends_the_wait(
-    make_loader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make_loader(1, micro_batch_size=60, timeout=5.0)  # more than a pipe holds
-    take(loader, 1)
-    (worker,) = loader._workers._iterator._workers
-    time.sleep(0.5)  # by now the next one fills the pipe; if not, torch's own timeout ends the wait
-    os.kill(worker.pid, signal.SIGSTOP)
-    with pytest.raises(RuntimeError, match=r"it stopped amid a microbatch 5 s ago|timed out after 5"):
-        take(loader, 10)
-    loader.close()
-    assert not worker.is_alive()
-
-
-def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folders: dict[str, Path]) -> None:
-    """Both with a process that is killed while its workers hang, and with one that ends without close()."""
-    script = textwrap.dedent("""
-        import os, sys, time
-        from megatron_vlm.config.model import ModelConfig
-        from megatron_vlm.data.dataset import PreparedDataset
-        from megatron_vlm.data.loader import TrainLoader
-        from megatron_vlm.data.processing import Processing, load_processing
-
-        folder, data = sys.argv[1:]
-        processing = load_processing(folder, ModelConfig.from_hf_dir(folder), seq_length=200)
-        dataset = PreparedDataset.open(data)
-        tokenize = Processing.tokenize
-        encoded = []  # by this worker
-
-        def hang_at_second(self, *sample):
-            encoded.append(sample)
-            time.sleep(600.0 * (len(encoded) > 1))  # torch's workers look after their parent between batches
-            return tokenize(self, *sample)
-
-        killed = os.fork()
-        if not killed:
-            Processing.tokenize = hang_at_second
-        options = dict(dp_rank=0, dp_size=1, data_workers=4, micro_batch_size=1, shuffle_buffer_size=4)
-        loader = TrainLoader(dataset, processing, **options)
-        next(loader)
-        print(*[worker.pid for worker in loader._workers._iterator._workers], flush=True)
-        if not killed:
-            time.sleep(0.5)
-            os.kill(os.getpid(), 9)
-        os.waitpid(killed, 0)
-        raise SystemExit(3)
-    """)
-    command = [sys.executable, "-c", script, str(folders["llava"]), str(dataset_dir)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    errors = [line for line in result.stderr.splitlines() if " is skipped (corrupt)" not in line]
-    assert (result.returncode, errors) == (3, [])
-    workers = [int(pid) for pid in result.stdout.split()]
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) == 8 and not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -1,22 +1,18 @@
-"""From people's files to a folder that training reads: what is in it, restarts, reports, mistakes."""
+"""From people's files to a folder that training reads: what is in it, restarts, reports."""
 
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import io
 import json
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter, namedtuple
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,57 +26,12 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
-from megatron_vlm.data.prepare import build
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.lengths import Lengths
-from megatron_vlm.data.prepare.pictures import ENCODINGS
-from megatron_vlm.data.prepare.plan import DUPLICATES
-from megatron_vlm.data.prepare.records import SHAPES
 from megatron_vlm.data.prepare.shards import Rendering
 from megatron_vlm.data.processing import load_processing
 from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
-from tests.data.tiny_data import jpeg
-
-SCRIPT = Path(__file__).parents[2] / "scripts/data/prepare.py"
-
-
-def picture(seed: int, form: str = "JPEG", width: int = 31, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(seed, width))).convert(mode).save(buffer, form)
-    return buffer.getvalue()
-
-
-def llava(number: int, image: Any, **more: Any) -> dict[str, Any]:
-    turns = [
-        {"from": "human", "value": f"<image>\nQuestion {number}?" if image else f"Question {number}?"},
-        {"from": "gpt", "value": f"答え {number}"},
-    ]
-    return {"id": str(number), "image": image, "conversations": turns, **more}
-
-
-def samples_in(folder: Path) -> list[dict[str, Any]]:
-    """All samples: the JSON, the key, the shard and the images' bytes. Read with tarfile alone."""
-    found = []
-    for shard in sorted(folder.glob("*.tar")):
-        files: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, part = member.name.partition(".")
-                files.setdefault(key, {})[part] = tar.extractfile(member).read()  # type: ignore[union-attr]
-        for key, parts in files.items():
-            value = json.loads(parts.pop("json"))
-            assert sorted(parts) == sorted(value["images"])
-            data = [parts[name] for name in value["images"]]
-            found.append({**value, "key": key, "shard": shard.name, "data": data})
-    return found
-
-
-def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same, by the ids they had."""
-    samples = samples_in(folder)
-    by_id = {str(sample["id"]): sample for sample in samples}
-    assert len(by_id) == len(samples)
-    return by_id
+from tests.data.tiny_data import SCRIPT, llava, picture, samples_in, samples_of
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -340,7 +291,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
 
 
 def test_lengths_in_tokens(tmp_path: Path, folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
-    """Against transformers' own template and tokenizer; each image is 25 tokens of this tower."""
+    """Against transformers' own template and tokenizer; each image or frame is 25 tokens of this tower."""
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(picture(i))
     records = [llava(i, [None, "1.jpg", "2.jpg", None][i]) for i in range(4)]
@@ -348,6 +299,8 @@ def test_lengths_in_tokens(tmp_path: Path, folders: dict[str, Path], models: dic
         {"from": "human", "value": "And?"},
         {"from": "gpt", "value": "Two dogs. " * 9},
     ]
+    records[3] = llava(3, None, video_frames=["0.jpg", "1.jpg", "3.jpg"])
+    records[3]["conversations"][0]["value"] = "What moves in <video>?"
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     given = {
         "input": (str(tmp_path / "a.jsonl"),),
@@ -357,15 +310,17 @@ def test_lengths_in_tokens(tmp_path: Path, folders: dict[str, Path], models: dic
     histograms = prepare(Options(save_dir=str(tmp_path / "out"), **given))["histograms"]  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(folders["qwen"])
     texts = []
-    for sample in samples_of(tmp_path / "out").values():
+    found = samples_of(tmp_path / "out")
+    assert found["3"]["messages"][0]["content"] == "What moves in <image><image><image>?"
+    assert found["3"]["data"] == [picture(i) for i in (0, 1, 3)]
+    for sample in found.values():
         text = tokenizer.apply_chat_template(sample["messages"], tokenize=False)
         texts.append(len(tokenizer(text)["input_ids"]) - len(sample["images"]))
     assert histograms["text tokens"]["total"] == sum(texts)
     assert (histograms["text tokens"]["min"], histograms["text tokens"]["max"]) == (min(texts), max(texts))
-    assert (
-        histograms["image tokens"]["bins"] == {"0": 2, "32": 2} and histograms["image tokens"]["total"] == 50
-    )
-    assert histograms["tokens"]["total"] == sum(texts) + 50
+    assert histograms["image tokens"]["bins"] == {"0": 1, "32": 2, "128": 1}
+    assert histograms["tokens"]["total"] == sum(texts) + histograms["image tokens"]["total"]
+    assert histograms["image tokens"]["total"] == 5 * 25
     assert 0 < histograms["trained tokens"]["total"] < sum(texts)
     refused = Rendering(str(folders["bare"]), "chat", "jp")
     with pytest.raises(ValueError, match="--template chat: the tokenizer folder has no chat template"):
@@ -397,73 +352,6 @@ def test_images_are_made_smaller_where_asked(tmp_path: Path) -> None:
     assert all(item["data"][0][:2] == b"\xff\xd8" for item in encoded.values())
 
 
-def test_the_script_offers_what_the_package_knows() -> None:
-    """The script repeats the names, for it hands itself to a container where nothing is installed."""
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True).stdout
-    for flag, names in (("--format", SHAPES), ("--duplicates", DUPLICATES), ("--encode", ENCODINGS)):
-        assert f"{flag} {{{','.join(names)}}}" in shown
-    defaults = Options(input=(), save_dir="")
-    assert f"(default: {','.join(map(str, defaults.split))})" in " ".join(shown.split())
-    assert f"(default: {defaults.shard_samples})" in shown and f"(default: {defaults.quality})" in shown
-    assert subprocess.run([sys.executable, "-S", SCRIPT, "--help"], capture_output=True).returncode == 0
-
-
-def test_mistakes_are_one_line(llava_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "data"
-    for more, message in (
-        ({"split": (0.0, 1.0)}, "--split: give the shares"),
-        ({"shard_samples": 10_000}, "--shard-samples 10000: give 1 to 9999"),
-        ({"quality": 0}, "--quality 0: give 1 to 100"),
-        ({"seed": -1}, "--seed -1: must not be negative"),
-        ({"encode": "gif"}, "--encode gif: unknown; choose from jpg, png, webp"),
-        ({"image_root": str(tmp_path / "none")}, "--image-root .*: no such folder"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            options(llava_json, out, **more)
-    with pytest.raises(ValueError, match="the folder to make it in is not there"):
-        prepare(options(llava_json, tmp_path / "none/data"))
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="it is there, and no prepared dataset"):
-        prepare(options(llava_json, out, force=True))
-    assert (out / "mine.txt").read_text() == "keep"
-    shutil.rmtree(out)
-    with pytest.raises(
-        ValueError, match=r"nothing that can be used in .*; 200 records read; 199 dropped: no conv"
-    ):
-        prepare(options(llava_json, out, format="openai"))
-    (tmp_path / "few.json").write_text(json.dumps([llava(1, None), llava(2, "gone.jpg")]))
-    with pytest.raises(ValueError, match=r"--split 1; 2 records read; 1 dropped: missing image$"):
-        prepare(Options(input=(str(tmp_path / "few.json"),), save_dir=str(out)))
-    assert not os.path.exists(f"{out}.partial")  # or it would refuse the --split that it names
-    main = runpy.run_path(str(SCRIPT))["main"]
-    making = ["--input", "a.json", "--save-dir", str(out)]
-    for flags, message in (
-        ([*making, "--split", "a"], "'a': give the shares of train, val and test, such as"),
-        ([*making, "--max-dropped", "1.5"], r"'1\.5': give a part of the records, 0 to 1"),
-        ([*making, "--template", "v1"], "--template does nothing without --tokenizer-load-dir"),
-        ([*making, "--quality", "80"], "--quality does nothing without --encode or --max-side"),
-        (["--check", ".", "--max-side", "80"], "--max-side does nothing with --check; leave it out"),
-        (["--check", ".", "--save-dir", str(out)], "--save-dir does nothing with --check"),
-        (["--input", "a.json"], "give --input and --save-dir to prepare, or --check and a prepared folder"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main(flags)
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage(10_000))
-    with pytest.raises(ValueError, match=r"9\.8 KiB are free there, about .*iB are needed"):
-        prepare(options(llava_json, out, force=True))
-    monkeypatch.undo()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(build, "write_json", full)
-    with pytest.raises(ValueError, match="no space is left there; make room and run the same command again"):
-        prepare(options(llava_json, out, force=True))
-    assert not out.exists()
-
-
 def test_force_replaces_a_dataset_when_the_new_one_is_whole(llava_json: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     given = {"save_dir": str(out), "split": (1.0,)}
@@ -473,46 +361,3 @@ def test_force_replaces_a_dataset_when_the_new_one_is_whole(llava_json: Path, tm
     prepare(Options(input=(str(tmp_path / "b.jsonl"),), force=True, **given))  # type: ignore[arg-type]
     assert list(samples_of(out)) == ["2"]
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.jsonl", "data"]
-
-
-def test_what_was_lost_of_each_file_and_the_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """1 where more is lost than --max-dropped allows; what is there twice isn't lost."""
-    for name, records in {
-        "whole": [llava(i, None) for i in range(12)],
-        "half": [llava(20 + i, "gone.jpg" if i % 2 else None) for i in range(4)],
-        "twice": [llava(i, None) for i in range(8)],
-        "nothing": [],
-    }.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(records))
-    main, out = runpy.run_path(str(SCRIPT))["main"], tmp_path / "out"
-
-    def run(*names: str, more: Sequence[str] = ()) -> tuple[int, str, str]:
-        files = [str(tmp_path / f"{name}.json") for name in names]
-        code = main(["--input", *files, "--save-dir", str(out), "--split", "1", "--workers", "1", *more])
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    code, told, error = run("whole", "half", "twice", "nothing")
-    assert code == 0 and "error" not in error
-    assert told.endswith(
-        f"\n{out}: 14 of 24 records kept, 10 dropped (41.7%; 8 of them: duplicate id); report.md says more\n"
-    )
-    report = json.loads((out / "report.json").read_text())
-    counts = {os.path.basename(path): list(facts.values()) for path, facts in report["files"].items()}
-    assert counts == {
-        "whole.json": [12, 12, 0],
-        "half.json": [4, 2, 2],
-        "twice.json": [8, 0, 8],
-        "nothing.json": [0, 0, 0],
-    }
-    assert f"| {tmp_path}/half.json | 4 | 2 | 2 |" in (out / "report.md").read_text()
-    code, told, error = run("whole", "half", more=["--force", "--max-dropped", "0.12"])
-    assert code == 1 and "2 dropped (12.5%; 2 of them: missing image)" in told.splitlines()[-1]
-    assert "error: more than --max-dropped 0.12 of the records are lost; the dataset is there" in error
-    assert PreparedDataset.open(str(out)).num_samples == 14
-    code, told, _ = run("whole", "half", more=["--force", "--max-dropped", "0.125"])
-    assert code == 0 and "2 dropped (12.5%; 2 of them: missing image)" in told.splitlines()[-1]
-    with pytest.raises(ValueError, match="nothing that can be used"):
-        run("nothing", more=["--force"])

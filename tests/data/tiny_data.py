@@ -20,9 +20,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.prepare.workers import call_forked
 from megatron_vlm.data.templates import Turn
 
+MICRO_BATCH = 3
+SCRIPT = Path(__file__).parents[2] / "scripts/data/prepare.py"
 # As llava-hf/llava-1.5-7b-hf has it: content in parts, no end token after an answer.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
@@ -141,6 +144,10 @@ def content(microbatch: Microbatch) -> tuple[Any, ...]:
     return (*arrays, *samples, microbatch.counts, microbatch.worker)
 
 
+def take(loader: TrainLoader, count: int) -> list[tuple[Any, ...]]:
+    return [content(next(loader)) for _ in range(count)]
+
+
 def write_shards(root: Path, samples: list[dict[str, bytes | str]], shards: int) -> None:
     """Write samples (``key`` and one entry per file) to ``shards`` tars of about the same length."""
     root.mkdir(parents=True, exist_ok=True)
@@ -212,6 +219,47 @@ def make_conversations(count: int) -> list[dict[str, bytes | str]]:
         sample["json"] = json.dumps({"id": i, "messages": messages, "images": names}).encode()
         samples.append(sample)
     return samples
+
+
+def picture(seed: int, form: str = "JPEG", width: int = 31, mode: str = "RGB") -> bytes:
+    """As :func:`jpeg`, in other forms."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(seed, width))).convert(mode).save(buffer, form)
+    return buffer.getvalue()
+
+
+def llava(number: int, image: Any, **more: Any) -> dict[str, Any]:
+    """A record of LLaVA's JSON."""
+    turns = [
+        {"from": "human", "value": f"<image>\nQuestion {number}?" if image else f"Question {number}?"},
+        {"from": "gpt", "value": f"答え {number}"},
+    ]
+    return {"id": str(number), "image": image, "conversations": turns, **more}
+
+
+def samples_in(folder: Path) -> list[dict[str, Any]]:
+    """A prepared folder's: the JSON, the key, the shard and the images' bytes. Read with tarfile alone."""
+    found = []
+    for shard in sorted(folder.glob("*.tar")):
+        files: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, part = member.name.partition(".")
+                files.setdefault(key, {})[part] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        for key, parts in files.items():
+            value = json.loads(parts.pop("json"))
+            assert sorted(parts) == sorted(value["images"])
+            data = [parts[name] for name in value["images"]]
+            found.append({**value, "key": key, "shard": shard.name, "data": data})
+    return found
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same, by the ids they had."""
+    samples = samples_in(folder)
+    by_id = {str(sample["id"]): sample for sample in samples}
+    assert len(by_id) == len(samples)
+    return by_id
 
 
 def hf_folder(name: str, root: Path) -> Path:
