@@ -14,6 +14,7 @@ URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 ASKED = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
 TEXT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+SHOWN = [{"from": "human", "value": "<video>\nWhat?"}, LLAVA[1]]
 PART = TarPart("a.tar", 512, 9)
 
 # name: record, shape, messages, images, other fields
@@ -68,14 +69,60 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]], list[Any], dict
         {"set": "sharegpt4", "id": "7", "audio": ["x.wav"], "image": "c/a.jpg"},
     ),
     "Ovis": (
+        {"video_frames": ["f0.jpg", "f1.jpg"], "conversations": SHOWN},
+        "llava",
+        [{"role": "user", "content": "<image><image>\nWhat?"}, ASKED[1]],
+        ["f0.jpg", "f1.jpg"],
+        {"video_frames": ["f0.jpg", "f1.jpg"]},
+    ),
+    "frames whose place is not marked": (
+        {"video_frames": '["f0.jpg", "f1.jpg"]', "question": "What?", "answer": "A cat."},
+        "query",
+        [{"role": "user", "content": "<image>\n<image>\nWhat?"}, ASKED[1]],
+        ["f0.jpg", "f1.jpg"],
+        {"video_frames": '["f0.jpg", "f1.jpg"]'},
+    ),
+    "an image among two videos, one of bytes": (
         {
-            "video_frames": [["f0.jpg"], ["f1.jpg"]],
-            "conversations": [{"from": "human", "value": "Hi"}, *LLAVA[1:]],
+            "image": "a.jpg",
+            "video_frames": [[PNG], ["f0.jpg", "f1.jpg"]],
+            "conversations": [
+                {"from": "human", "value": "<video> or <image>?"},
+                {"from": "gpt", "value": "Both."},
+                {"from": "human", "value": "And <video>?"},
+                {"from": "gpt", "value": "As <video> in HTML."},
+            ],
         },
         "llava",
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A cat."}],
+        [
+            {"role": "user", "content": "<image> or <image>?"},
+            {"role": "assistant", "content": "Both."},
+            {"role": "user", "content": "And <image><image>?"},
+            {"role": "assistant", "content": "As <video> in HTML."},
+        ],
+        [PNG, "a.jpg", "f0.jpg", "f1.jpg"],
+        {"image": "a.jpg"},
+    ),
+    "images that are a video's frames": (
+        {"image": ["f0.jpg", "f1.jpg"], "video": "f.mp4", "conversations": SHOWN},
+        "llava",
+        [{"role": "user", "content": "<image><image>\nWhat?"}, ASKED[1]],
+        ["f0.jpg", "f1.jpg"],
+        {"image": ["f0.jpg", "f1.jpg"], "video": "f.mp4"},
+    ),
+    "an image, and frames that no marker asks for": (
+        {"image": "a.jpg", "video_frames": ["f0.jpg"], "conversations": LLAVA},
+        "llava",
+        ASKED,
+        ["a.jpg"],
+        {"image": "a.jpg", "video_frames": ["f0.jpg"]},
+    ),
+    "a question about HTML": (
+        {"conversations": [{"from": "human", "value": "Is <video> a tag?"}, LLAVA[1]]},
+        "llava",
+        [{"role": "user", "content": "Is <video> a tag?"}, ASKED[1]],
         [],
-        {"video_frames": [["f0.jpg"], ["f1.jpg"]]},
+        {},
     ),
     "sharegpt with roles": (
         {
@@ -234,6 +281,18 @@ def turns(*texts: str) -> list[dict[str, str]]:
         ({"conversations": turns("<image>", "b")}, "markers and images differ"),
         ({"conversations": turns("a <image>", "b", "c"), "image": ["a", "b"]}, "markers and images differ"),
         ({"conversations": turns("a", "b <image>"), "image": "a.jpg"}, "marker outside a question"),
+        (
+            {"conversations": turns("<video> <video>", "b"), "video_frames": ["a"]},
+            "markers and images differ",
+        ),
+        ({"conversations": turns("<video>", "b"), "video_frames": [[], ["a"]]}, "markers and images differ"),
+        ({"conversations": turns("<image>", "b"), "video_frames": ["a", "b"]}, "markers and images differ"),
+        (
+            {"conversations": turns("<video> <image>", "b"), "video_frames": ["a"]},
+            "markers and images differ",
+        ),
+        ({"conversations": turns("<video>", "b"), "video": "a.mp4"}, "video without frames"),
+        ({"conversations": turns("<video>", "b"), "video_frames": "frames/"}, "bad record"),
         ({"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}]}, "system turn not first"),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "unknown role"),
         ({"conversations": [3]}, "bad record"),

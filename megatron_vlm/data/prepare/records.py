@@ -8,6 +8,8 @@ openai    ``messages``, whose ``content`` is text or parts
 alpaca    ``instruction``, ``input``, ``output``
 query     ``query``, ``question`` or ``prompt`` with ``response``, ``answer`` or ``answers``; ``history``
 caption   an image with a ``caption`` or ``text``
+
+A video is the images that are its frames: Ovis' ``video_frames``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import base64
 import binascii
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +47,8 @@ IMAGE_KEYS = (
     "jpg",
     "image_bytes",
 )
-OTHER_MARKERS = ("<audio>", "<video>")  # of VITA and Ovis
+VIDEO_MARKER, VIDEO_KEY = "<video>", "video_frames"  # of VITA and Ovis
+OTHER_MARKERS = ("<audio>", VIDEO_MARKER)  # where they stay text
 _QUESTIONS = ("query", "question", "prompt")
 _ANSWERS = ("response", "answer", "answers", "completion")
 _CAPTIONS = ("caption", "text", "txt")
@@ -113,7 +117,8 @@ def to_conversation(
     """
     found = _shape_of(record) if shape is None else shape
     image_key, given = _images_of(record) if images is None else ("", list(images))
-    turns, used = _turns(record, found, has_image=bool(given))
+    videos = _videos_of(record) if images is None else []
+    turns, used = _turns(record, found, has_image=bool(given or videos))
     messages, inline = [], []
     for turn in turns:
         content, parts_images = _content(turn.pop("content"))
@@ -125,16 +130,19 @@ def to_conversation(
     )
     if any(image is None for image in all_images):
         raise Rejected("missing image", "its text has more image parts than there are images")
-    notes = _check_turns(messages) + _place_images(messages, len(all_images))
+    placed = _place_frames(messages, [image for image in all_images if image is not None], videos)
+    if record.get("video") and any(VIDEO_MARKER in m["content"] for m in messages if m["role"] == "user"):
+        raise Rejected("video without frames", f"give them as {VIDEO_KEY}: {record['video']}"[:200])
+    notes = _check_turns(messages) + _place_images(messages, len(placed))
     notes += _check_text(messages)
     left = {key: value for key, value in record.items() if key not in used and key != image_key}
     extra = {key: value for key, value in left.items() if value is not None and _is_json(value)}
     paths = [image for image in all_images if isinstance(image, str)]
     if paths and len(paths) == len(all_images):  # where the images came from
         extra["image" if image_key in ("", "images") else image_key] = paths[0] if len(paths) == 1 else paths
-    if left.keys() - extra.keys() - {key for key, value in left.items() if value is None}:
+    if left.keys() - extra.keys() - {key for key, value in left.items() if value is None} - {VIDEO_KEY}:
         notes += ("field that JSON can't hold left out",)
-    return Conversation(messages, [i for i in all_images if i is not None], extra, found, notes)
+    return Conversation(messages, placed, extra, found, notes)
 
 
 def _shape_of(record: Mapping[str, Any]) -> str:
@@ -257,6 +265,18 @@ def _images_of(record: Mapping[str, Any]) -> tuple[str, list[Image]]:
     return "", []
 
 
+def _videos_of(record: Mapping[str, Any]) -> list[list[Image]]:
+    """The frames of a video, or of each of several."""
+    value = record.get(VIDEO_KEY)
+    if not value:
+        return []
+    frames = _as_list(value)
+    if frames is None:
+        raise Rejected("bad record", f"its {VIDEO_KEY} are no list of images")
+    nested = all(isinstance(frame, (list, tuple)) for frame in frames)
+    return [[_image(frame) for frame in video] for video in (frames if nested else [frames])]
+
+
 def _image(value: Any) -> Image:
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
@@ -298,6 +318,42 @@ def _check_turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     in_a_row = any(first == second for first, second in itertools.pairwise(talk))
     notes = ("two turns of one role in a row",) if in_a_row else ()
     return (*notes, "ends with the user") if talk[-1] == "user" else notes
+
+
+def _place_frames(
+    messages: Sequence[dict[str, Any]], images: list[Image], videos: list[list[Image]]
+) -> list[Image]:
+    """Make of each ``<video>`` an ``<image>`` for each of its frames, as VITA does.
+
+    Without ``<video>``, frames are images where there are no others. Without ``video_frames``, the images
+    are the frames of a single ``<video>`` where no ``<image>`` asks for them.
+
+    Returns:
+        images and frames, in the order of their markers.
+    """
+    questions = [message for message in messages if message["role"] == "user"]
+    num_images, num_videos = (
+        sum(question["content"].count(marker) for question in questions)
+        for marker in (IMAGE_MARKER, VIDEO_MARKER)
+    )
+    if num_videos == 1 and images and not num_images and not videos:
+        images, videos = [], [images]
+    if not num_videos:
+        return images or [frame for video in videos for frame in video]
+    if not videos:
+        return images
+    if num_videos != len(videos):
+        raise Rejected("markers and images differ", f"{num_videos} {VIDEO_MARKER}, {len(videos)} videos")
+    left, rest, placed = list(images), iter(videos), list[Image]()
+
+    def place(marker: re.Match[str]) -> str:
+        taken = next(rest) if marker[0] == VIDEO_MARKER else [left.pop(0)] if left else []
+        placed.extend(taken)
+        return IMAGE_MARKER * max(1, len(taken))  # one that lacks its image is found where they are counted
+
+    for question in questions:
+        question["content"] = re.sub(f"{IMAGE_MARKER}|{VIDEO_MARKER}", place, question["content"])
+    return placed + left
 
 
 def _place_images(messages: list[dict[str, Any]], num_images: int) -> tuple[str, ...]:
