@@ -19,6 +19,7 @@ from megatron_vlm.config.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resol
 from megatron_vlm.data.templates import SampleError
 
 _PLAIN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "LlavaImageProcessorPil")
+MOST_PIXELS = 178_956_970  # of an image on its way, as of one that PIL opens: twice its MAX_IMAGE_PIXELS
 # What a processor does to an image before it is cut into tiles, or that isn't.
 _TILE_SETTINGS = (
     *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
@@ -184,8 +185,11 @@ class ImageTransform:
             The tiles of all of them, image by image, uint8 ``[c, H, W]`` each.
 
         Raises:
-            SampleError: one can't be decoded; of kind ``corrupt``.
+            SampleError: one can't be decoded, of kind ``corrupt``; or is too narrow to be made as wide as the
+                tower takes it.
         """
+        if self.anyres is None:
+            self._check_growth(images)
         with _decoding():
             if self.anyres is None:
                 return [self._tile(image) for image in images]
@@ -194,6 +198,20 @@ class ImageTransform:
             else:
                 tiles = [tile for image in images for tile in self._pixels(image)]
         return [_tensor(tile) for tile in tiles]
+
+    def _check_growth(self, images: Sequence[Image.Image]) -> None:
+        """Whether a process can hold what becomes of them before they are cropped, or once they are padded:
+        1 x 2,000 pixels whose shorter side is made 336 are 226 million."""
+        edge = self.processor.size.shortest_edge if self.processor.do_resize else None
+        for image in images:
+            short, long = sorted(image.size)
+            padded = getattr(self.processor, "do_pad", False)
+            pixels = long * long if padded else edge * edge * long // short if edge else 0
+            if pixels > MOST_PIXELS:
+                raise SampleError(
+                    f"its image of {image.width} x {image.height} would have {pixels} pixels, more than "
+                    f"{MOST_PIXELS}, on the way to the tower's size"
+                )
 
     def _tile(self, image: Image.Image) -> Tensor:
         """uint8 ``[c, H, W]``, of an image that isn't cut."""

@@ -143,6 +143,19 @@ def test_unreadable_pictures_are_corrupt(tmp_path: Path) -> None:
         assert error.value.kind == "corrupt"
 
 
+@pytest.mark.parametrize("name", ["clip", "llava-padded"])
+def test_a_hair_of_a_picture_takes_no_gigabytes(name: str, tmp_path: Path) -> None:
+    """Of 28 x 28 x 300,000 pixels with three channels and one unused, 1 GB; padded 360 GB."""
+    PROCESSORS[name].save_pretrained(tmp_path)
+    transform = ImageTransform.from_dir(str(tmp_path), image_size=28, num_channels=3)
+    hair = encode(Image.new("RGB", (1, 300_000)), "PNG")
+    with pytest.raises(
+        SampleError, match=r"its image of 1 x 300000 would have \d+ pixels, more than"
+    ) as error:
+        transform.tiles(transform.open([hair]))
+    assert error.value.kind == "dropped"
+
+
 def test_folder_without_processor_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no image processor that can be loaded"):
         ImageTransform.from_dir(str(tmp_path), image_size=28, num_channels=3)
