@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shlex
 import tarfile
+from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
-PREPARED = "prepare.json"  # in .nv-meta: samples, bytes and hash of each shard, by scripts/data/prepare.py
+PREPARED = "prepare.json"  # in .nv-meta: of each shard what prepare.py knows, samples, bytes and hashes
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
+_END = 1 << 16  # bytes
 
 
 def prepare_command(path: str, ratio: str = "9,1,0") -> str:
@@ -81,13 +84,38 @@ def shard_counts(path: str) -> Dict[str, int]:
         raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
 
 
-def prepared_sizes(path: str) -> Dict[str, int]:
-    """Bytes of each shard, where scripts/data/prepare.py has made the folder; else empty."""
+@dataclass(frozen=True)
+class PreparedShard:
+    """What scripts/data/prepare.py has noted of a shard: its bytes, and :func:`ends_hash`, None in a folder
+    that an older version made."""
+
+    size: int
+    ends: Optional[str]
+
+    def difference(self, path: str) -> str:
+        """What tells a file from the one that was prepared, as far as its size and ends do; else empty."""
+        size = os.path.getsize(path)
+        if size != self.size:
+            return f"{size} bytes, it had {self.size}"
+        return "its first or last bytes are others" if self.ends not in (None, ends_hash(path)) else ""
+
+
+def prepared_shards(path: str) -> Dict[str, PreparedShard]:
+    """Each shard, where scripts/data/prepare.py has made the folder; else empty."""
     try:
         with open(os.path.join(path, ".nv-meta", PREPARED), encoding="utf-8") as file:
-            return {str(name): int(shard["bytes"]) for name, shard in json.load(file)["shards"].items()}
+            shards = json.load(file)["shards"]
+        return {name: PreparedShard(int(shard["bytes"]), shard.get("ends")) for name, shard in shards.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def ends_hash(path: str) -> str:
+    """Hash of a file's first and last 64 KiB: what can be looked at in every shard whenever a run starts."""
+    with open(path, "rb") as file:
+        first = file.read(_END)
+        file.seek(max(0, os.path.getsize(path) - _END))
+        return hashlib.blake2b(first + file.read(_END), digest_size=16).hexdigest()
 
 
 def split_parts(path: str) -> Optional[Dict[str, List[str]]]:

@@ -26,9 +26,11 @@ from megatron.energon.metadataset.loader_interface import LoadedDataset
 from megatron_vlm.config.dataset import (
     FIELD_MAP,
     TEXT_ONLY_KEY,
+    PreparedShard,
     not_prepared,
     prepare_command,
-    prepared_sizes,
+    prepared_shards,
+    shard_counts,
 )
 from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
 from megatron_vlm.data.shards import ShardReader
@@ -92,8 +94,7 @@ class PreparedDataset:
                     f"truncated or empty tar; mend the shards, then run: {prepare_command(path)}"
                 )
             raise ValueError(not_prepared(path))
-        with open(os.path.join(meta, ".info.json"), encoding="utf-8") as file:
-            counts: Dict[str, int] = json.load(file)["shard_counts"]
+        counts = shard_counts(path)
         names = _split_shards(path, split)
         if not names:
             raise ValueError(
@@ -101,8 +102,8 @@ class PreparedDataset:
                 "whole shards); write more shards, or prepare again: "
                 + prepare_command(path, "1,0,0" if split == "train" else "9,1,0")
             )
-        sizes = prepared_sizes(path)
-        shards = tuple(_checked_shard(path, name, counts, sizes) for name in names)
+        prepared = prepared_shards(path)
+        shards = tuple(_checked_shard(path, name, counts[name], prepared.get(name)) for name in names)
         _check_last_samples(path, names, list(counts))
         uuid_file = os.path.join(meta, "index.uuid")
         uuid = ""
@@ -224,16 +225,18 @@ def _split_shards(path: str, split: str) -> List[str]:
         return [shard.name for shard in WebdatasetMeta.from_config(EPath(path), split_part=split).shards]
     except EmptyDatasetError:
         return []
-    except (OSError, AssertionError, KeyError, ValueError) as error:
+    except Exception as error:  # of any kind, where split.yaml was edited and is no YAML any more
         if "Invalid split part" in str(error):  # energon's words where it was prepared without one
             return []
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--data-path {path}: .nv-meta can't be read ({error}); run: {prepare_command(path)}"
+            f"--data-path {path}: the split in .nv-meta can't be read ({reason}); mend split.yaml, or run: "
+            + prepare_command(path)
         ) from None
 
 
-def _checked_shard(path: str, name: str, counts: Mapping[str, int], sizes: Mapping[str, int]) -> Shard:
-    """A shard that is there and reaches as far as the index that prepare wrote beside it."""
+def _checked_shard(path: str, name: str, samples: int, prepared: PreparedShard | None) -> Shard:
+    """A shard that is there, reaches as far as the index beside it, and is the one that was prepared."""
     file_name = os.path.join(path, name)
     try:
         size = os.path.getsize(file_name)
@@ -245,19 +248,23 @@ def _checked_shard(path: str, name: str, counts: Mapping[str, int], sizes: Mappi
         with open(file_name + ".idx", "rb") as file:
             file.seek(-8, os.SEEK_END)
             (end,) = struct.unpack("<Q", file.read(8))  # where the last sample ends
-    except OSError:
-        end = 0  # prepared without an index beside the shard
+    except (OSError, struct.error):
+        raise ValueError(
+            f"--data-path {path}: {name}.idx, the shard's index, is missing or damaged; restore it, or run: "
+            + prepare_command(path)
+        ) from None
     if size < end:
         raise ValueError(
             f"--data-path {path}: shard {name} is truncated ({size} bytes; its samples reach to {end}); "
             f"restore it, or run: {prepare_command(path)}"
         )
-    if size != sizes.get(name, size):
+    difference = prepared.difference(file_name) if prepared is not None else ""
+    if difference:
         raise ValueError(
-            f"--data-path {path}: shard {name} is not the one that was prepared ({size} bytes, it had "
-            f"{sizes[name]}); restore it. scripts/data/prepare.py --check {path} names all that is wrong"
+            f"--data-path {path}: shard {name} is not the one that was prepared ({difference}); restore it. "
+            f"scripts/data/prepare.py --check {path} names all that is wrong"
         )
-    return Shard(name, counts[name], size)
+    return Shard(name, samples, size)
 
 
 def _check_last_samples(path: str, names: Sequence[str], indexed: Sequence[str]) -> None:
@@ -301,11 +308,16 @@ def index_rows(path: str, query: str, values: Sequence[Tuple[Any, ...]]) -> List
 def read_field_map(path: str) -> Dict[str, str] | None:
     """Which file holds what: from ``dataset.yaml``, read as data, never run. None where it has none."""
     file_name = os.path.join(path, ".nv-meta", "dataset.yaml")
-    config: Dict[str, Any] = {}
+    config: Any = {}
     if os.path.isfile(file_name):
-        with open(file_name, encoding="utf-8") as file:
-            config = yaml.safe_load(file) or {}
-    field_map = config.get("field_map")
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                config = yaml.safe_load(file) or {}
+        except (yaml.YAMLError, UnicodeDecodeError):
+            config = None
+    field_map = config.get("field_map") if isinstance(config, dict) else ()
+    if field_map is not None and not isinstance(field_map, dict):
+        raise ValueError(f"{file_name}: damaged; run: {prepare_command(path)}")
     missing = [name for name in FIELD_MAP if field_map and name not in field_map]
     if missing or config.get("sample_loader"):
         what = f"its field map lacks {', '.join(missing)}" if missing else "it has a sample_loader"

@@ -79,14 +79,24 @@ class ShardReader(ShardInfosITarReader):
             self._files.move_to_end(number)
             return self._files[number]
         path = str(self.shard_infos[number].path.local_path())
-        offsets = array("Q")
-        with open(path + ".idx", "rb") as index:
-            offsets.frombytes(index.read())
-        self._files[number] = open(path, "rb", buffering=0), offsets
+        self._files[number] = open(path, "rb", buffering=0), read_index(path)
         if len(self._files) > self.itar_cache_size:
             _, (oldest, _) = self._files.popitem(last=False)
             oldest.close()
         return self._files[number]
+
+
+def read_index(shard: str) -> array[int]:
+    """Where in a shard the samples begin and the last one ends, by the index that energon wrote beside it.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is cut off.
+    """
+    offsets = array("Q")
+    with open(shard + ".idx", "rb") as index:
+        offsets.frombytes(index.read())
+    return offsets
 
 
 def members(data: bytes) -> List[Tuple[str, bytes]]:

@@ -6,9 +6,10 @@ import os
 from typing import Dict, Iterator, List, Optional
 
 from megatron_vlm.config.dataset import (
+    PreparedShard,
     not_prepared,
     prepare_command,
-    prepared_sizes,
+    prepared_shards,
     shard_counts,
     split_parts,
     split_samples,
@@ -50,9 +51,9 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
             f"shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
         )
     found: Dict[str, List[str]] = {}
-    sizes = prepared_sizes(path)
+    prepared = prepared_shards(path)
     for name in counts:
-        state = _shard_state(os.path.join(path, name), sizes.get(name))
+        state = _shard_state(os.path.join(path, name), prepared.get(name))
         if state:
             found.setdefault(state, []).append(name)
     for state, names in found.items():
@@ -78,8 +79,8 @@ def held_out_problems(path: str) -> Iterator[str]:
         )
 
 
-def _shard_state(path: str, prepared: Optional[int]) -> str:
-    """What is wrong with a shard, by the index that prepare wrote beside it and the size it had then."""
+def _shard_state(path: str, prepared: Optional[PreparedShard]) -> str:
+    """What is wrong with a shard, by the index that prepare wrote beside it and what it noted of it."""
     try:
         size = os.stat(path).st_size
     except OSError:
@@ -94,4 +95,4 @@ def _shard_state(path: str, prepared: Optional[int]) -> str:
         end = 0  # prepared without one
     if size < end:
         return "cut off since it was prepared"
-    return "not the file that was prepared" if prepared not in (None, size) else ""
+    return "not the file that was prepared" if prepared and prepared.difference(path) else ""

@@ -76,6 +76,28 @@ def test_damaged_shards_are_found_at_the_start(copy: Path) -> None:
         PreparedDataset.open(str(copy))
 
 
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        (".info.json", "{", r"\.info\.json: damaged; run again: "),
+        (
+            "split.yaml",
+            "split_parts: [",
+            r"the split in \.nv-meta can't be read \(.+\); mend split\.yaml, or run: ",
+        ),
+        ("split.yaml", "", r"the split in \.nv-meta can't be read"),
+        ("split.yaml", "split_parts:\n  train:\n  - gone.tar\nexclude: []", r"can't be read \('gone\.tar'\)"),
+        ("dataset.yaml", "field_map: {", r"dataset\.yaml: damaged; run: "),
+        ("dataset.yaml", "- a list", r"dataset\.yaml: damaged; run: "),
+    ],
+)
+def test_a_damaged_description_is_one_line(name: str, text: str, message: str, copy: Path) -> None:
+    (copy / ".nv-meta" / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        PreparedDataset.open(str(copy))
+    assert "\n" not in str(error.value) and "energon prepare --non-interactive" in str(error.value)
+
+
 def test_fingerprint_changes_with_the_data(copy: Path) -> None:
     before = PreparedDataset.open(str(copy)).fingerprint
     assert PreparedDataset.open(str(copy)).fingerprint == before

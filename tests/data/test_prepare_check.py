@@ -20,8 +20,7 @@ from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.check import check
 from megatron_vlm.data.processing import load_processing
-from tests.data.test_prepare import SCRIPT, llava, samples_of
-from tests.data.tiny_data import jpeg, write_shards
+from tests.data.tiny_data import SCRIPT, jpeg, llava, samples_of, write_shards
 from tests.data.tiny_data import prepare as energon_prepare
 
 Trains = Callable[[Path], dict[str, int]]
@@ -70,6 +69,15 @@ def trains(open_loader: Any, folders: dict[str, Path], models: dict[str, ModelCo
 
 def forget_hashes(data: Path) -> None:
     (data / ".nv-meta/prepare.json").unlink()
+
+
+def forget_ends(data: Path) -> None:
+    """As a change behind a shard's first 64 KiB and before its last; or a folder of an older version."""
+    path = data / ".nv-meta/prepare.json"
+    prepared = json.loads(path.read_text())
+    for shard in prepared["shards"].values():
+        assert len(shard.pop("ends")) == 32
+    path.write_text(json.dumps(prepared))
 
 
 def test_nothing_is_wrong(whole: Path, trains: Trains) -> None:
@@ -141,8 +149,13 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[
             ],
             "train-000000.tar is not the one that was prepared",
         ),
-        "text changed, as long as it was": (
+        "swapped for one with the same keys and sizes": (
             lambda data: spoil(data / first, b"Question", b"Answer??"),
+            [f"{first}: not the file that was prepared: its content hash differs"],
+            r"train-000000.tar is not the one that was prepared \(its first or last bytes are others\)",
+        ),
+        "text changed amid a shard": (
+            lambda data: [forget_ends(data), spoil(data / first, b"Question", b"Answer??")],
             [f"{first}: not the file that was prepared: its content hash differs"],
             {},
         ),
@@ -166,6 +179,11 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[
             ["more.tar: in the folder, but not among the prepared shards"],
             {},
         ),
+        "its index is missing": (
+            lambda data: (data / f"{second}.idx").unlink(),
+            [f"{second}: its index, the .idx beside it, is missing or of another file"],
+            "train-000001.tar.idx, the shard's index, is missing or damaged; restore it, or run: ",
+        ),
         "not in the split": (
             lambda data: (data / ".nv-meta/split.yaml").write_text(
                 "split_parts:\n  train: []\n  val:\n  - val-000000.tar\n  - gone.tar\n"
@@ -184,11 +202,13 @@ def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[
         "missing",
         "swapped for a shorter one",
         "swapped with another",
-        "text changed, as long as it was",
+        "swapped for one with the same keys and sizes",
+        "text changed amid a shard",
         "bad JSON",
         "a key is missing",
         "an image is missing",
         "another tar",
+        "its index is missing",
         "not in the split",
     ],
 )

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config.dataset import PREPARED
+from megatron_vlm.config.dataset import PREPARED, ends_hash
 from megatron_vlm.config.units import size_text
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
@@ -358,7 +358,15 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
     # energon draws a new one each time; the same data has the same here.
     identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(f"{shard.name} {shard.hash}\n" for shard in shards))
     write_bytes(os.path.join(meta, "index.uuid"), str(identity).encode())
-    listed = {s.name: {"samples": s.samples, "bytes": s.bytes, "hash": s.hash} for s in shards}
+    listed = {
+        s.name: {
+            "samples": s.samples,
+            "bytes": s.bytes,
+            "hash": s.hash,
+            "ends": ends_hash(os.path.join(dataset, s.name)),
+        }
+        for s in shards
+    }
     write_json(os.path.join(meta, PREPARED), {"version": VERSION, "hash": HASH, "shards": listed}, indent=1)
     write_json(os.path.join(dataset, "report.json"), report, indent=1)
     write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="replace"))

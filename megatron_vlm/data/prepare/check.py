@@ -1,7 +1,7 @@
 """A prepared folder looked through before training: every shard, every sample, every image.
 
 Samples are read as the loader reads them. What is compared: shards with ``.nv-meta/.info.json``, their
-samples with energon's index, and, where prepare.py has made the folder, sizes and content hashes.
+samples with energon's two indices, and, where prepare.py has made the folder, sizes and content hashes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron_vlm.data.prepare.records import Rejected
 from megatron_vlm.data.prepare.shards import content_hash
 from megatron_vlm.data.prepare.sources import MEMBER, check_end
 from megatron_vlm.data.prepare.workers import die_with_parent
+from megatron_vlm.data.shards import read_index
 from megatron_vlm.data.templates import SampleError
 
 
@@ -123,6 +124,8 @@ def _problems(task: _Task, path: str) -> Iterator[str]:
         yield "swapped or changed since it was prepared: its samples are not those of the index"
     elif len(found) != task.samples:
         yield f"{len(found)} samples in place of {task.samples}"
+    elif _index_beside(path) != [offset for _, offset in found]:
+        yield "its index, the .idx beside it, is missing or of another file"
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, bytes]]]:
@@ -151,6 +154,14 @@ def _sample_problems(task: _Task, key: str, parts: dict[str, bytes]) -> Iterator
             Encoding()(image)
         except Rejected as error:
             yield f"image {number} can't be decoded ({error.detail})"
+
+
+def _index_beside(path: str) -> list[int]:
+    """Offsets of the shard's samples as the loader finds them; empty where it finds none."""
+    try:
+        return read_index(path)[:-1].tolist()
+    except (OSError, ValueError):
+        return []
 
 
 def _indexed(task: _Task) -> list[tuple[str, int]] | None:
