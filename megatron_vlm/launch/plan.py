@@ -88,7 +88,7 @@ def make_plans(
     if nodes > _MOST_COMMANDS:
         first.notes.append(
             f"the command is node 0's; nodes 1 to {nodes - 1} have their number in place of the 0 of "
-            "--node-rank and --rank"
+            "--node-rank"
         )
         return [first]
     # One machine is asked, and the others are taken to be like it.
@@ -339,17 +339,11 @@ def _network(config: Placed, environ: Mapping[str, str], problems: Optional[List
 
 
 def _training_flags(config: RunConfig) -> List[str]:
-    # The ranks are started already, and inside the container.
-    launch = dataclasses.replace(
-        config.launch,
-        dry_run=False,
-        preflight_only=False,
-        gpu_memory=None,
-        sif_path=None,
-        bind=(),
-        container_command=None,
-        environment=(),
-    )
+    # The ranks are started already, and inside the container. They save their flags with the run, for
+    # --config to take: a place among other nodes, another job's id or its log would be wrong there.
+    given = config.launch
+    nodes = given.node if given.num_workers is not None else None  # which together say --data-workers
+    launch = LaunchSection(gpus=len(given.gpu_ids) or given.gpus, num_workers=given.num_workers, node=nodes)
     return dataclasses.replace(config, launch=launch, slurm=SlurmSection()).to_flags()
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.slurm import SlurmSection
-from megatron_vlm.launch import machine, slurm
-from megatron_vlm.launch.plan import LaunchPlan, make_plan, make_plans
+from megatron_vlm.launch import machine, slurm, submit
+from megatron_vlm.launch.plan import LaunchPlan, make_plan, make_plans, plan_job
 from megatron_vlm.launch.slurm import first_host
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
@@ -51,10 +51,25 @@ def test_the_ranks_get_the_same_config_without_what_only_the_launcher_needs() ->
     result = plan(*argv)
     at = result.command.index("megatron_vlm.training")
     given = RunConfig.from_flags([*BASE, *argv])
-    launch = dataclasses.replace(given.launch, dry_run=False, environment=(), node=1, rank=0)
+    launch = dataclasses.replace(given.launch, dry_run=False, environment=())
     expected = dataclasses.replace(given, launch=launch, slurm=SlurmSection())
     assert RunConfig.from_flags(result.command[at + 1 :]) == expected
     assert environment(result.command)["A"] == "b c,d"
+
+
+def test_the_config_of_a_run_can_be_taken_anywhere(tmp_path) -> None:
+    """What ranks are told is saved with the run; the next --config of it may be in another job."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    first = {**step, "SLURM_JOB_ID": "17", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NODEID": "1"}
+    then = {**step, "SLURM_JOB_ID": "99", "SLURM_STEP_NODELIST": "b[1-2]", "SLURM_NODEID": "0"}
+    argv = ["--tp", "2", "--num-workers", "2", "--interface", "ib0", "--gpu-ids", "1,3"]
+    command = plan(*argv, **first, CUDA_VISIBLE_DEVICES="0,1,2,3").command
+    saved = str(tmp_path / "config.json")
+    RunConfig.from_flags(command[command.index("megatron_vlm.training") + 1 :]).save(saved)
+    again = slurm.with_cluster_defaults(RunConfig.from_flags(["--config", saved]), then).launch
+    assert (again.node, again.rank, again.master_addr, again.slurm_job_id) == (2, 0, "b1", "99")
+    assert (again.slurm_output_name, again.gpus, again.gpu_ids, again.num_workers) == ("slurm-99", 2, (), 2)
+    submit.make_job(plan_job(RunConfig.from_flags(["--config", saved, "--submit"]), {}), {})
 
 
 def test_gpus() -> None:
@@ -204,8 +219,8 @@ def test_many_nodes_have_one_command() -> None:
     # The note is true.
     pairs = [*zip(plans[0].command, plans[5].command, strict=True)]
     differ = [at for at, (first, sixth) in enumerate(pairs) if first != sixth]
-    assert [pairs[at] for at in differ] == [("0", "5")] * 2
-    assert [plans[0].command[at - 1] for at in differ] == ["--node-rank", "--rank"]
+    assert [pairs[at] for at in differ] == [("0", "5")]
+    assert [plans[0].command[at - 1] for at in differ] == ["--node-rank"]
 
 
 def test_what_only_the_nodes_have_is_no_error_on_another_machine() -> None:
