@@ -14,23 +14,38 @@ import os
 import socket
 import sys
 import time
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, BinaryIO, Dict, List, Optional, Sequence
 
 from megatron_vlm.config.start import LOCK, LOCK_SECONDS
 
 STATUS = "status.json"
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
+LAUNCHER_LOCK = ".launcher.lock"  # in the run folder; locked by the launcher of node 0
+_held: List[BinaryIO] = []  # its file, open for as long as this process lives
 
 
 def wait_until_free(run_dir: str) -> None:
-    """Wait until no other start trains in the run folder, before this one's state takes the place of its.
+    """Wait until no other start is under way in the run folder, before this one's state takes the place of
+    its; from then on, until this process ends, others wait for this one.
+
+    Ranks lock the folder as well, but not before they have begun: of two launchers that start together the
+    one that comes too late would else have the last word in the file.
+
+    Args:
+        run_dir: the run folder.
 
     Raises:
-        ValueError: one does, for a minute at least.
+        ValueError: one is, for a minute at least; or the folder can't be written.
     """
+    path = os.path.join(run_dir, LAUNCHER_LOCK)
+    try:
+        own = open(path, "ab")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    _held.append(own)
     deadline = time.monotonic() + LOCK_SECONDS
     told = False
-    while _is_locked(os.path.join(run_dir, LOCK)):
+    while _is_locked(os.path.join(run_dir, LOCK)) or not _take(own):
         if time.monotonic() > deadline:
             raise ValueError(f"{run_dir}: another process is training here; stop it, or give another --name")
         if not told:
@@ -114,6 +129,14 @@ def _is_locked(path: str) -> bool:
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EACCES) and os.access(path, os.W_OK)
     return False
+
+
+def _take(file: BinaryIO) -> bool:
+    try:
+        os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
+    return True
 
 
 def _starts(status: Dict[str, Any]) -> int:

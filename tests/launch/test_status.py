@@ -63,7 +63,6 @@ def test_what_is_written_is_json(tmp_path: Path) -> None:
 
 def test_a_second_start_leaves_the_first_ones_state(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(status, "LOCK_SECONDS", 0.0)
-    status.wait_until_free(str(tmp_path / "none"))
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -72,4 +71,20 @@ def test_a_second_start_leaves_the_first_ones_state(tmp_path: Path, monkeypatch,
             status.wait_until_free(str(tmp_path))
         holder.kill()
     status.wait_until_free(str(tmp_path))
-    assert os.listdir(tmp_path) == [".lock"]
+    assert sorted(os.listdir(tmp_path)) == [".launcher.lock", ".lock"]
+
+
+def test_of_two_launchers_at_once_one_waits(tmp_path: Path, monkeypatch) -> None:
+    """Its ranks would lock the folder seconds later only, when the other's state is in the file already."""
+    monkeypatch.setattr(status, "LOCK_SECONDS", 0.0)
+    code = (
+        "import sys; from megatron_vlm.launch import status; status.wait_until_free(sys.argv[1]); "
+        "status.note_running(sys.argv[1], [], None, 'log'); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training here"):
+            status.wait_until_free(str(tmp_path))
+        first.kill()
+    status.wait_until_free(str(tmp_path))
