@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,6 +92,22 @@ def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
     assert ranks[0].exitcode == 0
     assert "Traceback" not in said
     assert "rank 0: another rank is gone (" in said
+
+
+BEGINS = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+os.kill(os.getpid(), signal.SIGINT)
+from megatron_vlm import rank
+print("imported", flush=True)
+rank.begin()
+"""
+
+
+def test_ctrl_c_amid_the_imports_waits_for_their_end() -> None:
+    """launch/torchrun.py starts ranks with SIGINT blocked."""
+    done = subprocess.run([sys.executable, "-c", BEGINS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "imported\n", "")
 
 
 LEAVES = """

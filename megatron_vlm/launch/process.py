@@ -40,9 +40,9 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
     """Run ``command`` in a process group of its own.
 
     Its stdout and stderr go to this process's and, together, to the end of ``log_path``. SIGINT, SIGTERM,
-    SIGHUP and SIGUSR1 are handed on to the group; a second SIGINT kills it. On Linux the child is killed
-    when this process dies, even by SIGKILL; and when the child ends, every process that it leaves behind,
-    and any other child of this process, is killed too.
+    SIGHUP and SIGUSR1 are handed on to the group, unless this process was started to ignore them; a second
+    SIGINT kills it. On Linux the child is killed when this process dies, even by SIGKILL; and when the child
+    ends, every process that it leaves behind, and any other child of this process, is killed too.
 
     Args:
         held: signals that the child begins with blocked, so that none is lost until it takes care of them.
@@ -66,7 +66,9 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
             )
         except OSError as error:
             raise ValueError(f"{command[0]}: {error.strerror}") from None
-        previous = {number: signal.signal(number, _forward_to(child)) for number in _FORWARDED}
+        handed_on = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        forward = _forward_to(child)
+        previous = {number: signal.signal(number, forward) for number in handed_on}
         try:
             message = _stream(child, _Log(log, log_path))
         except BaseException:

@@ -111,7 +111,7 @@ def hand_in(job: Job) -> List[str]:
             file.write(job.script)
         for number in range(1, job.jobs + 1):
             ids.append(_sbatch(job.command, number, ids[-1] if ids else None))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyboardInterrupt) as error:
         for job_id in ids:
             subprocess.run(["scancel", job_id], check=False)
         if not isinstance(error, FileExistsError):

@@ -33,12 +33,16 @@ from megatron_vlm.launch.process import STDIN_IS_LAUNCHER, children
 
 def main(argv: List[str]) -> int:
     """Run torchrun with ``argv``; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; torchrun takes it when it starts the ranks
     # Blocked before there are other threads; the ranks begin so, too, until they can take care of them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     ended = threading.Event()
     threading.Thread(target=_hand_on_signals, args=[ended], daemon=True).start()
     if os.environ.pop(STDIN_IS_LAUNCHER, None):
         threading.Thread(target=_die_with_launcher, daemon=True).start()
+    # The other threads still take it. A rank begins as this thread is, with imports that Ctrl-C would end by
+    # a traceback from each.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     # It repeats below, at length, what this module says in one line.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
@@ -54,6 +58,11 @@ def main(argv: List[str]) -> int:
         if kind == "SignalException":
             print(f"ended by {signal_name(error.sigval)}", file=sys.stderr)  # type: ignore[attr-defined]
             return 128 + int(error.sigval)  # type: ignore[attr-defined]
+        if kind in ("DistNetworkError", "DistStoreError"):  # after ten minutes
+            said = str(error).partition("\n")[0]
+            what = "the nodes do not reach each other; look at --master-addr, --master-port, --interface"
+            print(f"error: {what} and whether each node has started ({said})", file=sys.stderr)
+            return USER_ERROR
         raise
     finally:
         ended.set()

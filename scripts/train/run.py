@@ -14,6 +14,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from typing import List
@@ -61,6 +62,15 @@ def main(argv: List[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a working directory that is gone, a disk that is full
+        print(f"error: {error.filename or 'working directory or output'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except RecursionError:
+        print("error: a JSON file is nested too deeply to be one of a run", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # the ranks have not begun, or have ended
+        print("ended by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def show(plan: LaunchPlan, found: preflight.Inspection) -> bool:

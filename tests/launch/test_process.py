@@ -83,6 +83,22 @@ def test_signals_are_handed_on_and_nobody_stays(tmp_path, number) -> None:
     wait_until_dead(*pids)
 
 
+def test_what_nohup_ignores_is_not_handed_on(tmp_path) -> None:
+    """The child takes both signals, as torchrun does."""
+    code = "import signal, time\nfor number in (1, 10): signal.signal(number, lambda n, _: exit(n))\n"
+    code = code.replace("exit(n)", "__import__('os')._exit(n)") + "print('up', flush=True); time.sleep(60)"
+    command = ["-c", LAUNCHER, str(tmp_path / "log"), sys.executable, "-c", code]
+    nohup = "import os, signal, sys; signal.signal(1, signal.SIG_IGN); os.execv(sys.executable, sys.argv)"
+    run = subprocess.Popen(
+        [sys.executable, "-c", nohup, *command], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None and run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGUSR1)
+    run.communicate(timeout=60)
+    assert run.returncode == signal.SIGUSR1
+
+
 @needs_linux
 def test_a_child_that_ignores_the_first_interrupt_dies_of_the_second(tmp_path) -> None:
     code = (
@@ -151,8 +167,40 @@ def test_torchrun_dies_with_its_launcher_through_a_container_runtime(tmp_path) -
 )
 def test_torchrun_ends_with_the_code_of_the_rank_that_failed(tmp_path, action, code, words) -> None:
     script = tmp_path / "rank.py"
-    script.write_text(f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {action}\ntime.sleep(60)\n")
+    script.write_text(
+        "import os, signal, sys\n"
+        # Ctrl-C has to wait until rank.begin().
+        "assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), 'not held'\n"
+        f"if os.environ['RANK'] == '1':\n    {action}\nsignal.sigwait([signal.SIGTERM])\n"
+    )
     command = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "--nproc-per-node", "2", str(script)]
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == code, result.stderr
     assert result.stderr.splitlines() == words
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    command = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "script.py"]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}"}
+    run = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "importing\n"
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == ""
+    assert run.returncode == -signal.SIGINT
+
+
+def test_nodes_that_do_not_meet(tmp_path) -> None:
+    """torch's own error, with the class and the words of its release 2.13."""
+    (tmp_path / "torch/distributed").mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").touch()
+    (tmp_path / "torch/distributed/run.py").write_text(
+        "class DistNetworkError(RuntimeError):\n    pass\n\ndef main(argv):\n"
+        "    raise DistNetworkError('The client socket has timed out after 600000ms\\nframes of C++')\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}"}
+    command = [sys.executable, "-m", "megatron_vlm.launch.torchrun"]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: the nodes do not reach each other; look at --master-addr")

@@ -6,6 +6,7 @@ import ast
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,29 @@ def test_bad_input_is_a_line_each_and_exit_code_2(argv, tmp_path) -> None:
     assert result.stderr.startswith("error: ")
     assert all(line.startswith(("error: ", "warning: ")) for line in result.stderr.splitlines())
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_before_the_ranks_begin(workplace) -> None:
+    (workplace / "image.sif").write_bytes(b"hsqs")
+    (workplace / "bin").mkdir()
+    (workplace / "bin/apptainer").symlink_to("/bin/true")
+    (workplace / "runs/run").mkdir(parents=True)
+    with open(workplace / "runs/run/.lock", "w") as lock:
+        os.lockf(lock.fileno(), os.F_LOCK, 0)
+        run = subprocess.Popen(
+            [sys.executable, "-u", RUN, *BASE, "--sif-path", "image.sif"],
+            cwd=workplace,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": f"{workplace}/bin:/usr/bin:/bin"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout is not None
+        assert any("waiting for it to end" in line for line in run.stdout)
+        run.send_signal(signal.SIGINT)
+        told = run.communicate(timeout=60)[1].splitlines()
+    assert run.returncode == 128 + signal.SIGINT
+    assert told[-1] == "ended by SIGINT" and "Traceback" not in "".join(told)
 
 
 def test_a_start_makes_the_logs_and_hands_on_output_and_exit_code(python, workplace) -> None:

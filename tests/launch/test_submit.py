@@ -290,6 +290,24 @@ def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(stubs: Path, monkeyp
     assert sorted(stubs.rglob("*")) == before
 
 
+def test_ctrl_c_amid_a_chain_cancels_what_is_queued(stubs: Path, monkeypatch) -> None:
+    (stubs / "bin/scancel").write_text(STUB)
+    (stubs / "bin/scancel").chmod(0o755)
+    real = submit._sbatch
+
+    def interrupted(command: list[str], number: int, previous: str | None) -> str:
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(command, number, previous)
+
+    monkeypatch.setenv("DO", "echo 42")
+    monkeypatch.setattr(submit, "_sbatch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit.hand_in(job("--save-optim", "--chain", "3"))
+    assert recorded(stubs, "scancel") == ["42", "42"]
+    assert not (stubs / "runs").exists()
+
+
 def test_exported_variables_of_sbatch_do_not_win_over_flags() -> None:
     made = job(
         "--partition", "p", "--time", "50:00", SBATCH_PARTITION="q", SBATCH_TIMELIMIT="1", SBATCH_QOS="z"
