@@ -32,7 +32,7 @@ def find_runs(path: str) -> List[str]:
         return [path]
     found = [entry.path for entry in os.scandir(path) if entry.is_dir() and _is_run(entry.path)]
     if not found:
-        raise ValueError(f"{path}: neither a run folder nor a folder of runs (no {STATUS}, no {_CONFIG})")
+        raise ValueError(f"{path}: neither a run folder nor a folder of runs (no {STATUS}, no {_METRICS})")
     return sorted(found)
 
 
@@ -44,7 +44,7 @@ def progress(run: str) -> Dict[str, Any]:
     """What is known of a run.
 
     Returns:
-        ``state`` (one word: queued, running, silent, gone, done, continues, failed or unknown), ``says`` (the
+        ``state`` (one word: queued, running, gone, done, continues, failed or unknown), ``says`` (the
         same as a sentence), and, None where unknown: ``iteration``, ``total``, the metrics of the last
         iteration, ``checkpoint`` and ``resumable`` (folder names), ``best``, ``restarts``, ``status`` (what
         ``status.json`` holds).

@@ -33,18 +33,24 @@ def main(argv: List[str]) -> int:
     for folder in args.folders:
         try:
             runs = find_runs(folder)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
+        except (ValueError, OSError) as error:
+            code = tell(error)
             continue
         for run in runs:
             try:
                 found = progress(run)
-                print(json.dumps(found) if args.json else describe(found), flush=True)
-            except ValueError as error:
-                print(f"error: {error}", file=sys.stderr)
-                code = 2
+            except (ValueError, OSError) as error:
+                code = tell(error)
+                continue
+            print(json.dumps(found) if args.json else describe(found), flush=True)
     return code
+
+
+def tell(error: Exception) -> int:
+    """Print what is wrong; returns the exit code."""
+    what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print(f"error: {what}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

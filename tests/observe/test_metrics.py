@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 from megatron_vlm.observe.metrics import IterationMetrics
 
@@ -20,3 +22,10 @@ def test_what_is_not_known() -> None:
     line = replace(METRICS, loss=None, grad_norm=None, mfu=None).line(10, {})
     assert "iteration 1/10 (10.0%) | loss not finite |" in line and "grad norm not finite" in line
     assert "MFU" not in line and "(100.0% MFU)" in METRICS.line(10, {})
+
+
+def test_the_page_has_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    table = page.split("\n\n")[2]
+    names = {name for row in table.splitlines() for name in re.findall(r"`([\w/<>]+)`", row.split("|")[1])}
+    assert names == {field.name for field in fields(IterationMetrics)} | {"lr/<part>"}
