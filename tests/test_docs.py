@@ -161,6 +161,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    """By itself, or by a page that it leads to."""
+    found: set[Path] = set()
+    queue = [ROOT / "README.md"]
+    while queue:
+        page = queue.pop()
+        targets = re.findall(r"\]\(([^)#]+\.md)[^)]*\)", page.read_text())
+        new = {(page.parent / target).resolve() for target in targets} - found
+        found |= new
+        queue += new
+    assert {page.resolve() for page in PAGES} - {ROOT.resolve() / "README.md"} <= found
+
+
 def test_the_map_names_every_package() -> None:
     text = (ROOT / "README.md").read_text()
     packages = [path.parent.name for path in (ROOT / "megatron_vlm").glob("*/__init__.py")]
