@@ -256,6 +256,8 @@ class FlagParser(argparse.ArgumentParser):
             raise ValueError(f"{where}: {key} is {value!r}; expected {expected}")
         if isinstance(value, dict) or isinstance(value, list) != (self._types[name] == Tuple[str, ...]):
             raise ValueError(f"{where}: {key} is {value!r}; expected {_kind_name(self._types[name])}")
+        if isinstance(value, list) and not all(type(item) in (str, int, float) for item in value):
+            raise ValueError(f"{where}: {key} is {value!r}; expected a list of strings or numbers")
         choices = self._fields[name].metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{where}: {key} is {value!r}; choose from {', '.join(map(str, choices))}")

@@ -25,6 +25,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
         lambda: _weights(config),
         lambda: config.checkpoint.run_dir,
         lambda: _schedule(config),
+        lambda: _devices(config),
         lambda: _adapters(config),
         lambda: fp8.check_flags(config),
     ]
@@ -94,6 +95,11 @@ def _schedule(config: RunConfig) -> None:
             f"--skip-train-iteration-range leaves out all {iterations} iterations; name fewer, or train "
             "longer"
         )
+
+
+def _devices(config: RunConfig) -> None:
+    if config.launch.gpu_ids and config.parallel.device == "cpu":
+        raise ValueError("--gpu-ids picks GPUs, and --device cpu uses none; drop one of them")
 
 
 def _adapters(config: RunConfig) -> None:

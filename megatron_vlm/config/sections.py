@@ -141,7 +141,7 @@ class ParallelSection:
     backend: Optional[str] = flag(
         DISTRIBUTED,
         None,
-        "communication backend",
+        "communication backend; mpi is refused, since torch's packages are built without it",
         choices=("nccl", "gloo", "mpi"),
         shown_default="nccl on GPUs, gloo on CPUs",
     )
@@ -274,6 +274,8 @@ class TrainingSection:
         positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
         positive(self, "eval_interval", "early_stopping_patience")
         not_negative(self, "seed", "eval_iters", "early_stopping_min_delta")
+        if self.seed >= 1 << 31:
+            raise ValueError(f"--seed {self.seed}: must be below {1 << 31}")
         needs(self, "eval_iters", "eval_interval")
         needs(self, "early_stopping_patience", "eval_interval")
         needs(self, "early_stopping_min_delta", "early_stopping_patience")

@@ -22,7 +22,10 @@ from megatron_vlm.config.run import RunConfig
 LOCK = ".lock"  # in the run folder; locked by rank 0 as long as it trains there
 LOCK_SECONDS = 60.0  # the ranks of a killed run end within a few seconds
 # What sets which samples a global batch holds. (The loader itself knows of changed data.)
-_DATA_ORDER = ("seed", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
+_DATA_ORDER = (
+    *("seed", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"),
+    *("packing", "group_by_length"),
+)
 _TRAINED_PARTS = ("stage", "train_modules", "freeze_lm", "train_vision")
 
 
@@ -82,7 +85,7 @@ def check_same_run(config: RunConfig, start: Start) -> str:
         What else changed, as a line for the log; empty if nothing did.
 
     Raises:
-        ValueError: other parts would be trained, or other samples drawn.
+        ValueError: other parts would be trained, other samples drawn, or in another precision.
     """
     saved = RunConfig.load(str(start.checkpoint / RUN_CONFIG))
     then, now = _training_flags(saved), _training_flags(config)
@@ -103,6 +106,12 @@ def check_same_run(config: RunConfig, start: Start) -> str:
                 f"{_show(name, new)} would change the order of the data within the run; go on with "
                 f"{_show(name, old)}, with which {start.checkpoint} was trained, or {instead}"
             )
+    old, new = saved.training.precision, config.training.precision
+    if old is not None and new not in (None, old):
+        raise ValueError(
+            f"{start.checkpoint}: its optimizer state is of --{old}; go on with that, or start a new run "
+            "from its weights"
+        )
     if not changed:
         return ""
     return "changed since the checkpoint: " + ", ".join(

@@ -108,6 +108,14 @@ def fastest_interface(names: List[str]) -> Optional[str]:
     return None
 
 
+def knows_host(name: str) -> bool:
+    """Whether a host's name, or an IP, has an address for this machine."""
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except (OSError, UnicodeError):
+        return False
+
+
 class PortClaim:
     """A free TCP port, kept from other launchers of this project for as long as this object lives."""
 

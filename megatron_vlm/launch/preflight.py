@@ -34,7 +34,7 @@ from megatron_vlm.config.units import size_text
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
 from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
-from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.plan import NODE_0, LaunchPlan
 from megatron_vlm.launch.report import Facts
 
 
@@ -137,6 +137,7 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
         ("image processor", _image_processor),
         ("image tokens", _image_tokens),
         ("memory", _memory),
+        ("cores", _cores),
         ("save folder", _save_folder),
         ("disk", _disk),
         ("container paths", _container_paths),
@@ -283,13 +284,14 @@ def _image_tokens(found: Inspection) -> None:
 
 
 def _memory(found: Inspection) -> None:
-    plan, model = found.plan, found.model
+    plan, model, job = found.plan, found.model, found.config.slurm.submit
     if plan.device == "cuda":
-        found.gpu_memory = found.config.launch.gpu_memory or machine.gpu_memory()
+        # A job's GPUs are those of its nodes, whatever the machine has that it is submitted from.
+        found.gpu_memory = found.config.launch.gpu_memory or (None if job else machine.gpu_memory())
     if model is None or found.contradictions:
         return
     found.memory = estimate(found.config, model, plan.world_size, plan.device)
-    if plan.device == "cpu":
+    if plan.device == "cpu" and not job:
         _main_memory(found)
     elif found.gpu_memory is not None:
         limit = int(found.gpu_memory * GIB)
@@ -313,6 +315,17 @@ def _main_memory(found: Inspection) -> None:
             f"the {found.plan.processes} processes of this node are predicted to need "
             f"{size_text(need)} of memory, and it has {size_text(have)}; use fewer, or more nodes"
         )
+
+
+def _cores(found: Inspection) -> None:
+    """A SLURM job that asks for none has one on many sites."""
+    config, processes, cores = found.config, found.plan.processes, machine.usable_cores()
+    if found.plan.device == "cpu" or config.launch.only_looks or config.slurm.submit or cores >= processes:
+        return
+    found.warnings.append(
+        f"the {processes} processes of this node have {cores} CPU core{'s' * (cores > 1)} between them, and "
+        "loader workers need some besides; a SLURM job asks for more by --cpus-per-gpu, such as 8"
+    )
 
 
 def _save_folder(found: Inspection) -> None:
@@ -407,6 +420,12 @@ def _nodes(found: Inspection) -> None:
         found.warnings.append(
             f"--master-addr {launch.master_addr} is another machine on every node; give node 0's host name"
         )
+    address = launch.master_addr
+    if launch.dry_run or address in (None, NODE_0):
+        return
+    if not machine.knows_host(str(address)):
+        told = found.warnings if launch.preflight_only else found.errors  # this may be none of the nodes
+        told.append(f"--master-addr {address}: this machine knows no such host; give the name of node 0")
     if per_node % parallel.tp:
         divisors = [n for n in range(1, parallel.tp) if parallel.tp % n == 0 and per_node % n == 0]
         found.warnings.append(

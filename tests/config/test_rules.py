@@ -24,6 +24,10 @@ def test_what_is_missing_is_named() -> None:
         assert name in error_of(BASE[:at] + BASE[at + 2 :], 1)
 
 
+def test_gpus_are_not_picked_for_the_cpu() -> None:
+    assert "--gpu-ids picks GPUs" in error_of([*BASE, "--gpu-ids", "0", "--device", "cpu"], 1)
+
+
 def test_layout_and_batch_rules() -> None:
     assert "use 4 or 8 ranks" in error_of([*BASE, "--tp", "2", "--pp", "2"], 6)
     assert "use 2 ranks" in error_of([*BASE, "--tp", "2"], 1)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import struct
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight, report, storage
 from megatron_vlm.launch.dataset_files import held_out_problems
-from megatron_vlm.launch.plan import make_plan, plan_job
+from megatron_vlm.launch.plan import LaunchPlan, make_plan, plan_job
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
@@ -30,6 +31,7 @@ BASE += ["--train-iters", "10"]
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(machine, "network_interfaces", lambda: ["lo", "eth0"])
+    monkeypatch.setattr(machine, "knows_host", lambda name: name in ("node0", "localhost"))
     monkeypatch.setattr(container, "find_runtime", lambda wanted: "apptainer")
     return workplace
 
@@ -61,7 +63,7 @@ def test_a_sound_run(workplace) -> None:
     assert found.say()[:-1] == []
     assert found.say()[-1] == (
         "ok: interpreter, GPUs, image, dataset, checkpoint, flags and layout, tokenizer, image processor, "
-        "image tokens, memory, save folder, disk, container paths, nodes"
+        "image tokens, memory, cores, save folder, disk, container paths, nodes"
     )
     assert found.train_samples == 9 and found.facts.start == "from the weights of ckpt"
     assert not (workplace / "runs").exists()
@@ -97,12 +99,13 @@ def test_the_runs_own_checkpoint_comes_first(workplace) -> None:
     own = workplace / "runs/run/checkpoints/iter_0000004"
     write_checkpoint(own, iteration=4, has_optimizer=True)
     write_tracker(own.parent, 4)
-    inspect("--save-optim").config.save(str(own / "run_config.json"))
+    inspect("--save-optim", "--bf16").config.save(str(own / "run_config.json"))
     found = inspect("--save-optim")
     assert found.problems == [] and found.facts.start == "goes on from iter_0000004"
     assert inspect("--save-optim", "--restart").facts.start == "from the weights of ckpt"
     assert "would change the order of the data within the run" in problem("--save-optim", "--seed", "7")
     assert "trains other parts of the model" in problem("--save-optim", "--freeze-lm")
+    assert "its optimizer state is of --bf16; go on with that" in problem("--save-optim", "--fp32")
     (workplace / "other").mkdir()
     write_checkpoint(workplace / "other/ckpt", {**CONFIG, "image_token_index": 8})
     told = inspect("--megatron-load-dir", "other/ckpt").problems[0]
@@ -195,6 +198,28 @@ def test_memory_of_a_gpu() -> None:
     told = warning(*planned, "4")
     need = max(stage.with_allowance for stage in inspect(*planned, "4").memory) / GIB
     assert f"is predicted to need {need:.1f} GiB and has 4.0; " in told and need > 4
+
+
+def test_a_job_has_the_memory_of_its_nodes(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 4)
+    monkeypatch.setattr(machine, "main_memory", lambda: 1)
+    assert "and has 4.0; " in " ".join(preflight.inspect(job_plan("-g", "2", submit=False)).warnings)
+    for device in ("cuda", "cpu"):
+        found = preflight.inspect(job_plan("-g", "2", "--device", device))
+        assert found.gpu_memory is None and "predicted" not in " ".join(found.warnings)
+
+
+def test_more_processes_than_cores(monkeypatch) -> None:
+    config = RunConfig.from_flags([*BASE, "-g", "2"])
+    plan = make_plan(config, {"CUDA_VISIBLE_DEVICES": "0,1"}, [])
+    monkeypatch.setattr(machine, "gpu_memory", lambda: None)
+    for cores, told in ((2, False), (1, True)):
+        monkeypatch.setattr(machine, "usable_cores", lambda cores=cores: cores)
+        assert ("have 1 CPU core between them" in " ".join(preflight.inspect(plan).warnings)) == told
+
+
+def job_plan(*argv: str, submit: bool = True) -> LaunchPlan:
+    return plan_job(RunConfig.from_flags([*BASE, *argv, "--submit" if submit else "--no-submit"]), {})
 
 
 def test_memory_of_this_machine(monkeypatch) -> None:
@@ -374,6 +399,28 @@ def test_nodes_that_share_no_folder(monkeypatch) -> None:
 def test_nodes_that_do_not_meet(argv, words) -> None:
     assert inspect(*TWO, "-g", "2", "--tp", "2").warnings == []
     assert words in warning(*argv)
+
+
+@pytest.mark.usefixtures("shared")
+def test_a_host_that_nobody_knows() -> None:
+    unknown = ["--node", "2", "-r", "1", "-g", "1", "-m", "nod0"]
+    assert problem(*unknown) == (
+        "--master-addr nod0: this machine knows no such host; give the name of node 0"
+    )
+    assert "knows no such host" in warning(*unknown, "--preflight-only")
+    assert inspect(*unknown, "--dry-run").warnings == []
+
+
+def test_hosts(monkeypatch) -> None:
+    monkeypatch.undo()
+    assert machine.knows_host("127.0.0.1") and machine.knows_host("localhost")
+    assert not machine.knows_host("a" * 70)  # longer than names may be
+
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert not machine.knows_host("nod0")
 
 
 # --- what runs it ------------------------------------------------------------------------------------

@@ -153,15 +153,18 @@ def test_resume_restart_and_finish(pool: Pool, trainables: dict[str, Trainable],
 
 
 @pytest.mark.parametrize(("then", "now"), [("--bf16", "--fp32"), ("--fp32", "--bf16")])
-def test_a_run_goes_on_in_its_precision(
+def test_optimizer_state_stays_in_its_precision(
     pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, then: str, now: str
 ) -> None:
-    """In the other one it would lose its master weights, or have none."""
-    flags = trainables["untied"].flags(tmp_path, "run", "--save-optim", "--dist-optim", "--train-iters")
+    """In the other one it would lose its master weights, or have none. Of a run that goes on, flags tell."""
+    one = trainables["untied"]
+    flags = one.flags(tmp_path, "run", "--save-optim", "--dist-optim", "--train-iters")
     flags.remove("--fp32")
     pool.run(1, train, [*flags, "1", then])
     message = f"its optimizer state is of {then}; go on with that, or start a new run from its weights"
-    assert message in failure(pool, 2, [*flags, "2", now])
+    other = ["--name", "other", "--data-path", str(one.text_only)]
+    load = ["--load-optim", "--megatron-load-dir", str(tmp_path / "run")]
+    assert message in failure(pool, 2, [*flags, "2", now, *other, *load])
 
 
 @pytest.mark.parametrize(

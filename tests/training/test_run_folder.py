@@ -37,6 +37,8 @@ def compare(folder: Path, before: list[str], after: list[str], resumes: bool = T
         ),
         (["--micro-batch-size", "2"], "--micro-batch-size 2 would change the order"),
         (["--shuffle-buffer-size", "5"], "--shuffle-buffer-size 5 would change the order"),
+        (["--packing"], "--packing would change .* go on with --no-packing"),
+        (["--group-by-length"], "--group-by-length would change .* go on with --no-group-by-length"),
         (["--stage", "1"], "--stage 1 trains other parts of the model than --stage 2, with which"),
         (["--freeze-lm"], "--freeze-lm trains other parts of the model than --no-freeze-lm"),
     ],
@@ -44,6 +46,12 @@ def compare(folder: Path, before: list[str], after: list[str], resumes: bool = T
 def test_what_a_run_keeps(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}.*, or start a new run from its weights: another --name"):
         compare(tmp_path, [], flags)
+
+
+def test_the_other_precision(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its optimizer state is of --bf16; go on with that"):
+        compare(tmp_path, ["--bf16"], ["--fp32"])
+    compare(tmp_path, ["--fp32"], [])  # the weights will tell
 
 
 def test_the_other_stage(tmp_path: Path) -> None:
