@@ -126,7 +126,8 @@ def initialize(
             world_size=1 if started_alone else -1,
             store=dist.HashStore() if started_alone else None,
             timeout=datetime.timedelta(minutes=timeout_minutes),
-            device_id=torch.device("cuda", local_rank) if device == "cuda" else None,
+            # No device_id, as in Megatron-LM: with it torch makes every group's communicator at once, some
+            # twenty a rank, and what interleaved stages exchange with their two neighbours takes turns.
         )
     world_size = dist.get_world_size()
     if world_size % (tp * pp):

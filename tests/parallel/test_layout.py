@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from megatron_vlm import parallel
+from megatron_vlm.parallel import layout
 from tests.distributed import Pool
 
 
@@ -33,3 +37,25 @@ def test_every_rank_hears_what_the_first_found(pool: Pool, tmp_path: Path) -> No
         assert first == second and first[0] == kind and message in first[1]
     file.write_text("[1]")
     assert pool.run(2, read_on_first_rank, file) == [[1], [1]]
+
+
+class _JoinedError(Exception):
+    pass
+
+
+def test_a_rank_takes_its_gpu_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Barriers and collectives of objects use the GPU that is set. A communicator is made when it is used."""
+    done: list[Any] = []
+
+    def join(backend: str, **options: Any) -> None:
+        done.append((backend, options.get("device_id")))
+        raise _JoinedError
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(layout.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(layout.dist, "init_process_group", join)
+    with pytest.raises(_JoinedError):
+        parallel.initialize(device="cuda")
+    assert done == [3, ("nccl", None)]
