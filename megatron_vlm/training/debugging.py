@@ -30,6 +30,10 @@ class Debugger:
         self, regime: Regime, optimizer: Optimizer, processing: Processing, say: Callable[[str], None]
     ) -> None:
         torch.autograd.set_detect_anomaly(True)
+        for _, parameter in regime.own:
+            # Kernels that add to main_grad themselves hand autograd memory as it was, which may hold a NaN;
+            # by this mark Transformer Engine and megatron-core fill it with zeros.
+            parameter.zero_out_wgrad = True  # type: ignore[attr-defined]
         self.optimizer = optimizer
         self.processing = processing
         self.say = say
