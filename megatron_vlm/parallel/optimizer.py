@@ -12,15 +12,14 @@ so that a run goes on at any layout, with or without the distributed optimizer.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
@@ -138,8 +137,7 @@ class Optimizer:
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups; the same list on every rank, though some are empty on some."""
-        inner = self.optimizer.optimizer
-        return [] if inner is None else inner.param_groups
+        return self.optimizer.optimizer.param_groups
 
     def zero_grad(self) -> None:
         """Forget the gradients, those in the reduction buffers too."""
@@ -206,73 +204,110 @@ class Optimizer:
             post_all_gather_processing(in_fp8)
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool = False) -> dict[Any, dict[str, Any]]:
-        """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``.
+        """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``; a
+        collective call.
 
         Args:
             model_state: sharded state dict of the same chunks, flat.
             loading: allocate the state first, and don't gather what will be overwritten.
+
+        Returns:
+            Nothing to save where :attr:`saves` is False.
         """
         inner = self.optimizer.optimizer
-        if inner is None:
-            return {}
         if loading or not inner.state:
             self.optimizer.init_state_fn(inner, self.config)
-        if isinstance(self.optimizer, DistributedOptimizer):
-            with _places_without_padding(self.optimizer.buffers):
-                sharded = self.optimizer.sharded_param_state_fully_reshardable(model_state, loading, {})
-        else:
-            entries = {id(entry.data): entry for entry in model_state.values()}
-            sharded = {
-                index: {
-                    key: _sharded_like(entries[id(parameter)], key, tensor)
-                    for key, tensor in self._tensors(parameter).items()
-                }
-                for index, parameter in enumerate(self._parameters())
-            }
-        if not self.has_master_weights:
-            for tensors in sharded.values():
-                del tensors["param"]  # the weights themselves
+        entries = {id(entry.data): entry for entry in model_state.values()}
+        sharded = {}
+        for index, parameter in enumerate(self._parameters()):
+            tensors: dict[str, Any] = self._tensors(parameter)
+            if self._is_distributed and loading:
+                tensors = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in self._keys}
+            elif self._is_distributed:
+                tensors = {key: self._to_first(parameter, tensors.get(key)) for key in self._keys}
+            if loading or self.saves:
+                entry = entries[id(parameter)]
+                sharded[index] = {key: _sharded_like(entry, key, tensors[key]) for key in self._keys}
         return sharded
 
+    @property
+    def saves(self) -> bool:
+        """Whether this rank hands state to a checkpoint and takes it from one. With the distributed optimizer
+        the first data-parallel rank does, for all of them."""
+        return not self._is_distributed or self.optimizer.data_parallel_group.rank() == 0
+
     def load_sharded_state(self, loaded: dict[Any, dict[str, Any]], steps: int) -> None:
-        """Take over what ``dist_checkpointing.load`` made of :meth:`sharded_state`.
+        """Take over what ``dist_checkpointing.load`` made of :meth:`sharded_state`; a collective call.
 
         The model's weights must be loaded already.
 
         Args:
+            loaded: nothing where :attr:`saves` is False.
             steps: updates done when the state was saved.
         """
         for group in self.groups:
             group["step"] = steps
         for index, parameter in enumerate(self._parameters()):
-            loaded[index].setdefault("param", parameter.detach())
-        if isinstance(self.optimizer, DistributedOptimizer):
-            self.optimizer.load_parameter_state_from_fully_reshardable(loaded)
-            if self.optimizer.ddp_config.fp8_param_gather:
-                # The weights were saved as they are in FP8. Rounding those again could give others than
-                # rounding the master weights, as the last step has.
-                self.optimizer._copy_main_params_to_model_params()
-                self._gather()
-            return
-        for index, parameter in enumerate(self._parameters()):
-            for key, tensor in self._tensors(parameter).items():
-                tensor.copy_(loaded[index][key])
+            tensors, read = self._tensors(parameter), loaded.get(index, {})
+            for key in self._keys:
+                value = self._from_first(parameter, read.get(key)) if self._is_distributed else read[key]
+                if key in tensors:
+                    tensors[key].copy_(value)
+        if self._is_distributed and self.optimizer.ddp_config.fp8_param_gather:
+            # The weights were saved as they are in FP8. Rounding those again could give others than
+            # rounding the master weights, as the last step has.
+            self.optimizer._copy_main_params_to_model_params()
+            self._gather()
+
+    @property
+    def _is_distributed(self) -> bool:
+        return isinstance(self.optimizer, DistributedOptimizer)
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """What is saved of a parameter; fp32 weights are their own master weights."""
+        return ("param", "exp_avg", "exp_avg_sq") if self.has_master_weights else ("exp_avg", "exp_avg_sq")
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         """This rank's trainable parameters, in the order of the sharded state."""
-        if isinstance(self.optimizer, DistributedOptimizer):
+        if self._is_distributed:
             return [p for buffer in self.optimizer.buffers for p in buffer.param_index_map]
         return [p for model in self.models for p in model.parameters() if p.requires_grad]
 
     def _tensors(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """Master weight and moments of a parameter (not for the distributed optimizer)."""
-        main = parameter if isinstance(self.optimizer, FP32Optimizer) else parameter.main_param  # type: ignore[attr-defined]
-        state = self.optimizer.optimizer.state[main]
-        return {
-            "param": main.detach(),
-            "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"],
-        }
+        """This rank's state of a parameter; with the distributed optimizer that of its part, flat, if any."""
+        if self._is_distributed:
+            if parameter not in self.optimizer.model_param_gbuf_map:
+                return {}
+            state = self.optimizer._get_main_param_and_optimizer_states(parameter)
+        else:
+            main = parameter if isinstance(self.optimizer, FP32Optimizer) else parameter.main_param  # type: ignore[attr-defined]
+            state = {"param": main, **self.optimizer.optimizer.state[main]}
+        return {key: state[key].detach() for key in self._keys}
+
+    # megatron-core gathers a bucket at once, which can be all of a stage, on every rank's GPU and then in the
+    # host's memory: a run that fits could end at its first save.
+
+    def _to_first(self, parameter: torch.nn.Parameter, part: torch.Tensor | None) -> torch.Tensor | None:
+        """A tensor of a parameter's state, whole on the first data-parallel rank's CPU; a collective call.
+
+        Args:
+            part: this rank's; None if it has none.
+        """
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if part is not None:
+            whole[_own_part(self.optimizer, parameter)] = part
+        # As integers, since the others add zeros: -0.0 + 0.0 would be 0.0.
+        dist.reduce(whole.view(torch.int32), group=self.optimizer.data_parallel_group, group_dst=0)
+        return whole.view(parameter.shape).cpu() if self.saves else None
+
+    def _from_first(self, parameter: torch.nn.Parameter, whole: torch.Tensor | None) -> torch.Tensor:
+        """This rank's part of what :meth:`_to_first` made; a collective call."""
+        sent = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if whole is not None:
+            sent.copy_(whole.flatten())
+        dist.broadcast(sent, group=self.optimizer.data_parallel_group, group_src=0)
+        return sent[_own_part(self.optimizer, parameter)]
 
 
 def _overrides(entries: int) -> dict[ParamKey, Any]:
@@ -292,28 +327,6 @@ def _overrides(entries: int) -> dict[ParamKey, Any]:
         key = ParamKey(predicate=ParamPredicate(f"entry {entry}", partial(of_entry, entry)))
         overrides[key] = {"entry": entry}
     return overrides
-
-
-@contextlib.contextmanager
-def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
-    """Let megatron-core look parameters up where they are in the state that it gathers from its buffers.
-
-    It leaves the padding at the end of each bucket out of what it gathers, but looks parameters up by their
-    places with it: every bucket after a padded one would be saved shifted (0.16.1 warns of corruption then).
-    """
-    padded = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        starts = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
-        shift = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
-        buffer.param_index_map = {
-            parameter: (start + shift[bucket], end + shift[bucket], bucket)
-            for parameter, (start, end, bucket) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, places in zip(buffers, padded, strict=True):
-            buffer.param_index_map = places
 
 
 def _sharded_like(

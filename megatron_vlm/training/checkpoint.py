@@ -213,7 +213,7 @@ def load_optimizer(
                     "another --stage, --freeze-lm, --train-vision or --train-modules. Use the same, or start "
                     "a new run from its weights"
                 )
-    loaded = load_sharded(folder, _request("optimizer", request))
+    loaded = load_sharded(folder, _request("optimizer", request if optimizer.saves else {}))
     with torch.no_grad():
         optimizer.load_sharded_state(loaded.get("optimizer", {}), state.optimizer_steps)
 
