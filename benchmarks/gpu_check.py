@@ -1,17 +1,21 @@
 """What only a GPU can show, in one command of under eight minutes: ``make gpu-check``.
 
-Steps run one after the other, each a process of its own with a limit of time. What a step has found is
-written as soon as it ends; one that fails or runs too long is noted, and the next one follows; one for which
-too little time is left isn't begun. Without a GPU, or with ``--dry-run``, the steps run on the CPU at tiny
-sizes, and what needs CUDA is left out.
+Each step is a process of its own with a limit of time. One that is timed runs alone, others run at once.
+What a step has found is written when it ends, however it ends. One that fails or runs too long is noted, and
+the next ones follow; one for which too little time is left isn't begun. Without a GPU, or with ``--dry-run``,
+the steps run on the CPU at tiny sizes, and what needs CUDA is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -28,12 +32,13 @@ from typing import Any
 import torch
 
 from benchmarks import gpu
-from benchmarks.compare import processor
-from benchmarks.gpu.report import bars, table
+from benchmarks.gpu.report import DONE, FAILED, NOT_RUN, bars, table
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "accelerate", "megatron-energon")
-DONE, FAILED, NOT_RUN = "done", "failed", "not run"
+# Exit codes, beside 0: all was run, and every bar is met.
+MISSED, INCOMPLETE = 1, 3
+NEEDS_CUDA = "needs CUDA"
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Step:
         arguments: of Python; ``--result FILE`` is added, and ``--tiny`` without a GPU.
         expected: seconds on an H100. It isn't begun with less, and is killed after twice as many.
         needs_cuda: it has no tiny form.
+        timed: nothing else may run meanwhile.
     """
 
     name: str
     arguments: tuple[str, ...]
     expected: float
     needs_cuda: bool = False
+    timed: bool = True
 
 
 def speed(shape: str, side: str, expected: float) -> Step:
@@ -58,74 +65,104 @@ def speed(shape: str, side: str, expected: float) -> Step:
     return Step(f"{shape}-{side}", arguments, expected, needs_cuda=side == "fp8")
 
 
-# What the bars need comes first.
+# What the bars need comes first. docs/gpu-check.md has the arithmetic of the seconds.
 STEPS = (
     Step("ceiling", ("-m", "benchmarks.gpu.ceiling"), 20),
-    speed("7B", "bf16", 30),
-    speed("7B", "fp8", 30),
-    speed("7B", "transformers", 35),
-    Step("specs", ("-m", "benchmarks.gpu.specs"), 40),
-    Step("digits", ("-m", "benchmarks.gpu.digits"), 130),
-    Step("parity", ("-m", "benchmarks.gpu.parity"), 90),
-    speed("1B", "bf16", 30),
+    speed("7B", "bf16", 50),
+    speed("7B", "fp8", 40),
+    speed("7B", "transformers", 40),
+    Step("specs", ("-m", "benchmarks.gpu.specs"), 60, timed=False),
+    Step("digits", ("-m", "benchmarks.gpu.digits"), 110, timed=False),
+    Step("parity", ("-m", "benchmarks.gpu.parity"), 110, timed=False),
+    speed("1B", "bf16", 35),
     speed("1B", "fp8", 30),
     speed("1B", "transformers", 35),
 )
 
 
-def run_step(step: Step, seconds: float, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Run a step for at most so many seconds.
+def _end_with_parent() -> None:
+    """Even where that is killed outright: the GPU is free then. prctl(2): PR_SET_PDEATHSIG is 1."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
-    Returns:
-        ``status``, ``seconds``, the ``command``, with DONE its ``result``, else the ``reason``.
-    """
-    result = folder / f"{step.name}.json"
-    log = result.with_suffix(".log")
-    command = [sys.executable, *step.arguments, "--result", str(result), *(["--tiny"] if tiny else [])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
-    if tiny:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    begun = time.monotonic()
-    reason = ""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # its own processes end with it
-        )
-        try:
-            code = process.wait(seconds)
-            reason = f"exit code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            reason = f"no end after {seconds:.0f} s"
-        finally:
-            _kill_group(process)
-    found: dict[str, Any] = {
-        "status": FAILED if reason else DONE,
-        "seconds": round(time.monotonic() - begun, 1),
-        "command": shlex.join(["python", *step.arguments]),
-    }
-    if result.exists():
-        found["result"] = json.loads(result.read_text())
-    elif not reason:
-        found["status"], reason = FAILED, "it has written no result"
-    if reason:
-        found["reason"] = reason
-        found["output"] = log.read_text(errors="replace")[-3000:]
+
+def rounds(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in their order, those together that run at once."""
+    found: list[list[Step]] = []
+    for step in steps:
+        if step.timed or not found or found[-1][0].timed:
+            found.append([])
+        found[-1].append(step)
     return found
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+class Run:
+    """A step's process, and all that it starts.
+
+    Args:
+        seconds: it may take.
+        folder: for its result and its log.
+    """
+
+    def __init__(self, step: Step, seconds: float, tiny: bool, folder: Path) -> None:
+        self.step, self.seconds = step, seconds
+        self._result = folder / f"{step.name}.json"
+        self._log = self._result.with_suffix(".log")
+        command = [sys.executable, *step.arguments, "--result", str(self._result)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
+        if tiny:
+            command.append("--tiny")
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        self._begun = time.monotonic()
+        with self._log.open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=CHECKOUT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its own processes end with it
+                preexec_fn=_end_with_parent,
+            )
+
+    @property
+    def ended(self) -> bool:
+        """By itself, or by its time."""
+        return self._process.poll() is not None or time.monotonic() - self._begun > self.seconds
+
+    def end(self) -> dict[str, Any]:
+        """Kill what is left of it.
+
+        Returns:
+            ``status``, ``seconds``, the ``command``, the ``result`` as far as it came; if it FAILED the
+            ``reason`` and the end of its ``output``.
+        """
+        code = self._process.poll()
+        took = time.monotonic() - self._begun
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        found: dict[str, Any] = {
+            "status": DONE,
+            "seconds": round(took, 1),
+            "command": shlex.join(["python", *self.step.arguments]),
+        }
+        if self._result.exists():
+            found["result"] = json.loads(self._result.read_text())
+        output = self._log.read_text(errors="replace")
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+        if code is None:
+            reason = f"no end after {took:.0f} s"
+        elif code:
+            reason = f"exit code {code}: {last[:300]}"
+        else:
+            reason = "" if "result" in found else "it has written no result"
+        if reason:
+            found |= {"status": FAILED, "reason": reason, "output": output[-3000:]}
+        return found
 
 
 def check(
@@ -138,23 +175,36 @@ def check(
     """
     end = time.monotonic() + 60 * minutes
     found: dict[str, Any] = {}
-    for step in steps:
-        left = end - time.monotonic()
-        if tiny and step.needs_cuda:
-            found[step.name] = {"status": NOT_RUN, "reason": "needs CUDA"}
-        elif (left < step.expected and not tiny) or left <= 0:
-            reason = f"{max(left, 0):.0f} s were left, and it takes {step.expected:.0f}"
-            found[step.name] = {"status": NOT_RUN, "reason": reason}
-        else:
-            limit = left if tiny else min(left, 2 * step.expected)
-            found[step.name] = run_step(step, limit, tiny, folder)
-        one = found[step.name]
+
+    def done(step: Step, one: dict[str, Any]) -> None:
+        found[step.name] = one
         took = f", {one['seconds']:.0f} s" if "seconds" in one else ""
         reason = f": {one['reason']}" if "reason" in one else ""
         print(f"{step.name}: {one['status']}{took}{reason}", flush=True)
         if "output" in one:
             print(one["output"].rstrip(), flush=True)
-        note(found)
+        note({step.name: found[step.name] for step in steps if step.name in found})
+
+    for at_once in rounds(steps):
+        running: list[Run] = []
+        try:
+            for step in at_once:
+                left = end - time.monotonic()
+                if tiny and step.needs_cuda:
+                    done(step, {"status": NOT_RUN, "reason": NEEDS_CUDA})
+                elif (left < step.expected and not tiny) or left <= 0:
+                    reason = f"{max(left, 0):.0f} s were left, and it takes {step.expected:.0f}"
+                    done(step, {"status": NOT_RUN, "reason": reason})
+                else:
+                    running.append(Run(step, left if tiny else min(left, 2 * step.expected), tiny, folder))
+            while running:
+                for run in [run for run in running if run.ended]:
+                    running.remove(run)
+                    done(run.step, run.end())
+                time.sleep(0.05)
+        finally:
+            for run in running:  # the command is being ended
+                done(run.step, run.end())
     return found
 
 
@@ -170,21 +220,40 @@ def versions() -> dict[str, str]:
         found["CUDA"] = torch.version.cuda
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():
-        found["driver"] = driver.read_text().split("Kernel Module")[-1].split()[0]
+        number = re.search(r"\d+\.\d[.\d]*", driver.read_text())
+        found["driver"] = number[0] if number else "unknown"
     return found
 
 
 def _commit() -> str:
-    ended = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True
-    )
+    try:
+        ended = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True
+        )
+    except OSError:  # no git here
+        return "unknown"
     return ended.stdout.strip() or "unknown"
 
 
+def free_path(folder: Path, name: str) -> Path:
+    """``<name>.json``, or with a number behind the name if that is there: of an earlier command."""
+    paths = (folder / f"{name}{f'-{n}' if n > 1 else ''}.json" for n in itertools.count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def strict(value: Any) -> Any:
+    """Without numbers that JSON hasn't: these as text."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv: list[str]) -> int:
-    """Returns 1 if a step failed or a bar isn't met, else 0."""
+    """Returns 0, MISSED if a bar isn't met, INCOMPLETE if a step failed or there was no time for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for all steps (default: 8)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time for all steps (default: 7.5)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, as without a GPU")
     parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
     names = [step.name for step in STEPS]
@@ -196,9 +265,9 @@ def main(argv: list[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     today = date.today().isoformat()
     words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    path = output / f"gpu-{'-'.join(words)}-{today}.json"
+    path = free_path(output, f"gpu-{'-'.join(words)}-{today}")
     report: dict[str, Any] = {
-        "machine": processor() if tiny else name,
+        "machine": platform.machine() if tiny else name,
         "date": today,
         "commit": _commit(),
         "command": shlex.join(["python", "-m", "benchmarks.gpu_check", *argv]),
@@ -209,16 +278,23 @@ def main(argv: list[str]) -> int:
     def note(steps: dict[str, Any]) -> None:
         report["steps"] = steps
         report["bars"] = [vars(bar) for bar in bars(steps, tiny)]
-        gpu.write(path, report)
+        gpu.write(path, strict(report))
         path.with_suffix(".md").write_text(table(report))
 
     with tempfile.TemporaryDirectory() as folder:
         chosen = [step for step in STEPS if step.name in args.steps]
         steps = check(chosen, args.minutes, tiny, Path(folder), note)
     print(f"\n{table(report)}\nwritten to {path} and {path.with_suffix('.md').name}")
-    missed = any(bar.met is False for bar in bars(steps, tiny))
-    return int(missed or any(one["status"] == FAILED for one in steps.values()))
+    if any(one["status"] != DONE and one.get("reason") != NEEDS_CUDA for one in steps.values()):
+        return INCOMPLETE
+    return MISSED if any(bar.met is False for bar in bars(steps, tiny)) else 0
+
+
+def end_on_sigterm() -> None:
+    """As with Ctrl-C: the steps that run end with this process, and what they have found is written."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main(sys.argv[1:]))

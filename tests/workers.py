@@ -388,7 +388,7 @@ def adapters_behind_a_fused_norm(place: str, bias: bool) -> tuple[torch.Tensor, 
     )
     for parameter in linear.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(3, 2, 16)
+    x = torch.randn(3, 2, 16, device=layout.device)
     output, added = linear(x)
     (adapter,) = linear.adapters.values()
     normed = torch.nn.functional.rms_norm(x, x.shape[-1:])

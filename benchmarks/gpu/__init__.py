@@ -1,7 +1,8 @@
 """What ``make gpu-check`` runs, each part in a process of its own; see benchmarks/gpu_check.py.
 
 Every part takes ``--result FILE``, where it writes what it has found as JSON, and ``--tiny``: sizes that a
-CPU does in seconds.
+CPU does in seconds. It finds one thing after the other, and the file has all of them so far: where a part
+fails, or is killed, what it had measured is there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ def parser(text: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=text)
     found.add_argument("--result", type=Path, required=True, help="JSON file to write")
     found.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    return found
+
+
+def collect(findings: Iterable[dict[str, Any]], path: Path | None = None) -> dict[str, Any]:
+    """All findings as one, which ``path`` has as soon as each is there."""
+    found: dict[str, Any] = {}
+    for finding in findings:
+        found |= finding
+        if path is not None:
+            write(path, found)
     return found
 
 

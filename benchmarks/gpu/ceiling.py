@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,26 +31,25 @@ def products(size: int, device: torch.device) -> dict[str, Callable[[], Tensor]]
     return found
 
 
-def measure(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """TFLOP/s of the fastest size, and GB/s of a copy, bytes read and written together."""
-    found: dict[str, Any] = {}
+def measure(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """GB/s of a copy, bytes read and written together, and TFLOP/s of the fastest size."""
+    source = torch.zeros(2**20 if tiny else 2**32, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = statistics.median(time_steps(lambda: target.copy_(source), 2, 9, device))
+    yield {"copy_gb_per_second": 2 * source.numel() / seconds / 1e9}
+    fastest: dict[str, float] = {}
     for size in SIZES[tiny]:
         for name, product in products(size, device).items():
             (once,) = time_steps(product, 3, 1, device)
             seconds = statistics.median(time_steps(product, 0, max(5, int(SECONDS[tiny] / once)), device))
             rate = 2 * size**3 / seconds / 1e12
-            found[f"{name}_tflops_{size}"] = rate
-            found[f"{name}_tflops"] = max(rate, found.get(f"{name}_tflops", 0.0))
-    source = torch.zeros(2**20 if tiny else 2**32, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = statistics.median(time_steps(lambda: target.copy_(source), 2, 9, device))
-    found["copy_gb_per_second"] = 2 * source.numel() / seconds / 1e9
-    return found
+            fastest[name] = max(rate, fastest.get(name, 0.0))
+            yield {f"{name}_tflops_{size}": rate, f"{name}_tflops": fastest[name]}
 
 
 def main(argv: list[str]) -> None:
     args = gpu.parser(__doc__.splitlines()[0]).parse_args(argv)
-    gpu.write(args.result, measure(torch.device("cpu" if args.tiny else "cuda"), args.tiny))
+    gpu.collect(measure(torch.device("cpu" if args.tiny else "cuda"), args.tiny), args.result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""FP8 beside BF16 on the handwritten digits of the demo: two runs of its recipe over the same batches."""
+"""FP8 beside BF16 on the handwritten digits of the demo: two runs of its recipe over the same batches.
+
+Nothing here is timed, so what needs nothing of each other runs at once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,7 @@ WINDOW = 10
 RUN = (
     *("scripts/train/run.py", "-g", "1", "--stage", "2", "--train-vision", "--lang", "en"),
     *("--seq-length", "64", "--micro-batch-size", "48", "--global-batch-size", "48", "--log-interval", "1"),
-    *("--adam-beta2", "0.95", "--data-workers", "1"),
+    *("--adam-beta2", "0.95", "--data-workers", "2"),
 )
 
 
@@ -50,8 +56,19 @@ def run(folder: Path, *command: str) -> str:
     return ended.stdout
 
 
-def prepare(folder: Path) -> None:
-    """The demo's dataset, and its model as a checkpoint."""
+def together(work: dict[str, Callable[[], Any]], failures: list[str]) -> Iterator[tuple[str, Any]]:
+    """Do all at once, and give each result as it comes; what failed goes into ``failures``."""
+    with ThreadPoolExecutor(len(work) or 1) as pool:
+        names = {pool.submit(do): name for name, do in work.items()}
+        for future in as_completed(names):
+            try:
+                yield names[future], future.result()
+            except Exception as error:
+                failures.append(f"{names[future]}: {type(error).__name__}: {error}")
+
+
+def make_data(folder: Path) -> None:
+    """The demo's dataset."""
     run(folder, "examples/digits/make_dataset.py", "--save-dir", "data")
     run(
         folder,
@@ -59,6 +76,10 @@ def prepare(folder: Path) -> None:
         *("--split-parts", "train:train-.*", "--split-parts", "val:held-out-.*"),
         *("--sample-type", "VQASample", "--field-map", FIELD_MAP, "data"),
     )
+
+
+def make_model(folder: Path) -> None:
+    """The demo's model as a checkpoint."""
     run(folder, "examples/digits/make_models.py", "--save-dir", "models")
     run(
         folder,
@@ -106,25 +127,42 @@ def apart(a: list[float], b: list[float]) -> float:
     return sum(differences) / sum(smooth(b))
 
 
-def measure(folder: Path, tiny: bool) -> dict[str, Any]:
-    """Losses and accuracies of both runs. Without a GPU there is a short one in BF16 alone."""
-    prepare(folder)
+def measure(folder: Path, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Losses and accuracies of both runs. Without a GPU there is a short one in BF16 alone.
+
+    Raises:
+        RuntimeError: a part of it failed; all that doesn't need it was found before.
+    """
+    failures: list[str] = []
+    parts = {"data": partial(make_data, folder), "model": partial(make_model, folder)}
+    if len(list(together(parts, failures))) == len(parts):
+        yield from _compare(folder, tiny, failures)
+    if failures:
+        raise RuntimeError("\n".join(failures))
+
+
+def _compare(folder: Path, tiny: bool, failures: list[str]) -> Iterator[dict[str, Any]]:
+    arms = ("bf16",) if tiny else ("bf16", "fp8")
     iterations, warmup = (6, 1) if tiny else (ITERATIONS, 50)
     flags = ["--lr", "1e-3", "--lr-warmup-iters", str(warmup), *(["--device", "cpu"] if tiny else [])]
-    found: dict[str, Any] = {"losses": {}, "accuracy": {}}
-    for name in ("bf16",) if tiny else ("bf16", "fp8"):
-        found["losses"][name] = train(folder, name, iterations, f"--{name}", *flags)
-        found["accuracy"][name] = accuracy(folder, name)
-    if not tiny:
-        found["losses_apart"] = apart(found["losses"]["fp8"], found["losses"]["bf16"])
-        found["accuracy_apart"] = abs(found["accuracy"]["fp8"] - found["accuracy"]["bf16"])
-    return found
+    losses, accuracies = {}, {}
+    runs = {arm: partial(train, folder, arm, iterations, f"--{arm}", *flags) for arm in arms}
+    for arm, curve in together(runs, failures):
+        losses[arm] = curve
+        yield {f"{arm}_losses": curve}
+    if len(losses) == 2:
+        yield {"losses_apart": apart(losses["fp8"], losses["bf16"])}
+    for arm, share in together({arm: partial(accuracy, folder, arm) for arm in losses}, failures):
+        accuracies[arm] = share
+        yield {f"{arm}_accuracy": share}
+    if len(accuracies) == 2:
+        yield {"accuracy_apart": abs(accuracies["fp8"] - accuracies["bf16"])}
 
 
 def main(argv: list[str]) -> None:
     args = gpu.parser(__doc__.splitlines()[0]).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        gpu.write(args.result, measure(Path(folder), args.tiny))
+        gpu.collect(measure(Path(folder), args.tiny), args.result)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ Layouts of more ranks than there are GPUs are skipped: NCCL takes one rank for e
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import xml.etree.ElementTree
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import gpu
@@ -29,34 +27,51 @@ TESTS = (
 )
 ON_SEVERAL = ("tests/training/test_layouts.py", "tests/training/test_packing.py")
 TINY = ("tests/models/test_attention.py",)
+# Of tests, each with a rank of its own on the one GPU: transformers' side is computed on a core each.
+PROCESSES = 4
+
+
+class Outcomes:
+    """A plugin of pytest: how many tests passed, and what those that didn't said, after each of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failures: dict[str, str] = {}
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        self.counts[report.outcome] += 1
+        if report.failed:
+            self.failures[report.nodeid] = report.longreprtext[-2000:]
+        self._write()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.counts["failed"] += 1
+            self.failures[report.nodeid] = report.longreprtext[-2000:]
+            self._write()
+
+    def _write(self) -> None:
+        gpu.write(self.path, {**self.counts, "failures": self.failures})
 
 
 def main(argv: list[str]) -> int:
-    """Returns pytest's exit code."""
+    """Returns pytest's exit code, but 0 where tests failed: that is a finding."""
     args = gpu.parser(__doc__.splitlines()[0]).parse_args(argv)
-    report = args.result.with_suffix(".xml")
-    tests = [*TESTS, *(ON_SEVERAL if torch.cuda.device_count() > 1 else ())]
-    environment = {**os.environ, "DEVICE": "cuda"}
+    os.chdir(CHECKOUT)
+    options = ["-q", "-p", "no:cacheprovider"]
     if args.tiny:
-        tests, environment = list(TINY), {**os.environ, "DEVICE": "cpu", "WORLD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-    ended = subprocess.run(command, cwd=CHECKOUT, env=environment)
-    if report.exists():
-        gpu.write(args.result, read_junit(report))
-    return ended.returncode
-
-
-def read_junit(path: Path) -> dict[str, Any]:
-    """Counts, and which tests failed."""
-    cases = list(xml.etree.ElementTree.parse(path).getroot().iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    return {
-        "passed": len(cases) - len(failed) - len(skipped),
-        "failed": len(failed),
-        "skipped": len(skipped),
-        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
-    }
+        os.environ.update(DEVICE="cpu", WORLD="1")
+        tests = TINY
+    else:
+        os.environ["DEVICE"] = "cuda"
+        several = torch.cuda.device_count() > 1
+        tests = (*TESTS, *ON_SEVERAL) if several else TESTS
+        options += [] if several else ["-n", str(PROCESSES)]
+    code = pytest.main([*options, *tests], plugins=[Outcomes(args.result)])
+    return 0 if code == pytest.ExitCode.TESTS_FAILED else int(code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+DONE, FAILED, NOT_RUN = "done", "failed", "not run"  # of a step
 # What is asked of the 7B shape, and of FP8 on the digits.
 LEAST_MFU, LEAST_FP8_GAIN, LEAST_LEAD = 0.5, 1.3, 1.3
 MOST_LOSS_APART, MOST_ACCURACY_APART = 0.02, 0.01
@@ -58,26 +59,28 @@ def bars(steps: dict[str, Any], tiny: bool = False) -> list[Bar]:
             " x",
         ),
     ]
-    within = value("specs", "within")
-    if within is not None:
-        judged, allowed = value("specs", "judged"), value("specs", "tolerance")
-        text = f"{judged}: logits within {allowed['logits']:.1%}, gradients {allowed['gradients']:.1%}"
-        apart = value("specs", judged)
-        found.append(Bar(text, f"{apart['logits']:.2%}, {apart['gradients']:.2%}", within))
-        text = f"a checkpoint of {value('specs', 'saved with')} layers loads with local ones, to the bit"
-        found.append(Bar(text, "", value("specs", "loads with local")))
-    else:
+    judged = value("specs", "judged")
+    if judged is None:
         found.append(Bar("Transformer Engine beside local, logits and gradients"))
+    else:
+        allowed, apart = value("specs", "tolerance"), value("specs", judged)
+        text = f"{judged}: logits within {allowed['logits']:.1%}, gradients {allowed['gradients']:.1%}"
+        figures = f"{apart['logits']:.2%}, {apart['gradients']:.2%}"
+        found.append(Bar(text, figures, value("specs", "within")))
+    saved = value("specs", "saved with") or "Transformer Engine"
+    text = f"a checkpoint of {saved} layers loads with local ones, to the bit"
+    found.append(Bar(text, "", value("specs", "loads with local")))
     for text, key, most in (
         ("digits: FP8's loss curve within 2 % of BF16's, 100 iterations", "losses_apart", MOST_LOSS_APART),
         ("digits: FP8's accuracy within 1 point of BF16's, after 500", "accuracy_apart", MOST_ACCURACY_APART),
     ):
         apart = value("digits", key)
         found.append(Bar(text) if apart is None else Bar(text, f"{apart:.2%}", apart <= most))
-    failed = value("parity", "failed")
-    passed = value("parity", "passed")
+    passed, failed = (value("parity", outcome) for outcome in ("passed", "failed"))
+    ended = steps.get("parity", {}).get("status") == DONE
+    met = False if failed else (ended and passed > 0) or None
     text = "parity: no test fails"
-    found.append(Bar(text) if failed is None else Bar(text, f"{passed} passed", not failed and passed > 0))
+    found.append(Bar(text) if failed is None else Bar(text, f"{passed} passed, {failed} failed", met))
     return found
 
 
@@ -96,11 +99,15 @@ def table(report: dict[str, Any]) -> str:
     verdict = {True: "met", False: "**not met**", None: "not measured"}
     lines += [f"| {bar['text']} | {bar['found']} | {verdict[bar['met']]} |" for bar in report["bars"]]
     ceiling = steps.get("ceiling", {}).get("result", {})
-    if ceiling:
-        fp8 = f", {ceiling['fp8_tflops']:.0f} in FP8" if "fp8_tflops" in ceiling else ""
+    measured = [
+        f"{ceiling[f'{kind}_tflops']:.3g} TFLOP/s in {kind.upper()}"
+        for kind in ("bf16", "fp8")
+        if f"{kind}_tflops" in ceiling
+    ]
+    if measured:
         lines += [
             "",
-            f"Measured matrix product: {ceiling['bf16_tflops']:.3g} TFLOP/s in BF16{fp8}; a copy of memory "
+            f"Measured matrix product: {', '.join(measured)}; a copy of memory "
             f"{ceiling['copy_gb_per_second']:.0f} GB/s, read and written.",
         ]
     lines += _speed_table(steps, ceiling)
@@ -146,11 +153,13 @@ def _speed_table(steps: dict[str, Any], ceiling: dict[str, Any]) -> list[str]:
 
 
 def _said(name: str, one: dict[str, Any]) -> str:
-    if "reason" in one:
-        return str(one["reason"])
-    result = one["result"]
-    if name == "parity":
-        return f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
+    """What a step has found, where no other table has it, and why it has found no more."""
+    result = one.get("result", {})
+    found = []
+    if name == "parity" and result:
+        found = [f"{result[what]} {what}" for what in ("passed", "failed", "skipped")] + [*result["failures"]]
     if name == "digits":
-        return ", ".join(f"{arm} {share:.1%} right" for arm, share in result["accuracy"].items())
-    return ""
+        arms = [arm for arm in ("bf16", "fp8") if f"{arm}_accuracy" in result]
+        found = [f"{arm} {result[f'{arm}_accuracy']:.1%} right" for arm in arms]
+    said = ", ".join(found)
+    return "; ".join(filter(None, (said, one.get("reason", "")))).replace("|", "\\|")

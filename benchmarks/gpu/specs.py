@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,25 +180,22 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
     return worst
 
 
-def measure(layout: parallel.Layout, workload: Workload, folder: Path) -> dict[str, Any]:
+def measure(layout: parallel.Layout, workload: Workload, folder: Path) -> Iterator[dict[str, Any]]:
     """Differences of each pair, the tolerance, and whether Transformer Engine's layers keep it."""
     save_model(workload, folder)
     checkpoint = folder / "megatron" / "release"
     exact = compute(checkpoint, workload, layout, "local", torch.float32)
     local = compute(checkpoint, workload, layout, "local", torch.bfloat16)
     allowed = tolerances(workload.num_layers + workload.vision_layers - 1 + 1)  # the projector is one
-    found: dict[str, Any] = {"tolerance": allowed, "local in BF16 beside float32": compare(local, exact)}
-    judged, impl = "local in BF16 beside float32", "local"
+    judged, apart, impl = "local in BF16 beside float32", compare(local, exact), "local"
+    yield {"tolerance": allowed, judged: apart}
     if layout.device.type == "cuda":
         engine = compute(checkpoint, workload, layout, "transformer_engine", torch.bfloat16)
-        found["Transformer Engine beside float32"] = compare(engine, exact)
+        yield {"Transformer Engine beside float32": compare(engine, exact)}
         judged, impl = "Transformer Engine beside local, both BF16", "transformer_engine"
-        found[judged] = compare(engine, local)
-    found["saved with"] = impl
-    found["loads with local"] = round_trip(checkpoint, folder / "saved", layout, impl)
-    found["judged"] = judged
-    found["within"] = all(found[judged][kind] <= allowed[kind] for kind in allowed)
-    return found
+        apart = compare(engine, local)
+    yield {judged: apart, "judged": judged, "within": all(apart[kind] <= allowed[kind] for kind in allowed)}
+    yield {"saved with": impl, "loads with local": round_trip(checkpoint, folder / "saved", layout, impl)}
 
 
 def main(argv: list[str]) -> None:
@@ -206,7 +204,7 @@ def main(argv: list[str]) -> None:
     # Else the float32 side would multiply in TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
-        gpu.write(args.result, measure(layout, TINY if args.tiny else WORKLOAD, Path(folder)))
+        gpu.collect(measure(layout, TINY if args.tiny else WORKLOAD, Path(folder)), args.result)
     parallel.finalize()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -211,7 +211,7 @@ def work(workload: Workload) -> tuple[int, Flops]:
     return tokens, training_flops(model, done, lambda name: not name.startswith("vision_model."))
 
 
-def measure(workload: Workload, side: str, device: torch.device) -> dict[str, Any]:
+def measure(workload: Workload, side: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time the steps of a side, and look at one more of them."""
     layout = None
     if side == "transformers":
@@ -223,7 +223,7 @@ def measure(workload: Workload, side: str, device: torch.device) -> dict[str, An
     seconds = time_steps(step, 0, workload.iterations, device)
     tokens, flops = work(workload)
     median = statistics.median(seconds)
-    found: dict[str, Any] = {
+    yield {
         "workload": asdict(workload),
         "layers": "transformers, sdpa" if layout is None else choose_transformer_impl(device.type),
         "adam": adam_source(device.type),
@@ -236,21 +236,18 @@ def measure(workload: Workload, side: str, device: torch.device) -> dict[str, An
         "first_losses": losses,
     }
     if device.type == "cuda":
-        found |= look_at(step)
+        yield from look_at(step)
     if layout is not None:
         parallel.finalize()
-    return found
 
 
-def look_at(step: Step) -> dict[str, Any]:
-    """Waits and kernels of a step. Where a profiler may not run, why not: what was timed is worth keeping."""
-    found: dict[str, Any] = {}
+def look_at(step: Step) -> Iterator[dict[str, Any]]:
+    """Waits and kernels of a step; where a profiler may not run, why not."""
     for name, find in (("waits", find_waits), ("kernels", find_kernels)):
         try:
-            found[name] = find(step)
+            yield {name: find(step)}
         except Exception as error:
-            found[f"no {name}"] = f"{type(error).__name__}: {error}"
-    return found
+            yield {f"no {name}": f"{type(error).__name__}: {error}"}
 
 
 def main(argv: list[str]) -> None:
@@ -259,7 +256,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--side", choices=SIDES, required=True)
     args = parser.parse_args(argv)
     workload = TINY if args.tiny else SHAPES[args.shape]
-    gpu.write(args.result, measure(workload, args.side, torch.device("cpu" if args.tiny else "cuda")))
+    device = torch.device("cpu" if args.tiny else "cuda")
+    gpu.collect(measure(workload, args.side, device), args.result)
 
 
 if __name__ == "__main__":

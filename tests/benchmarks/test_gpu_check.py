@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu, gpu_check
 from benchmarks.gpu import ceiling, digits, parity, specs, speed
-from benchmarks.gpu.report import bars, table
-from benchmarks.gpu_check import DONE, FAILED, NOT_RUN, STEPS, Step, check
+from benchmarks.gpu.report import DONE, FAILED, NOT_RUN, bars, table
+from benchmarks.gpu_check import INCOMPLETE, MISSED, STEPS, Step, check, rounds
 from megatron_vlm import parallel
 from megatron_vlm.config.run import RunConfig
 from tests.distributed import Pool
@@ -33,7 +35,7 @@ def test_whatever_a_step_does_the_others_follow(tmp_path: Path) -> None:
     forks = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {outlives!r}])"
     steps = [
         Step("good", ("-c", WRITE), 5),
-        Step("fails", ("-c", "print('what went wrong'); raise SystemExit(3)"), 5),
+        Step("fails", ("-c", f"{WRITE}; print('what'); print(); raise SystemExit('went wrong')"), 5),
         Step("hangs", ("-c", f"{WRITE}; import time; time.sleep(60)"), 0.8),
         Step("silent", ("-c", forks), 5),
         Step("long", ("-c", WRITE), 1e6),
@@ -46,14 +48,78 @@ def test_whatever_a_step_does_the_others_follow(tmp_path: Path) -> None:
     assert [len(found) for found in noted] == [1, 2, 3, 4, 5, 6]  # what was found is known after each step
     found = noted[-1]
     assert [found[step.name]["status"] for step in steps] == [DONE, FAILED, FAILED, FAILED, NOT_RUN, DONE]
-    assert found["good"]["result"] == found["last"]["result"] == {"tiny": False}
-    assert found["fails"]["reason"] == "exit code 3" and found["fails"]["output"] == "what went wrong\n"
-    assert found["hangs"]["reason"] == "no end after 2 s" and found["hangs"]["result"] == {"tiny": False}
+    for name in ("good", "fails", "hangs", "last"):  # what one has found stays, whatever it did then
+        assert found[name]["result"] == {"tiny": False}
+    assert found["fails"]["reason"] == "exit code 1: went wrong"
+    assert found["fails"]["output"] == "what\n\nwent wrong\n"
+    assert found["hangs"]["reason"] == "no end after 2 s"
     assert found["silent"]["reason"] == "it has written no result"
     assert "1000000" in found["long"]["reason"]
     assert "output" not in found["good"]
     time.sleep(2.5)
     assert not ended.exists()  # a step's own processes have ended with it
+
+
+def test_what_is_not_timed_runs_at_once(tmp_path: Path) -> None:
+    """Each of two waits for the other; what is timed has nothing beside it."""
+
+    def meets(own: str, other: str) -> str:
+        return (
+            f"import os, time; open({str(tmp_path / own)!r}, 'w')\n"
+            f"while not os.path.exists({str(tmp_path / other)!r}): time.sleep(0.01)\n{WRITE}"
+        )
+
+    alone = f"import os; assert not os.path.exists({str(tmp_path / 'a')!r}); {WRITE}"
+    steps = [
+        Step("before", ("-c", alone), 20),
+        Step("a", ("-c", meets("a", "b")), 20, timed=False),
+        Step("b", ("-c", meets("b", "a")), 20, timed=False),
+        Step("after", ("-c", WRITE), 20),
+    ]
+    noted: list[list[str]] = []
+    found = check(steps, 1, False, tmp_path, lambda found: noted.append(list(found)))
+    assert [found[step.name]["status"] for step in steps] == [DONE] * 4
+    assert noted[-1] == ["before", "a", "b", "after"]  # in their order, whichever ended first
+    assert [[step.name for step in at_once] for at_once in rounds(steps)] == [
+        ["before"],
+        ["a", "b"],
+        ["after"],
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_check_that_is_killed_leaves_what_it_found(tmp_path: Path, number: signal.Signals) -> None:
+    """And no step of it goes on."""
+    pid = tmp_path / "pid"
+    sleeps = f"import os, time; {WRITE}; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import sys; from benchmarks import gpu_check; from benchmarks.gpu_check import Step\n"
+        f"gpu_check.STEPS = (Step('ceiling', ('-c', {WRITE!r}), 9), Step('digits', ('-c', {sleeps!r}), 9))\n"
+        "gpu_check.end_on_sigterm(); sys.exit(gpu_check.main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, "--dry-run", "--output", tmp_path], cwd=ROOT)
+    until(lambda: pid.exists() and pid.read_text())
+    process.send_signal(number)
+    assert process.wait(20) == (128 + number if number == signal.SIGTERM else -number)
+    until(lambda: not running(int(pid.read_text())))
+    (written,) = tmp_path.glob("gpu-dry-run-*.json")
+    steps = json.loads(written.read_text())["steps"]
+    assert steps["ceiling"]["result"] == {"tiny": True}
+    if number == signal.SIGTERM:
+        assert steps["digits"]["status"] == FAILED and steps["digits"]["result"] == {"tiny": True}
+        assert "| digits | failed |" in written.with_suffix(".md").read_text()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_dry_run_leaves_out_what_needs_cuda(tmp_path: Path) -> None:
@@ -65,7 +131,8 @@ def test_a_dry_run_leaves_out_what_needs_cuda(tmp_path: Path) -> None:
 
 
 def test_all_steps_fit() -> None:
-    assert sum(step.expected for step in STEPS) <= 8 * 60
+    seconds = [max(step.expected for step in at_once) for at_once in rounds(STEPS)]
+    assert sum(seconds) <= 6 * 60  # of eight minutes
     for step in STEPS:
         assert step.arguments[0] == "-m"
         assert (ROOT / step.arguments[1].replace(".", "/")).with_suffix(".py").is_file()
@@ -94,7 +161,12 @@ def made_up() -> dict[str, Any]:
             "saved with": "transformer_engine",
             "loads with local": True,
         },
-        "digits": {"losses_apart": 0.015, "accuracy_apart": 0.02, "accuracy": {"bf16": 0.98, "fp8": 0.96}},
+        "digits": {
+            "losses_apart": 0.015,
+            "accuracy_apart": 0.02,
+            "bf16_accuracy": 0.98,
+            "fp8_accuracy": 0.96,
+        },
     }
     steps = {name: {"status": DONE, "seconds": 9.0, "result": result} for name, result in results.items()}
     return {**steps, "parity": {"status": NOT_RUN, "reason": "3 s were left"}}
@@ -136,6 +208,77 @@ def test_bars_and_table() -> None:
     assert table({**report, "dry_run": True, "steps": {}, "bars": []}).count("A dry run") == 1
 
 
+FINDINGS: dict[str, list[dict[str, Any]]] = {
+    "ceiling": [{"copy_gb_per_second": 3000.0}, {"bf16_tflops": 700.0}, {"fp8_tflops": 1300.0}],
+    "digits": [{"bf16_losses": [1.0]}, {"bf16_accuracy": 0.98}],
+    "specs": [
+        {"tolerance": {"logits": 1.0, "gradients": 1.0}},
+        {"judged": "x", "x": {"logits": 0.0, "gradients": 0.0}},
+    ],
+    "parity": [{"passed": 7, "failed": 0, "skipped": 1, "failures": {}}],
+}
+
+
+def test_what_a_failed_step_had_found_is_shown() -> None:
+    """However far each came: the figures, and why there are no more."""
+    for name, findings in FINDINGS.items():
+        for count in range(len(findings) + 1):
+            one = {"status": FAILED, "reason": "exit code 1: boom"}
+            if count:
+                one |= {"result": gpu.collect(findings[:count])}
+            report = {
+                "machine": "",
+                "date": "",
+                "commit": "",
+                "command": "",
+                "versions": {},
+                "dry_run": False,
+            }
+            found = bars({name: one})
+            text = table({**report, "steps": {name: one}, "bars": [vars(bar) for bar in found]})
+            assert "exit code 1: boom" in text
+            assert not any(bar.met for bar in found)  # of a part of the tests none can say that no test fails
+            if name == "digits" and count == 2:
+                assert "| digits | failed |  | bf16 98.0% right; exit code 1: boom |" in text.splitlines()
+
+
+def test_findings_stay_where_the_next_fails(tmp_path: Path) -> None:
+    def findings() -> Iterator[dict[str, Any]]:
+        yield {"a": 1}
+        yield {"b": 2}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        gpu.collect(findings(), tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("broken", ["train", "accuracy"])
+def test_bf16s_digits_stay_where_fp8_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
+) -> None:
+    def train(folder: Path, name: str, *_: Any) -> list[float]:
+        if (name, broken) == ("fp8", "train"):
+            raise RuntimeError("no kernel")
+        return [1.0] * 500
+
+    def accuracy(folder: Path, name: str) -> float:
+        if (name, broken) == ("fp8", "accuracy"):
+            raise KeyError("no kernel")
+        return 0.98
+
+    for name, function in (("train", train), ("accuracy", accuracy)):
+        monkeypatch.setattr(digits, name, function)
+    for name in ("make_data", "make_model"):
+        monkeypatch.setattr(digits, name, lambda folder: None)
+    path = tmp_path / "digits.json"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        gpu.collect(digits.measure(tmp_path, tiny=False), path)
+    found = json.loads(path.read_text())
+    assert found["bf16_losses"] == [1.0] * 500 and found["bf16_accuracy"] == 0.98
+    assert ("losses_apart" in found) == (broken == "accuracy") and "accuracy_apart" not in found
+
+
 def test_main_writes_both_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     steps = (Step("ceiling", ("-c", WRITE.replace("'tiny': '--tiny' in sys.argv", CEILING)), 1),)
     monkeypatch.setattr(gpu_check, "STEPS", (*steps, Step("other", ("-c", "raise SystemExit(1)"), 1)))
@@ -145,26 +288,46 @@ def test_main_writes_both_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert report["dry_run"] and report["versions"]["torch"] == torch.__version__
     assert report["steps"]["ceiling"]["result"]["bf16_tflops"] == 1.0
     assert "1 TFLOP/s in BF16" in found.with_suffix(".md").read_text()
-    assert gpu_check.main(["--dry-run", "--output", str(tmp_path)]) == 1  # the other one fails
+    assert gpu_check.main(["--dry-run", "--output", str(tmp_path)]) == INCOMPLETE  # the other one fails
+    assert found.read_text() == json.dumps(report, indent=1) + "\n"  # an earlier command's file stays
+    assert len(list(tmp_path.glob("gpu-dry-run-*-2.json"))) == 1
+
+
+def test_the_exit_code_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inf = "'judged': 'x', 'x': {'logits': float('inf'), 'gradients': 0.0}, 'within': False"
+    tolerance = "'tolerance': {'logits': 1.0, 'gradients': 1.0}"
+    missed = Step("specs", ("-c", WRITE.replace("'tiny': '--tiny' in sys.argv", f"{inf}, {tolerance}")), 1)
+    monkeypatch.setattr(gpu_check, "STEPS", (missed, Step("7B-fp8", ("-c", WRITE), 1, needs_cuda=True)))
+    dry = ["--dry-run", "--output", str(tmp_path)]
+    assert gpu_check.main(dry) == MISSED
+    (written,) = tmp_path.glob("*.json")
+
+    def no_number(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads(written.read_text(), parse_constant=no_number)  # Infinity is not JSON
+    assert report["steps"]["specs"]["result"]["x"]["logits"] == "inf"
+    assert gpu_check.main([*dry, "--minutes", "0"]) == INCOMPLETE  # no time for it
+    assert gpu_check.main([*dry, "--steps", "7B-fp8"]) == 0  # a dry run has nothing to miss there
 
 
 CEILING = "'bf16_tflops': 1.0, 'copy_gb_per_second': 2.0"
 
 
 def test_the_ceiling_is_measured() -> None:
-    found = ceiling.measure(torch.device("cpu"), tiny=True)
+    found = gpu.collect(ceiling.measure(torch.device("cpu"), tiny=True))
     assert found["bf16_tflops"] == found["bf16_tflops_64"] > 0 and found["copy_gb_per_second"] > 0
 
 
 def our_speed(workload: Any) -> dict[str, Any]:
-    return speed.measure(workload, "bf16", torch.device("cpu"))
+    return gpu.collect(speed.measure(workload, "bf16", torch.device("cpu")))
 
 
 def test_both_sides_train_the_same_batches(pool: Pool) -> None:
     """Of random weights both losses are that of a guess, and both fall as they see the same again."""
     workload = replace(speed.TINY, warmup=4, iterations=1)
     (ours,) = pool.run(1, our_speed, workload)
-    theirs = speed.measure(workload, "transformers", torch.device("cpu"))
+    theirs = gpu.collect(speed.measure(workload, "transformers", torch.device("cpu")))
     for found in (ours, theirs):
         assert found["tokens_per_second"] * found["step_seconds"] == pytest.approx(4 * 48)
         assert 0 < found["tflops_without_tower"] < found["tflops"]
@@ -179,7 +342,7 @@ def test_a_profiler_that_may_not_run_takes_no_times_away(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(speed, "find_kernels", refused)
     monkeypatch.setattr(speed, "find_waits", lambda step: [str(step())])
-    found = speed.look_at(lambda: 2.5)
+    found = gpu.collect(speed.look_at(lambda: 2.5))
     assert found == {"waits": ["2.5"], "no kernels": "RuntimeError: CUPTI: insufficient privileges"}
 
 
@@ -191,7 +354,7 @@ def test_shapes_hold_an_image_and_an_answer() -> None:
 
 
 def compare_specs(folder: Path) -> dict[str, Any]:
-    return specs.measure(parallel.initialize(), speed.TINY, folder)
+    return gpu.collect(specs.measure(parallel.initialize(), speed.TINY, folder))
 
 
 def test_specs_are_compared(pool: Pool, tmp_path: Path) -> None:
@@ -230,13 +393,36 @@ def test_digits_flags_are_the_launchers() -> None:
     assert config.training.global_batch_size == 48 and config.logging.log_interval == 1
 
 
-def test_junit_counts(tmp_path: Path) -> None:
-    (tmp_path / "x.xml").write_text(
-        "<testsuites><testsuite><testcase classname='a' name='b'/><testcase classname='a' name='c'>"
-        "<skipped/></testcase><testcase classname='a' name='d'><failure/></testcase></testsuite></testsuites>"
+def test_outcomes_are_counted_as_they_come(tmp_path: Path) -> None:
+    """Of a session that is killed too, since nothing is written at its end."""
+    tests = tmp_path / "test_x.py"
+    tests.write_text(
+        "import os, pytest\n"
+        "def test_a(): pass\n"
+        "def test_b(): pytest.skip()\n"
+        "def test_c(): assert 1 + 1 == 3\n"
+        "def test_d(): os._exit(9)\n"
     )
-    counts = dict(passed=1, failed=1, skipped=1, failures=["a::d"])
-    assert parity.read_junit(tmp_path / "x.xml") == counts
+    script = (
+        "import sys, pytest; from pathlib import Path; from benchmarks.gpu import parity\n"
+        "sys.exit(pytest.main(sys.argv[2:], plugins=[parity.Outcomes(Path(sys.argv[1]))]))"
+    )
+    result = tmp_path / "parity.json"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(result),
+        "-q",
+        f"--rootdir={tmp_path}",
+        "--noconftest",
+        str(tests),
+    ]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 9
+    found = json.loads(result.read_text())
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    ((name, said),) = found["failures"].items()
+    assert name.endswith("test_x.py::test_c") and "assert (1 + 1) == 3" in said
     assert all((ROOT / path).is_file() for path in (*parity.TESTS, *parity.ON_SEVERAL, *parity.TINY))
 
 

@@ -13,8 +13,9 @@ from megatron_vlm.models.experts import MixtureOfExperts
 from tests.distributed import Pool
 
 
-def routed(tokens: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and choice of each token's experts, ``[tokens, experts]``."""
+def routed(tokens: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Weights and choice of each token's experts, ``[tokens, experts]``; transformers' logits, weights and
+    choice on the same device: of equal logits another one may take another."""
     device = parallel.initialize().device
     config = TransformerConfig(
         num_layers=1,
@@ -28,9 +29,12 @@ def routed(tokens: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torc
         params_dtype=weight.dtype,
     )
     router = MixtureOfExperts(config).router
+    sizes = dict(hidden_size=tokens.shape[1], num_local_experts=len(weight), num_experts_per_tok=top_k)
+    theirs = MixtralTopKRouter(MixtralConfig(**sizes))
+    theirs.weight.data = weight.to(device)
     with torch.no_grad():
         router.weight.copy_(weight)
-        return router(tokens.unsqueeze(1).to(device))
+        return *router(tokens.unsqueeze(1).to(device)), *theirs(tokens.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,12 +43,8 @@ def test_each_token_has_transformers_experts(pool: Pool, dtype: torch.dtype, top
     """Chosen by logits of the weights' precision, which in bfloat16 are often equal; weighted in float32."""
     torch.manual_seed(0)
     tokens, weight = torch.randn(2000, 24).to(dtype), torch.randn(6, 24).to(dtype)
-    theirs = MixtralTopKRouter(MixtralConfig(hidden_size=24, num_local_experts=6, num_experts_per_tok=top_k))
-    theirs.weight.data = weight
-    with torch.no_grad():
-        logits, values, indices = theirs(tokens)
+    ((weights, chosen, logits, values, indices),) = pool.run(1, routed, tokens, weight, top_k)
     assert (dtype == torch.bfloat16) == bool((logits.sort().values.diff() == 0).any())
-    ((weights, chosen),) = pool.run(1, routed, tokens, weight, top_k)
     assert torch.equal(chosen, torch.zeros(2000, 6, dtype=torch.bool).scatter(1, indices, True))
     expected = torch.zeros(2000, 6).scatter(1, indices, values)
     assert weights.dtype == expected.dtype == torch.float32

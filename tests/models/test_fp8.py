@@ -7,23 +7,31 @@ the padding, what is cut off.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.optimizer import distrib_optimizer
 
 from megatron_vlm import parallel
+from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.models import projector as projector_module
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.transformer_configs import transformer_configs
 from megatron_vlm.models.vlm import build_model
+from megatron_vlm.models.weights import load_weights, named_parameters, saved_name, sharded_weights
 from megatron_vlm.parallel import optimizer as optimizer_module
+from megatron_vlm.parallel import sharded_files
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.training.checkpoint import RunState, load_optimizer
 from tests.distributed import Pool
-from tests.tiny import tiny_config
+from tests.tiny import save_tiny_llava, tiny_config
 
 MODEL = ModelConfig.from_hf(tiny_config().to_dict())
 
@@ -96,6 +104,68 @@ def test_gathered_weights_are_turned_over(pool: Pool) -> None:
     """megatron-core 0.16.1 leaves the transposes of the weights before where it gathers ahead of a pass."""
     assert pool.run(1, gathered, False) == [[]]  # each step has gathered them
     assert pool.run(1, gathered, True)[0]
+
+
+def masters(checkpoint: str, folder: Path) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """Of each FP8 weight of a new run, and of one that goes on: what its master weight has to be, the master
+    weight, and the weight. Rounded ones stand for the engine's, which keep what they were made of, too."""
+    layout = parallel.initialize()
+    model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
+
+    def start() -> tuple[Any, Optimizer, list[torch.Tensor]]:
+        (chunk,) = build_model(model, layout, torch.bfloat16)
+        entries, in_fp8 = sharded_weights([chunk]), Fp8Config().weights(model.language.num_layers)
+        for name, parameter in named_parameters([chunk]):
+            if saved_name(entries[name]) in in_fp8:
+                kept = torch.zeros(parameter.shape, dtype=torch.bfloat16)
+                parameter.get_high_precision_init_val = partial(_given, kept)
+                parameter.clear_high_precision_init_val = lambda: None
+        load_weights(Path(checkpoint), [chunk])
+        exact = [parameter.float() for parameter in chunk.parameters() if is_fp8(parameter)]
+        for parameter in filter(is_fp8, chunk.parameters()):
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).bfloat16()
+        models = wrap_model([chunk], True, False, fp8_param_gather=True)
+        with mock.patch.object(distrib_optimizer, "is_float8tensor", is_fp8):
+            return chunk, Optimizer(models, 0.1, 0.9, 0.999, 1e-8, 1.0), exact
+
+    def results(chunk: Any, expected: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        weights = filter(is_fp8, chunk.parameters())
+        return [
+            (e, p.main_param.view(p.shape).clone(), p.detach().clone())
+            for e, p in zip(expected, weights, strict=True)
+        ]
+
+    chunk, optimizer, exact = start()
+    new = results(chunk, exact)
+    for parameter in filter(is_fp8, chunk.parameters()):
+        parameter.main_param.add_(torch.randn_like(parameter.main_param) / 300)
+    saved = [master for _, master, _ in results(chunk, exact)]
+    sharded_files.save({"optimizer": optimizer.sharded_state(sharded_weights([chunk]))}, str(folder))
+    chunk, optimizer, _ = start()
+    load_optimizer(folder, [chunk], optimizer, RunState())
+    return {"new": new, "goes on": results(chunk, saved)}
+
+
+def is_fp8(parameter: Any) -> bool:
+    return hasattr(parameter, "get_high_precision_init_val")
+
+
+def _given(kept: torch.Tensor) -> torch.Tensor:
+    return kept
+
+
+def test_master_weights_are_not_of_rounded_ones(pool: Pool, tmp_path: Path) -> None:
+    """A new run has those of its checkpoint, and one that goes on, from a run without FP8 weights as well,
+    those that were saved; only its weights are rounded, again from these."""
+    save_tiny_llava(tmp_path / "hf", "clip-llama")
+    import_hf(tmp_path / "hf", tmp_path / "megatron", tp=1, pp=1)
+    (tmp_path / "saved").mkdir()
+    (results,) = pool.run(1, masters, str(tmp_path / "megatron/release"), tmp_path / "saved")
+    for expected, master, weight in results["new"]:
+        assert torch.equal(master, expected) and not torch.equal(master, weight.float())
+    for expected, master, weight in results["goes on"]:
+        assert torch.equal(master, expected) and torch.equal(weight, expected.bfloat16())
+    assert len(results["new"]) == len(results["goes on"]) > 0
 
 
 def refused() -> str:
