@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def run(folder: Path, *command: str) -> str:
     return ended.stdout
 
 
-def together(work: dict[str, Callable[[], Any]], failures: list[str]) -> Iterator[tuple[str, Any]]:
+def together(work: Mapping[str, Callable[[], Any]], failures: list[str]) -> Iterator[tuple[str, Any]]:
     """Do all at once, and give each result as it comes; what failed goes into ``failures``."""
     with ThreadPoolExecutor(len(work) or 1) as pool:
         names = {pool.submit(do): name for name, do in work.items()}

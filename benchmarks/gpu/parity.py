@@ -61,16 +61,14 @@ def main(argv: list[str]) -> int:
     """Returns pytest's exit code, but 0 where tests failed: that is a finding."""
     args = gpu.parser(__doc__.splitlines()[0]).parse_args(argv)
     os.chdir(CHECKOUT)
-    options = ["-q", "-p", "no:cacheprovider"]
     if args.tiny:
         os.environ.update(DEVICE="cpu", WORLD="1")
-        tests = TINY
+        asked = [*TINY]
     else:
         os.environ["DEVICE"] = "cuda"
-        several = torch.cuda.device_count() > 1
-        tests = (*TESTS, *ON_SEVERAL) if several else TESTS
-        options += [] if several else ["-n", str(PROCESSES)]
-    code = pytest.main([*options, *tests], plugins=[Outcomes(args.result)])
+        one = torch.cuda.device_count() == 1
+        asked = ["-n", str(PROCESSES), *TESTS] if one else [*TESTS, *ON_SEVERAL]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *asked], plugins=[Outcomes(args.result)])
     return 0 if code == pytest.ExitCode.TESTS_FAILED else int(code)
 
 

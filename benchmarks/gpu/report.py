@@ -100,7 +100,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [f"| {bar['text']} | {bar['found']} | {verdict[bar['met']]} |" for bar in report["bars"]]
     ceiling = steps.get("ceiling", {}).get("result", {})
     measured = [
-        f"{ceiling[f'{kind}_tflops']:.3g} TFLOP/s in {kind.upper()}"
+        f"{ceiling[f'{kind}_tflops']:.4g} TFLOP/s in {kind.upper()}"
         for kind in ("bf16", "fp8")
         if f"{kind}_tflops" in ceiling
     ]

@@ -203,7 +203,7 @@ def test_bars_and_table() -> None:
         "| parity | not run |  | 3 s were left |",
     ):
         assert line in text.splitlines(), line
-    assert "dry run" not in text and "1300 in FP8" in text
+    assert "dry run" not in text and "1300 TFLOP/s in FP8" in text
     assert all(bar.met is None for bar in bars({}))  # and a table of nothing at all
     assert table({**report, "dry_run": True, "steps": {}, "bars": []}).count("A dry run") == 1
 
