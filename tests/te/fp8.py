@@ -177,13 +177,18 @@ def rank(number: int, port: int) -> None:
         linears = {None: 0, "delayed": 16}.get(recipe, 18)
         assert products["fp8"] == 2 * 3 * linears or recompute != "none", products
         layers = model.language.num_layers
-        expected = {
+        forward, backward = {
             "none": (1, 1),
             "full": (1 + layers, 4 * layers),
             "selective": (1 + layers, 1 + 2 * layers),
-        }
-        of_one = expected[recompute] if recipe == "delayed" else (0, 0)
-        assert tuple(moves.values()) == (2 * of_one[0], 2 * of_one[1]), moves
+        }[recompute]
+        if recipe == "delayed":
+            # The norm of a trained tower, which is next after what is recomputed, takes one for its own.
+            by_tower = 2 if recompute != "none" else 0
+            assert moves["forward"] == 2 * forward, moves
+            assert 0 <= moves["backward"] - 2 * backward <= by_tower, moves
+        else:
+            assert not any(moves.values()), moves
         if number == 0:
             print(
                 f"{recipe or 'bfloat16'}, recompute {recompute}: loss {loss:.5f}, moves {moves}", flush=True
