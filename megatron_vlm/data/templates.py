@@ -99,7 +99,7 @@ class ChatTemplate:
         self._system = SYSTEM_PROMPTS[name][lang] if name in SYSTEM_PROMPTS else None
         self._mask_thinking = mask_thinking
         # For the folder of a model that it trains, in place of the folder's own; None: that stays.
-        self.for_folder = folder_template(name, lang, image_token) if name != "chat" else None
+        self.for_folder = folder_template(name, lang, image_token) if name != "chat" else jinja
         self._content_parts = name == "chat" and self._takes_content_parts()
         self._frame = self._probe_frame()
         self._append_eos = name == "chat" and not self._frame.end_token and tokenizer.eos_token_id is not None

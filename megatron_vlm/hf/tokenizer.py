@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from megatron_vlm.hf.spm import fast_tokenizer
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.model", "spm.model")
+_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
 _SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -152,15 +162,69 @@ def chat_template(tokenizer: Any, lang: str) -> str:
     return template
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer, relative to it.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [path for pattern in _FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") for path in found):
+        raise ValueError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, tokenizer_config.json)")
+    return [path.relative_to(folder) for path in found]
+
+
+def take_tokenizer(folder: Path, source: Path) -> None:
+    """Give a model folder another folder's tokenizer and, where that has one, its chat template.
+
+    Raises:
+        ValueError: the other folder has no tokenizer.
+    """
+    files, template = tokenizer_files(source), own_chat_template(source)
+    kept = own_chat_template(folder) if template is None else template
+    for pattern in _FILES:  # of two tokenizers' files, transformers might take either's
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            path.unlink()
+    for file in files:
+        shutil.copyfile(source / file, folder / file)
+    if kept is not None:
+        replace_chat_template(folder, kept, None)
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """A model folder's chat template, from the first of the files that transformers looks for it in."""
+    for name in (
+        "processor_config.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    ):
+        path = folder / name
+        if path.suffix == ".json":
+            template = _settings(path).get("chat_template")
+        else:
+            template = path.read_text(encoding="utf-8") if path.is_file() else None
+        if isinstance(template, list):  # several, with names
+            template = {entry["name"]: entry["template"] for entry in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str):
+            return template
+    return None
+
+
 def replace_chat_template(folder: Path, template: str, end_token_id: int | None) -> None:
     """Give a model folder another chat template, and let generation end where that ends an answer.
 
-    Files are replaced, not written into, since other folders may share them.
+    Files are replaced, not written into, since other folders may share them. One whose template is that
+    already stays as it is.
     """
+    if own_chat_template(folder) == template:
+        return
     (folder / "chat_template.json").unlink(missing_ok=True)
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = folder / name
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = _settings(path)
         if values.pop("chat_template", None) is not None:
             _replace(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / "chat_template.jinja", template)
@@ -170,6 +234,14 @@ def replace_chat_template(folder: Path, template: str, end_token_id: int | None)
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         values["eos_token_id"] = [*ends, end_token_id] if ends else end_token_id
         _replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where it is missing, or damaged, which its reader will say."""
+    with suppress(OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
 def _replace(path: Path, text: str) -> None:

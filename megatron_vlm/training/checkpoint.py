@@ -96,7 +96,7 @@ def save_checkpoint(
         hf_source: folder with the Hugging Face files that the checkpoint carries on.
         data_state: asks the loader for its state; None on ranks that don't load data.
         base: of :func:`find_base`, for a checkpoint of trained weights only; None: all weights.
-        template: what samples were rendered with; a built-in one takes the place of the files' own.
+        template: what samples were rendered with; if it is another than the files' own, it takes its place.
 
     Returns:
         The checkpoint's folder.

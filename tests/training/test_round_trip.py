@@ -46,6 +46,14 @@ def wide(trainables: dict[str, Trainable], tmp_path_factory: pytest.TempPathFact
     return replace(trainables["tied"], hf=folder)
 
 
+def with_another_template(hf: Path, folder: Path) -> Path:
+    """The same tokenizer, in another folder, with a chat template of its own."""
+    shutil.copytree(hf, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    template = folder / "chat_template.jinja"
+    template.write_text("Look: " + template.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
 def check_template(before: Path, after: Path) -> None:
     """transformers asks as LLaVA's conv_vicuna_v1 does, and knows where answers end."""
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
@@ -69,8 +77,12 @@ def test_a_step_of_nothing(
     classic = import_hf(hf, tmp_path / "classic", tp, pp, classic=stages)
     native = reshard(classic, tmp_path / "native", tp, pp)
     start = replace(wide, checkpoint=native)
-    # In bfloat16 with a built-in template, which the export then carries.
-    template = ["--template", "v1"] if precision == "--bf16" else []
+    # In bfloat16 with a built-in template or another tokenizer folder's own, which the export then carries.
+    template = ["--template", "v1"] if precision == "--bf16" and pp > 1 else []
+    other = None
+    if precision == "--bf16" and pp == 1:
+        other = with_another_template(wide.hf, tmp_path / "other")
+        start = replace(start, hf=other)
     flags = start.flags(tmp_path, "run", *layout_flags(Layout(tp, pp)), *STILL, precision, *template)
     pool.run(tp * pp, train, flags)
     (line,) = metrics(tmp_path / "run")
@@ -80,9 +92,12 @@ def test_a_step_of_nothing(
     cut = reshard(tmp_path / "run", tmp_path / "cut", tp, pp, classic=stages)
     from_classic = export_hf(cut, tmp_path / "from-classic")
     assert verify(back, from_classic) and verify(tmp_path / "run", back)
-    assert verify(hf, back, weights_only=bool(template))
+    assert verify(hf, back, weights_only=precision == "--bf16")
     if template:
         check_template(hf, back)
+    if other is not None:
+        expected, found = (transformers.AutoProcessor.from_pretrained(folder) for folder in (other, back))
+        assert found.chat_template == found.tokenizer.chat_template == expected.chat_template
     before, after = (load_file(folder / "model.safetensors") for folder in (hf, back))
     assert before.keys() == after.keys()
     for name, tensor in before.items():  # not by our own code
