@@ -43,7 +43,11 @@ _FOLDERS = (
 
 
 def reenter(
-    script_argv: Sequence[str], sif_path: str, binds: Sequence[str], paths: Iterable[str]
+    script_argv: Sequence[str],
+    sif_path: str,
+    binds: Sequence[str],
+    paths: Iterable[str],
+    outputs: Iterable[str] = (),
 ) -> NoReturn:
     """Let a script of this checkout run inside the image, without ``--sif-path`` and ``--bind``.
 
@@ -54,6 +58,7 @@ def reenter(
         sif_path: the image.
         binds: what the user wants bound, ``source[:target[:ro]]`` each.
         paths: what the script reads and writes.
+        outputs: folders that it makes or replaces, each with one rename.
 
     Raises:
         ValueError: there is no image, no container command, or a path that cannot be bound.
@@ -66,7 +71,7 @@ def reenter(
         sif_path,
         binds=binds,
         inputs=paths,
-        paths=cache_folders(os.environ),
+        paths=[*cache_folders(os.environ), *(folder for output in outputs for folder in _around(output))],
         gpu=bool(visible_gpus(os.environ)),
         runtime=find_runtime(),
     )
@@ -249,6 +254,13 @@ def _places(path: str) -> List[str]:
         places.append(_holder(path) if place in _OF_THE_IMAGE else place)
         target = os.path.join(os.path.dirname(link), os.readlink(link))
         path = os.path.normpath(os.path.join(target, os.path.relpath(path, link)))
+
+
+def _around(output: str) -> List[str]:
+    """What an output is in, and what a link to it is in. What is bound by itself is a mount point inside, and
+    can't be renamed."""
+    parents = [os.path.dirname(path) for path in (os.path.abspath(output), os.path.realpath(output))]
+    return [output if parent in _OF_THE_IMAGE else parent for parent in parents]
 
 
 def _holder(path: str) -> str:

@@ -97,7 +97,7 @@ def main(argv: List[str]) -> int:
 
         given = (args.text_model, args.vision_model, args.projector)
         models = [path for path in given if path and os.path.exists(path)]
-        return reenter([__file__, *argv], args.sif_path, args.bind, [args.save_dir, *models])
+        return reenter([__file__, *argv], args.sif_path, args.bind, models, [args.save_dir])
 
     from transformers.utils import logging
 

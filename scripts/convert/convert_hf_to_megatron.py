@@ -31,7 +31,7 @@ def main(argv: List[str]) -> int:
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 
-        return reenter([__file__, *argv], args.sif_path, args.bind, [args.hf_dir, args.megatron_dir])
+        return reenter([__file__, *argv], args.sif_path, args.bind, [args.hf_dir], [args.megatron_dir])
 
     import torch
 

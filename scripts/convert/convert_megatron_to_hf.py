@@ -51,9 +51,9 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.launch.container import reenter
 
         bases = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
-        paths = [args.megatron_dir, args.hf_dir, *map(str, bases)]
+        paths = [args.megatron_dir, *map(str, bases)]
         paths += [path for path in (args.tokenizer_dir, args.hf_config) if path]
-        return reenter([__file__, *argv], args.sif_path, args.bind, paths)
+        return reenter([__file__, *argv], args.sif_path, args.bind, paths, [args.hf_dir])
 
     import torch
 

@@ -57,10 +57,10 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.config.checkpoint import checkpoint_layers, is_checkpoint
         from megatron_vlm.launch.container import reenter
 
-        paths = [args.checkpoint, args.save_dir] + ([args.projector] if importing else [])
+        paths = [args.checkpoint] + ([args.projector] if importing else [])
         if is_checkpoint(args.checkpoint):
             paths += map(str, checkpoint_layers(args.checkpoint, args.base)[:-1])
-        return reenter([__file__, *argv], args.sif_path, args.bind, paths)
+        return reenter([__file__, *argv], args.sif_path, args.bind, paths, [args.save_dir])
 
     from megatron_vlm.hf.projector import export_projector, import_projector
 

@@ -39,9 +39,9 @@ def main(argv: List[str]) -> int:
         from megatron_vlm.launch.container import reenter
 
         inputs = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
-        paths = [args.megatron_dir, args.save_dir, *map(str, inputs)]
+        paths = [args.megatron_dir, *map(str, inputs)]
         paths += [args.hf_config] if args.hf_config else []
-        return reenter([__file__, *argv], args.sif_path, args.bind, paths)
+        return reenter([__file__, *argv], args.sif_path, args.bind, paths, [args.save_dir])
 
     import torch
 

@@ -168,13 +168,14 @@ def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     write_manifest(trained, {**manifest, "base": {"path": str(base)}})  # trained weights only
     container = ["--sif-path", "image.sif", "--bind", "/data:/data", "/scratch:/s:ro"]
     cases = {
-        "convert_hf_to_megatron": (["--hf-dir", "a", "--megatron-dir", "b"], ["a", "b"]),
+        "convert_hf_to_megatron": (["--hf-dir", "a", "--megatron-dir", "b"], ["a"], ["b"]),
         "convert_megatron_to_hf": (
             ["--megatron-dir", str(trained), "--hf-dir", "b", "--tokenizer-dir", "c"],
-            [str(trained), "b", str(base), "c"],
+            [str(trained), str(base), "c"],
+            ["b"],
         ),
-        "reshard": (["--megatron-dir", str(trained), "--save-dir", "b"], [str(trained), "b", str(base)]),
-        "verify": (["a", "b", "--hf-config", "c"], ["a", "b", "c"]),
+        "reshard": (["--megatron-dir", str(trained), "--save-dir", "b"], [str(trained), str(base)], ["b"]),
+        "verify": (["a", "b", "--hf-config", "c"], ["a", "b", "c"], []),
         "build_llava_jp": (
             [
                 "--save-dir",
@@ -186,18 +187,21 @@ def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
                 "--projector",
                 str(base),
             ],
-            ["a", str(text), str(base)],
+            [str(text), str(base)],
+            ["a"],
         ),
         "projector": (
             ["import", "--projector", "p", "--checkpoint", str(trained), "--save-dir", "a"],
-            [str(trained), "a", "p", str(base)],
+            [str(trained), "p", str(base)],
+            ["a"],
         ),
     }
-    for script, (flags, paths) in cases.items():
+    for script, (flags, paths, outputs) in cases.items():
         assert run(monkeypatch, script, *flags, *container) == 7
-        argv, sif, binds, found = seen.pop()
+        argv, sif, binds, found, *made = seen.pop()
         assert argv == [str(SCRIPTS / f"{script}.py"), *flags, *container]
         assert sif == "image.sif"
+        assert made == ([outputs] if outputs else [])
         assert (binds, found) == (["/data:/data", "/scratch:/s:ro"], paths)
 
 
