@@ -18,6 +18,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,16 +146,26 @@ def _for_each_file(folder: Path, function: Callable[[int], None]) -> None:
 
 
 def main() -> None:
-    """Make the model, measure each step, and print a row for each."""
+    """Make the model in a folder of its own, measure each step, print a row for each, remove it."""
     parser = argparse.ArgumentParser(
         description="Conversion beside cp of the same bytes.", allow_abbrev=False
     )
-    parser.add_argument("--folder", type=Path, required=True, help="scratch; what is made in it is removed")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch, on the disk to measure")
     parser.add_argument("--layers", type=int, default=32, help="of the language model (default: %(default)s)")
     args = parser.parse_args()
-    source, megatron, back, copied = (args.folder / name for name in ("hf", "megatron", "back", "copy"))
-    shutil.rmtree(source, ignore_errors=True)
-    size = make_llava(source, args.layers)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="conversion-", dir=args.folder) as folder:
+        compare(Path(folder), args.layers)
+
+
+def compare(folder: Path, layers: int) -> None:
+    """Measure each step in an empty folder.
+
+    Args:
+        layers: of the language model.
+    """
+    source, megatron, back, copied = (folder / name for name in ("hf", "megatron", "back", "copy"))
+    size = make_llava(source, layers)
     print(f"{size / 1e9:.2f} GB of weights, largest tensor {32064 * 4096 * 2 / 2**20:.0f} MiB", flush=True)
 
     def step(name: str, command: list[str], inputs: Path, output: Path) -> float:
@@ -177,27 +188,23 @@ def main() -> None:
     to_hf += [f"--megatron-dir={megatron}"]
     build = [sys.executable, f"{SCRIPTS}/build_llava_jp.py", f"--save-dir={back}"]
     build += [f"--text-model={source}", f"--vision-model={source}", "--vocab-size-padding"]
-    try:
-        before = copy()
-        for name, command, inputs, output in (
-            ("to Megatron", to_megatron, source, megatron),
-            ("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron),
-            ("to Hugging Face", to_hf, megatron, back),
-            ("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, back),
-            ("build", build, source, back),
-        ):
-            if command is build:
-                write_tokenizer(source)
-            shutil.rmtree(copied)
-            seconds = step(name, command, inputs, output)
-            if output == back:
-                shutil.rmtree(back)
-            after = copy()
-            print(f"{name:24} {(before + after) / 2 / seconds:6.2f} x the speed of cp", flush=True)
-            before = after
-    finally:
-        for folder in (source, megatron, back, copied):
-            shutil.rmtree(folder, ignore_errors=True)
+    before = copy()
+    for name, command, inputs, output in (
+        ("to Megatron", to_megatron, source, megatron),
+        ("to Megatron, --verify", [*to_megatron, "--verify"], source, megatron),
+        ("to Hugging Face", to_hf, megatron, back),
+        ("to Hugging Face, --verify", [*to_hf, "--verify"], megatron, back),
+        ("build", build, source, back),
+    ):
+        if command is build:
+            write_tokenizer(source)
+        shutil.rmtree(copied)
+        seconds = step(name, command, inputs, output)
+        if output == back:
+            shutil.rmtree(back)
+        after = copy()
+        print(f"{name:24} {(before + after) / 2 / seconds:6.2f} x the speed of cp", flush=True)
+        before = after
 
 
 if __name__ == "__main__":
