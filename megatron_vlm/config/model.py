@@ -21,6 +21,7 @@ from megatron_vlm.config.families import (
     check_tower,
     llava_config,
 )
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.language import LanguageConfig, RopeScaling, language_config
 from megatron_vlm.config.lora import LoRAConfig
 
@@ -168,6 +169,8 @@ class ModelConfig:
         language = language_config(config["text_config"], config)
         layer = config["vision_feature_layer"]
         layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
+        if not layers:
+            raise ValueError("config.json: vision_feature_layer is empty; name a layer, such as -2")
         num_states = vision.num_layers + 1
         for index in layers:
             if not -num_states <= index < num_states:
@@ -231,6 +234,7 @@ class ModelConfig:
             ValueError: there is no readable ``config.json``, or as :meth:`from_hf`.
         """
         path = os.path.join(directory, "config.json")
+        check_readable(path)
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
@@ -240,17 +244,13 @@ class ModelConfig:
             raise ValueError(f"{path}: cannot be read ({error})") from None
         try:
             model = cls.from_hf(config)
-        except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
             raise ValueError(f"{path}: a value is not of its key's kind ({error})") from None
-        for part in (model.vision, model.language):
-            for field in dataclasses.fields(part):
-                value = getattr(part, field.name)
-                if field.type == "int" and (type(value) is not int or value < 1):
-                    raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive integer")
-                if field.type == "float" and not (type(value) in (int, float) and 0 < value < math.inf):
-                    raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive number")
-            if part.num_layers > MAX_LAYERS:
-                raise ValueError(f"{path}: num_layers is {part.num_layers}; supported are up to {MAX_LAYERS}")
+        except ValueError as error:
+            if str(error).startswith("config.json"):
+                raise
+            raise ValueError(f"{path}: a value is not of its key's kind ({error})") from None
+        _check_numbers(path, model)
         return model
 
     def to_dict(self) -> Dict[str, Any]:
@@ -302,6 +302,30 @@ class ModelConfig:
         layers = self.language.num_layers
         if pp > layers:
             raise ValueError(f"--pp {pp}: the language model has only {layers} layers; use {layers} or fewer")
+
+
+def _check_numbers(path: str, model: ModelConfig) -> None:
+    parts: List[Any] = [model.vision, model.language]
+    if model.language.rope_scaling is not None:
+        parts.append(model.language.rope_scaling)
+    for part in parts:
+        for field in dataclasses.fields(part):
+            value, kind = getattr(part, field.name), str(field.type)
+            if value is None and kind.startswith("Optional"):
+                continue
+            if "int" in kind and (type(value) is not int or value < 1):
+                raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive integer")
+            if "float" in kind and not (type(value) in (int, float) and 0 < value < math.inf):
+                raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive number")
+    if type(model.image_token_id) is not int:
+        raise ValueError(f"{path}: image_token_index is {model.image_token_id!r}; it has to be an integer")
+    for what, count in (
+        ("num_layers", model.vision.num_layers),
+        ("num_layers", model.language.num_layers),
+        ("layers times num_experts", model.language.num_layers * (model.language.num_experts or 1)),
+    ):
+        if count > MAX_LAYERS:
+            raise ValueError(f"{path}: {what} is {count}; supported are up to {MAX_LAYERS}")
 
 
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:

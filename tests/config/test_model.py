@@ -150,14 +150,27 @@ def test_folders(tmp_path: Path) -> None:
         ("rms_norm_eps", math.nan, "norm_epsilon is nan; it has to be a positive number"),
         ("rope_theta", math.inf, "rope_theta is inf; it has to be a positive number"),
         ("rms_norm_eps", "small", "norm_epsilon is 'small'; it has to be a positive number"),
+        ("rope_theta", "x", "a value is not of its key's kind (could not convert string to float"),
+        ("sliding_window", -1, "sliding_window is -1; it has to be a positive integer"),
+        ("num_local_experts", 10**6, "layers times num_experts is 32000000; supported are up to 10000"),
+        ("rope_scaling", {"rope_type": "linear", "factor": math.nan}, "factor is nan; it has to be a"),
+        ("rope_scaling", "linear", "a value is not of its key's kind"),
+        ("image_size", math.inf, "a value is not of its key's kind (cannot convert float infinity"),
+        ("image_token_index", 3.5, "image_token_index is 3.5; it has to be an integer"),
+        ("vision_feature_layer", [], "vision_feature_layer is empty; name a layer, such as -2"),
     ],
 )
 def test_values_that_no_model_has(tmp_path: Path, key: str, value: object, words: str) -> None:
-    config = {
+    kinds = {"sliding_window": "mistral", "num_local_experts": "mixtral"}
+    config: dict[str, Any] = {
         "model_type": "llava",
         "image_token_index": 7,
-        "text_config": {"model_type": "llama", key: value},
+        "text_config": {"model_type": kinds.get(key, "llama")},
+        "vision_config": {"model_type": "clip_vision_model"},
     }
+    part = {"image_size": "vision_config", "image_token_index": None, "vision_feature_layer": None}
+    inside = part.get(key, "text_config")
+    (config[inside] if inside else config)[key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(words)):
         ModelConfig.from_hf_dir(str(tmp_path))
