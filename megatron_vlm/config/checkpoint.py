@@ -246,6 +246,10 @@ def read_manifest(path: PathLike) -> Dict[str, Any]:
     missing = [key for key in _MANIFEST_KEYS if key not in manifest]
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
+    parts = ("model", "layout", "tensors", "carried")
+    wrong = [key for key in parts if not isinstance(manifest.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]} is not what a manifest holds; the file is damaged")
     return manifest
 
 
@@ -266,14 +270,14 @@ def write_manifest(folder: PathLike, manifest: Dict[str, Any]) -> None:
 def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``final`` when the block ends without an error.
 
-    Until then nothing stands at ``final``; after an error or a kill, only a hidden
-    ``.<name>.incomplete`` may be left, which the next writer removes.
+    Until then nothing stands at ``final``; after a kill, only a hidden ``.<name>.incomplete`` may be left,
+    which the next writer removes.
 
     Raises:
-        ValueError: ``final`` is there, is not an empty folder, and ``replace`` is off; or another process is
-            writing it.
+        ValueError: ``final`` is there, is not an empty folder, and ``replace`` is off; it is a mount point;
+            or another process is writing it.
     """
-    final, staging = Path(os.path.abspath(final)), staging_folder(final)
+    final, staging = Path(os.path.realpath(final)), staging_folder(final)
     with ExitStack() as locks:
         with ExitStack() as start:  # of several processes that begin at once, one goes on
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -285,10 +289,10 @@ def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
             locks.enter_context(_locked(staging))
         try:
             yield staging
+            finish_folder(staging, final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        finish_folder(staging, final)
 
 
 @contextmanager
@@ -317,6 +321,8 @@ def start_folder(final: PathLike, replace: bool = False) -> Path:
     final = Path(final)
     if not replace:
         check_absent(final)
+    if os.path.ismount(final):
+        raise ValueError(f"{final} is a mount point, whose place no folder can take; give a folder in it")
     staging = staging_folder(final)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -324,23 +330,29 @@ def start_folder(final: PathLike, replace: bool = False) -> Path:
 
 
 def staging_folder(final: PathLike) -> Path:
-    """Where :func:`start_folder` puts the folder that becomes ``final``; equal on every rank."""
-    final = Path(os.path.abspath(final))
+    """Where :func:`start_folder` puts the folder that becomes ``final``; equal on every rank. Where a link
+    leads, not where it lies: that may be another file system."""
+    final = Path(os.path.realpath(final))
     return final.with_name(f".{final.name}.incomplete")
 
 
 def finish_folder(staging: PathLike, final: PathLike) -> None:
     """Second half of :func:`appearing_folder`: flush every file to disk, then rename to ``final``."""
-    staging, final = Path(staging), Path(os.path.abspath(final))
+    staging, final = Path(staging), Path(os.path.realpath(final))
     for folder, _, names in os.walk(staging):
         for name in names:
             _fsync(Path(folder) / name)
         _fsync(Path(folder))
     old = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(staging, final)
+    try:
+        if final.exists():
+            os.rename(final, old)
+        os.rename(staging, final)
+    except BaseException:  # a signal in between
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
     _fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -356,6 +368,23 @@ def check_absent(path: PathLike) -> None:
         return
     if os.path.lexists(path):
         raise ValueError(f"{path} is there already; give another path, or --force to replace it")
+
+
+def check_replaceable(path: PathLike, marks: Collection[str], what: str) -> None:
+    """Check that what ``--force`` would replace, if anything, is of a kind that is made here.
+
+    Args:
+        marks: patterns of names; such a folder has at least one of them.
+        what: such a folder is.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    path = Path(path)
+    if path.is_dir() and (not any(path.iterdir()) or any(any(path.glob(mark)) for mark in marks)):
+        return
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is no {what}; --force doesn't replace it")
 
 
 def _write_atomically(path: Path, text: str) -> None:

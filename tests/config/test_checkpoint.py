@@ -160,6 +160,47 @@ def test_two_writers_of_a_folder(tmp_path: Path) -> None:
     assert os.listdir(final) == ["whole"] and sorted(os.listdir(tmp_path)) == ["final", "other"]
 
 
+@pytest.mark.parametrize("call", ["fsync", "rename", "second rename"])
+def test_a_signal_while_a_folder_appears(tmp_path: Path, monkeypatch, call: str) -> None:
+    """While it is flushed, too, which takes longest: nothing new is left, and what was there is there."""
+    final, real, calls = tmp_path / "final", getattr(os, call.split()[-1]), []
+    final.mkdir()
+    (final / "old").touch()
+
+    def ended(*args):
+        calls.append(args)
+        if len(calls) == (2 if "second" in call else 1):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(os, call.split()[-1], ended)
+    with pytest.raises(KeyboardInterrupt), appearing_folder(final, replace=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(final) == ["old"]
+
+
+def test_a_folder_appears_where_a_link_leads(tmp_path: Path) -> None:
+    """So it is written to that file system, and the link stays."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    for name in ("first", "second", "third"):
+        with appearing_folder(tmp_path / "link", replace=name != "first") as folder:
+            assert folder.parent == tmp_path / "disk"
+            (folder / name).touch()
+        assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["real"]
+        assert os.listdir(tmp_path / "link") == [name] and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    refused = pytest.raises(ValueError, match=r"disk is a mount point.*a folder in it")
+    with refused, appearing_folder(tmp_path / "disk"):
+        pytest.fail("was begun")
+    with appearing_folder(tmp_path / "disk" / "new"):
+        pass
+
+
 def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / ".final.incomplete"
     left.mkdir()
