@@ -9,6 +9,7 @@
     streaming.py what is done with each tensor on its way: checks, hashes, writing in the background
     megatron.py  a Megatron checkpoint read as if it were a Hugging Face folder
     writer.py    a Megatron checkpoint as it is written, in either format
+    target.py    where a conversion may write
     convert.py   both directions and resharding, from the parts above
     verify.py    whether two checkpoints, of whatever format, hold the same
     lora.py      adapters: merged, or as PEFT's

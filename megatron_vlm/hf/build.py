@@ -19,12 +19,13 @@ from torch import Tensor
 from megatron_vlm.config.checkpoint import appearing_folder
 from megatron_vlm.config.families import TEXT_FAMILIES, TOWERS, check_keys, check_text, check_tower
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.convert import check_apart, check_target, write_conversion, write_weights
-from megatron_vlm.hf.folder import HFFolder, split_into_shards, write_index
+from megatron_vlm.hf.convert import write_conversion, write_weights
+from megatron_vlm.hf.folder import HFFolder, small_files, split_into_shards, write_index
 from megatron_vlm.hf.hub import locate
 from megatron_vlm.hf.parts import Part, Vocabulary, check_sources, projector_sources
 from megatron_vlm.hf.projector import read_projector
 from megatron_vlm.hf.streaming import Meter, Progress, check_free_space, dtype_name
+from megatron_vlm.hf.target import check_apart, check_target
 from megatron_vlm.hf.tokenizer import IMAGE_TOKEN, add_tokens, chat_template, load_tokenizer
 
 MODEL_TYPES = ("llava", "llava_next")
@@ -168,6 +169,7 @@ def _given(flag: str, name: str, part: str) -> _Given:
     folder, where = locate(flag, name), f"{flag} {name}: "
     if not (folder / "config.json").is_file():
         raise ValueError(f"{where}no config.json in it; give the folder of a Hugging Face model")
+    list(small_files(folder))  # transformers would wait for a pipe among them
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         own = raw[part] if isinstance(raw.get(part), dict) else raw
@@ -278,23 +280,32 @@ def _image_processor(vision: _Given, model: ModelConfig) -> Any:
     side = model.vision.image_size
     square = {"height": side, "width": side}
     clip = dict(size={"shortest_edge": side}, crop_size=square)
-    constants = {}
-    try:
-        own = AutoImageProcessor.from_pretrained(vision.folder, trust_remote_code=False)
+    own = None
+    if _has_image_processor(vision.folder):
+        try:
+            own = AutoImageProcessor.from_pretrained(vision.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{vision.flag}: its image processor cannot be used ({reason})") from None
         if model.anyres is None and not hasattr(own, "image_grid_pinpoints"):
             return own
-        constants = {key: getattr(own, key) for key in ("image_mean", "image_std", "resample")}
-    except (OSError, ValueError):  # the folder has no preprocessor_config.json
-        if model.vision.family == "siglip":
-            constants = {
-                key: getattr(SiglipImageProcessor(), key) for key in ("image_mean", "image_std", "resample")
-            }
+    elif model.vision.family == "siglip":
+        own = SiglipImageProcessor()
+    constants = {key: getattr(own, key) for key in ("image_mean", "image_std", "resample")} if own else {}
     if model.anyres is not None:
         pinpoints = [list(size) for size in model.anyres.grid_pinpoints]
         return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **clip, **constants)
     if model.vision.family == "clip":
         return CLIPImageProcessor(**clip, **constants)
     return SiglipImageProcessor(size=square, **constants)
+
+
+def _has_image_processor(folder: Path) -> bool:
+    """Whether a model's folder says how images are made, in a file of its own or its processor's."""
+    if (folder / "preprocessor_config.json").is_file():
+        return True
+    path = folder / "processor_config.json"
+    return path.is_file() and "image_processor" in path.read_text(encoding="utf-8")
 
 
 def _generation_config(text: _Given, tokenizer: Any) -> Any:

@@ -212,7 +212,7 @@ class ClassicReader:
         self.pp = 1 + max(pp_rank for _, pp_rank in ranks)
         self._shards: dict[str, list[Stored]] = {}
         per_rank = [self._pipeline(ranks, tp_rank) for tp_rank in range(self.tp)]
-        for name in per_rank[0]:
+        for name in dict.fromkeys(name for tensors in per_rank for name in tensors):
             if any(name not in tensors for tensors in per_rank):
                 raise ValueError(f"{self.path}: {name} is missing on some tensor-parallel rank")
             self._shards[name] = [tensors[name] for tensors in per_rank]

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, RELEASE, appearing_folder, check_absent
+from megatron_vlm.config.checkpoint import HF_FOLDER, RELEASE, appearing_folder
 from megatron_vlm.config.model import ModelConfig, padded_vocab_size
-from megatron_vlm.hf import Difference
 from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.folder import (
     CONVERSION,
@@ -43,7 +41,7 @@ from megatron_vlm.hf.megatron import (
     MegatronCheckpoint,
     Source,
     and_more,
-    find_checkpoint,
+    check_written,
     write_carried,
     write_hf_files,
 )
@@ -62,17 +60,9 @@ from megatron_vlm.hf.streaming import (
     dtype_name,
     tool_versions,
 )
+from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
+from megatron_vlm.hf.tokenizer import take_tokenizer, tokenizer_files
 from megatron_vlm.hf.writer import CheckpointWriter, appearing_checkpoint
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
 
 PathLike = str | os.PathLike[str]
 
@@ -117,8 +107,7 @@ def import_hf(
     model = ModelConfig.from_hf_dir(str(source))
     model.check_layout(tp, pp)
     check_apart(source, root)
-    if not force:
-        check_absent(root)
+    check_root(root, force)
     folder: Source = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
     if dtype is not None:
         folder, model = Cast(folder, dtype), dataclasses.replace(model, dtype=dtype_name(dtype))
@@ -144,8 +133,8 @@ def import_hf(
             written[row.native] = describe(tensor)
             if verify:
                 for (name, _), before, back in zip(row.hf, hashes, row.op.to_hf(tensor), strict=True):
-                    _check(before == digest(back.to(folder.tensors[name].dtype)), name)
-                _check(writer.holds(row, tensor), row.native)
+                    check_written(before == digest(back.to(folder.tensors[name].dtype)), name)
+                check_written(writer.holds(row, tensor), row.native)
 
         with Background() as background:
             read = ((row, [folder.read(name) for name, _ in row.hf]) for row in table.rows)
@@ -156,8 +145,8 @@ def import_hf(
                 tensor = row.op.to_native(parts)
                 background.call(tensor.nbytes, write, row, hashes, tensor)
                 meter.add(*parts)
-        write_carried(output / HF_FOLDER, folder, carried, meter.add)
-        writer.close(model.to_dict(), pp, written)
+        beside = write_carried(output / HF_FOLDER, folder, carried, meter.add, verify)
+        writer.close(model.to_dict(), pp, written, beside)
     return root / RELEASE
 
 
@@ -198,7 +187,7 @@ def export_hf(
         Difference: what was read back is not what was written.
     """
     target = Path(hf_dir)
-    check_apart(find_checkpoint(checkpoint, hf_config), target)
+    check_apart_from(checkpoint, base, hf_config, target)
     check_target(target, force)
     source = MegatronCheckpoint(checkpoint, base, hf_config)
     if dtype is not None:
@@ -207,7 +196,8 @@ def export_hf(
     if max_shard_bytes is not None:
         files = split_into_shards([info for infos in files.values() for info in infos], max_shard_bytes)
         metadata = {file: {"format": "pt"} for file in files}
-    tokenizer_files = _tokenizer_files(tokenizer_dir)
+    if tokenizer_dir is not None:
+        tokenizer_files(Path(tokenizer_dir))
     size = sum(info.nbytes for info in source.tensors.values())
     check_free_space(target, size)
     meter = Meter(size, progress)
@@ -217,8 +207,8 @@ def export_hf(
         (output / WEIGHTS).unlink(missing_ok=True)
         if dtype is not None:
             write_dtype(output, dtype)
-        for path in tokenizer_files:
-            shutil.copyfile(path, output / path.name)
+        if tokenizer_dir is not None:
+            take_tokenizer(output, Path(tokenizer_dir))
 
         written = write_weights(output, files, metadata, source.names, source.read, meter, verify)
         if len(files) == 1:
@@ -257,9 +247,8 @@ def reshard(
     Others, returns and raises: as :func:`import_hf`; besides, a checkpoint with LoRA adapters is refused.
     """
     root = Path(megatron_dir)
-    check_apart(find_checkpoint(checkpoint, hf_config), root)
-    if not force:
-        check_absent(root)
+    check_apart_from(checkpoint, base, hf_config, root)
+    check_root(root, force)
     source = MegatronCheckpoint(checkpoint, base, hf_config)
     model = source.model
     if dtype is not None:
@@ -278,7 +267,7 @@ def reshard(
     written: dict[str, Any] = {}
 
     with appearing_checkpoint(root, force) as output:
-        source.write_hf_files(output / HF_FOLDER)
+        beside = source.write_hf_files(output / HF_FOLDER, verify)
         if dtype is not None:
             write_dtype(output / HF_FOLDER, dtype)
         writer = CheckpointWriter(output, model, table, dtypes, tp, classic, source.read)
@@ -286,7 +275,7 @@ def reshard(
         def write(row: Row, tensor: Tensor) -> None:
             writer.write(row, tensor)
             written[row.native] = describe(tensor)
-            _check(not verify or writer.holds(row, tensor), row.native)
+            check_written(not verify or writer.holds(row, tensor), row.native)
 
         with Background() as background:
             rows = zip(source.table.rows, table.rows, strict=True)
@@ -300,7 +289,7 @@ def reshard(
                     tensor = row.op.to_native(before.op.to_hf(tensor))
                 background.call(tensor.nbytes, write, row, tensor)
                 meter.add(tensor)
-        writer.close(model.to_dict(), pp, written)
+        writer.close(model.to_dict(), pp, written, beside)
     return root / RELEASE
 
 
@@ -334,7 +323,7 @@ def write_weights(
                 checking.call(0, check, name)
 
         def check(name: str) -> None:
-            _check(writer.hash(name) == written[name][HASH], name)
+            check_written(writer.hash(name) == written[name][HASH], name)
 
         with Background() as checking, Background() as writing:
             for name, tensor in ahead((name, read(name)) for name in names):
@@ -353,26 +342,6 @@ def write_conversion(output: Path, about: dict[str, Any], written: dict[str, Any
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """What torch.cat makes of tensors of these dtypes."""
     return functools.reduce(torch.promote_types, dtypes)
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Check that a Hugging Face folder can be written: nothing is there, or such a folder and ``force``."""
-    if not force:
-        check_absent(target)
-    elif target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise ValueError(f"{target} is no Hugging Face folder; --force doesn't replace it")
-
-
-def check_apart(source: Path, target: Path) -> None:
-    """Check that what is written can neither be read as input nor replace it."""
-    one, other = source.resolve(), target.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        raise ValueError(f"{target} and {source} lie in each other; give another output")
-
-
-def _check(equal: bool, name: str) -> None:
-    if not equal:
-        raise Difference(f"{name} was written other than it was read; the disk or the memory is not reliable")
 
 
 def _check_import(source: Path, table: Table, found: dict[str, TensorInfo]) -> list[Carry]:
@@ -404,15 +373,3 @@ def _check_import(source: Path, table: Table, found: dict[str, TensorInfo]) -> l
             if not found[name].dtype.is_floating_point:
                 raise ValueError(f"{source}: {name} is {dtype_name(found[name].dtype)}, not floating point")
     return carried
-
-
-def _tokenizer_files(directory: PathLike | None) -> list[Path]:
-    if directory is None:
-        return []
-    patterns = _TOKENIZER_FILES
-    found = [path for pattern in patterns for path in sorted(Path(directory).glob(pattern)) if path.is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") for path in found):
-        raise ValueError(
-            f"{directory}: no tokenizer (tokenizer.json, tokenizer.model, tokenizer_config.json)"
-        )
-    return found

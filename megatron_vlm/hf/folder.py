@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.stored import Stored, reason, saved_tensors, stored_hash, write_at
 from megatron_vlm.hf.streaming import check_finite, dtype_name
@@ -68,6 +69,11 @@ class HFFolder:
         self.path = Path(directory)
         if not self.path.is_dir():
             raise ValueError(f"{self.path}: no such folder")
+        if (self.path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{self.path}: adapter_config.json makes transformers load a PEFT adapter here; merge it "
+                "into the weights, or move it away"
+            )
         names, index = self._weight_files()
         self.files: dict[str, list[TensorInfo]] = {}  # in the order of the data on disk
         self.metadata: dict[str, dict[str, str]] = {}  # what safetensors files say of themselves
@@ -101,6 +107,8 @@ class HFFolder:
             ("model.safetensors", SAFETENSORS_INDEX),
             ("pytorch_model.bin", BIN_INDEX),
         ):
+            check_readable(self.path / single)
+            check_readable(self.path / index_name)
             if (self.path / single).is_file():
                 return [single], None
             if (self.path / index_name).is_file():
@@ -112,6 +120,7 @@ class HFFolder:
 
     def _scan(self, file: str) -> list[TensorInfo]:
         path = self.path / file
+        check_readable(path)
         if not path.is_file():
             raise ValueError(f"{self.path}: {file}, which the index names, is not there")
         if file.endswith(".safetensors"):
@@ -232,7 +241,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Let a folder's ``config.json`` say that its weights have this dtype."""
+    """Let a folder's ``config.json`` say that its weights have this dtype. Its index goes, which says how
+    many bytes they were."""
+    (folder / SAFETENSORS_INDEX).unlink(missing_ok=True)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config"), config.get("vision_config")):
@@ -392,8 +403,7 @@ def small_files(directory: Path) -> Iterator[Path]:
         for name in sorted(names):
             if not name.endswith(_WEIGHT_SUFFIXES) and name not in (BIN_INDEX, CONVERSION):
                 path = Path(folder) / name
-                if not path.is_file():
-                    raise ValueError(f"{path}: a pipe, a device or a link to nothing; move it away")
+                check_readable(path)
                 yield path.relative_to(directory)
 
 

@@ -22,9 +22,11 @@ from megatron_vlm.config.checkpoint import (
     HF_FOLDER,
     RUN_CONFIG,
     appearing_folder,
+    check_replaceable,
     read_manifest,
     resolve_checkpoint,
 )
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -32,6 +34,7 @@ from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo
 from megatron_vlm.hf.mapping import Carry, Row, Table, build_table
 from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.streaming import check_finite
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -89,7 +92,7 @@ def find_adapters(table: Table, lora: LoRAConfig | None) -> dict[str, Adapter]:
 
 def merged(weight: Tensor, adapter: Adapter, lora: LoRAConfig, reader: LayeredReader) -> Tensor:
     """``W + scale * B A`` in float32."""
-    a, b = (reader.read(name).float() for name in adapter.tensors(lora.rank))
+    a, b = (_read_finite(reader, name).float() for name in adapter.tensors(lora.rank))
     return weight.float() + lora.scale * (b @ a)
 
 
@@ -121,8 +124,8 @@ def export_adapter(
         raise ValueError(
             f"{source}: {', '.join(others)} was trained too, which no adapter holds; leave --adapter-only out"
         )
-    if force and target.is_dir() and any(target.iterdir()) and not (target / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{target} is no PEFT adapter; --force doesn't replace it")
+    if force:
+        check_replaceable(target, (ADAPTER_CONFIG,), "PEFT adapter")
     model = ModelConfig.from_hf_dir(str(source / HF_FOLDER))
     reader = open_weights(source, base)
     table = build_table(model, model.language.vocab_size, _IN_MODEL)
@@ -144,9 +147,10 @@ def export_adapter(
             output / ADAPTER_WEIGHTS, sorted(infos, key=lambda info: info.name), {"format": "pt"}
         )
         for native, (name, _) in tensors.items():
-            file.write(name, reader.read(native))
+            file.write(name, _read_finite(reader, native))
         for row in projector:
-            for (name, _), tensor in zip(row.hf, row.op.to_hf(reader.read(row.native)), strict=True):
+            parts = row.op.to_hf(_read_finite(reader, row.native))
+            for (name, _), tensor in zip(row.hf, parts, strict=True):
                 file.write(_PEFT + name, tensor)
         for carry in table.carries:
             if _is_projector(carry):  # the identity behind a linear projector, see linear_table
@@ -173,6 +177,7 @@ def read_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> dict[str
     table = build_table(model, model.language.vocab_size, _IN_MODEL)
     wanted = dict(_peft_tensors(table, find_adapters(table, lora), lora))
     found = {}
+    check_readable(path / ADAPTER_WEIGHTS)
     try:
         with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
             names = set(file.keys())
@@ -187,6 +192,7 @@ def read_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> dict[str
                 raise ValueError(f"{path / ADAPTER_WEIGHTS}: {name} {problem}; see --lora-targets")
             for native, (name, shape) in wanted.items():
                 found[native] = file.get_tensor(name)
+                check_finite(f"{path / ADAPTER_WEIGHTS}: {name}", found[native])
                 if found[native].shape != shape:
                     raise ValueError(
                         f"{path / ADAPTER_WEIGHTS}: {name} is {list(found[native].shape)}, not {list(shape)}"
@@ -196,6 +202,12 @@ def read_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> dict[str
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path / ADAPTER_WEIGHTS}: cannot be read ({error})") from None
     return found
+
+
+def _read_finite(reader: LayeredReader, name: str) -> Tensor:
+    tensor = reader.read(name)
+    check_finite(name, tensor)
+    return tensor
 
 
 def _is_projector(entry: Row | Carry) -> bool:
@@ -236,6 +248,7 @@ def _peft_config(lora: LoRAConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _check_config(folder: Path, lora: LoRAConfig) -> None:
+    check_readable(folder / ADAPTER_CONFIG)
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]

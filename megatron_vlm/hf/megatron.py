@@ -25,7 +25,9 @@ from megatron_vlm.config.checkpoint import (
     read_manifest,
     resolve_checkpoint,
 )
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf import Difference
 from megatron_vlm.hf.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
 from megatron_vlm.hf.folder import (
     DTYPES,
@@ -38,10 +40,10 @@ from megatron_vlm.hf.folder import (
     copy_small_files,
 )
 from megatron_vlm.hf.lora import find_adapters, merged
-from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
+from megatron_vlm.hf.mapping import PREFIXES, Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.random_weights import RandomWeights
-from megatron_vlm.hf.streaming import check_finite, same_bits
+from megatron_vlm.hf.streaming import HASH, check_finite, describe, same_bits
 
 CARRIED = "carried.safetensors"
 WEIGHTS = "weights.json"
@@ -97,11 +99,16 @@ class MegatronCheckpoint:
         self._last: tuple[Row | None, dict[str, Tensor]] = (None, {})
 
     @property
+    def carried(self) -> list[str]:
+        """The tensors that training never runs."""
+        names = (name for carry in self.table.carries for name, _ in carry.hf)
+        return [name for name in names if name in self.tensors]
+
+    @property
     def names(self) -> list[str]:
         """All tensors, in the order that they are read in fastest."""
         aliases = {of: alias for alias, of in self._aliases.items()}
-        carried = (name for carry in self.table.carries for name, _ in carry.hf)
-        ordered = (n for name in (*self._rows, *carried) for n in (name, aliases.get(name)))
+        ordered = (n for name in (*self._rows, *self.carried) for n in (name, aliases.get(name)))
         return [name for name in ordered if name in self.tensors]
 
     def read(self, name: str) -> Tensor:
@@ -134,11 +141,11 @@ class MegatronCheckpoint:
             return merged(tensor, self._adapters[name], self._lora, self.reader)
         return tensor
 
-    def write_hf_files(self, output: Path) -> None:
-        """Make the ``hf/`` folder of another checkpoint of these weights."""
+    def write_hf_files(self, output: Path, verify: bool) -> dict[str, Any]:
+        """Make the ``hf/`` folder of another checkpoint of these weights; as :func:`write_carried`."""
         write_hf_files(output, self, self.hf, self.table, self.prefixes)
         carried = [carry for carry in self.table.carries if carry.hf[0][0] in self.tensors]
-        write_carried(output, self, carried, lambda tensor: None)
+        return write_carried(output, self, carried, lambda tensor: None, verify)
 
     def _read_carried(self, name: str) -> Tensor:
         if self.folder is not None:
@@ -146,6 +153,7 @@ class MegatronCheckpoint:
             check_finite(name, tensor)
             return tensor
         path = self.hf / CARRIED
+        check_readable(path)
         try:
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
@@ -177,6 +185,7 @@ class MegatronCheckpoint:
                 )
         shapes = {name: shape for row in self.table.rows for name, shape in row.hf}
         required = set(shapes)
+        required |= {name for carry in self.table.carries if not carry.optional for name, _ in carry.hf}
         shapes.update(pair for carry in self.table.carries for pair in carry.hf)
         shapes.update((alias.name, alias.shape) for alias in self.table.aliases)
         wrong = [name for name, info in self.tensors.items() if shapes.get(name) != info.shape]
@@ -223,16 +232,29 @@ def write_hf_files(
 
 
 def write_carried(
-    hf: Path, source: Source | MegatronCheckpoint, carries: list[Carry], wrote: Callable[[Tensor], None]
-) -> None:
+    hf: Path,
+    source: Source | MegatronCheckpoint,
+    carries: list[Carry],
+    wrote: Callable[[Tensor], None],
+    verify: bool,
+) -> dict[str, Any]:
     """Write the tensors that training doesn't run.
 
     Args:
         wrote: called with each of them.
+        verify: read each back from the file.
+
+    Returns:
+        The manifest's entry of each.
+
+    Raises:
+        ValueError: one is not finite, or not what its table needs.
+        Difference: what was read back is not what was written.
     """
     infos = [source.tensors[name] for carry in carries for name, _ in carry.hf]
+    written: dict[str, Any] = {}
     if not infos:
-        return
+        return written
     file = SafetensorsFile(hf / CARRIED, infos, {"format": "pt"})
     for carry in carries:
         for name, _ in carry.hf:
@@ -241,8 +263,22 @@ def write_carried(
             if carry.check is not None:
                 carry.check(name, tensor)
             file.write(name, tensor)
+            written[name] = describe(tensor)
+            if verify:
+                check_written(file.hash(name) == written[name][HASH], name)
             wrote(tensor)
     file.close()
+    return written
+
+
+def check_written(equal: bool, name: str) -> None:
+    """Say that a file doesn't hold what was written to it.
+
+    Raises:
+        Difference: not ``equal``.
+    """
+    if not equal:
+        raise Difference(f"{name} was written other than it was read; the disk or the memory is not reliable")
 
 
 def and_more(names: list[str]) -> str:
@@ -262,6 +298,7 @@ def _read_weights_json(
     hf: Path,
 ) -> tuple[dict[str, list[TensorInfo]], dict[str, dict[str, str]], dict[str, str]]:
     """The files that were imported, their metadata, and the names' prefixes."""
+    check_readable(hf / WEIGHTS)
     try:
         content = json.loads((hf / WEIGHTS).read_text(encoding="utf-8"))
         files = {
@@ -270,8 +307,8 @@ def _read_weights_json(
             ]
             for file, entry in content["files"].items()
         }
-        metadata: dict[str, Any] = {file: entry["metadata"] for file, entry in content["files"].items()}
-        prefixes = content["prefixes"]
+        metadata: dict[str, Any] = {file: dict(entry["metadata"]) for file, entry in content["files"].items()}
+        prefixes = {part: str(content["prefixes"][part]) for part in PREFIXES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{hf / WEIGHTS}: cannot be read ({error!r})") from None
     return *_as_safetensors(files, metadata), prefixes

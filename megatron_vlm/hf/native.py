@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf.ops import Chunk, Shape
 from megatron_vlm.hf.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
 from megatron_vlm.hf.streaming import as_bytes, digest
@@ -99,6 +101,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
         ValueError: the file is missing or damaged, or holds anything but metadata.
     """
     path = Path(folder) / _METADATA
+    check_readable(path)
     try:
         with open(path, "rb") as file:
             loaded = _MetadataUnpickler(file).load()
@@ -138,6 +141,7 @@ def check_before_loading(folder: str | os.PathLike[str]) -> None:
         if not file.is_file() or file.stat().st_size < info.offset + info.length:
             raise ValueError(f"{file}: missing or cut off; copy or convert the checkpoint again")
     common = Path(folder) / "common.pt"
+    check_readable(common)
     try:
         torch.load(common, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
@@ -191,9 +195,10 @@ class NativeReader:
         entry = self._tensors[name]
         chunks = [Chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
         whole = tuple(entry.size)
-        # Chunks are a partition of the tensor, so their sizes tell whether one is missing.
+        # Of chunks that don't overlap, the sizes tell whether one is missing.
         covered = sum(chunk.numel for chunk in chunks) == math.prod(whole)
-        if not covered or len(set(chunks)) < len(chunks) or not all(chunk.is_in(whole) for chunk in chunks):
+        overlap = any(one.overlaps(other) for one, other in itertools.combinations(chunks, 2))
+        if not covered or overlap or not all(chunk.is_in(whole) for chunk in chunks):
             raise ValueError(f"{self.path}: {name}: the chunks don't cover the tensor of {list(whole)}")
         result = torch.empty(whole, dtype=entry.properties.dtype)
         for chunk in chunks:
@@ -226,6 +231,7 @@ class NativeReader:
         except KeyError:
             raise ValueError(f"{self.path}: {name}: the chunk at {list(offset)} is not stored") from None
         path = self.path / where.relative_path
+        check_readable(path)
         try:
             stored = saved_tensors(path, where.offset, where.length)
         except Exception as error:  # torch raises many types for damaged files

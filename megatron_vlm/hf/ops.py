@@ -180,8 +180,15 @@ class Chunk:
 
     def is_in(self, shape: Shape) -> bool:
         """Whether a tensor of this shape has such a box."""
-        ends = [start + length for start, length in zip(self.offset, self.shape, strict=True)]
-        return len(ends) == len(shape) and all(end <= size for end, size in zip(ends, shape, strict=True))
+        return len(self.offset) == len(self.shape) == len(shape) and all(
+            0 <= start <= start + length <= size
+            for start, length, size in zip(self.offset, self.shape, shape, strict=True)
+        )
+
+    def overlaps(self, other: Chunk) -> bool:
+        """Whether some element is in both."""
+        sides = zip(self.offset, self.shape, other.offset, other.shape, strict=False)
+        return all(max(a, b) < min(a + m, b + n) for a, m, b, n in sides)
 
     def of(self, tensor: Tensor) -> Tensor:
         """This box of ``tensor``, as a view."""

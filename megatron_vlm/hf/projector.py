@@ -26,9 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import appearing_folder, is_checkpoint, read_manifest
+from megatron_vlm.config.checkpoint import (
+    appearing_folder,
+    check_replaceable,
+    is_checkpoint,
+    read_manifest,
+)
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.convert import check_apart, check_target, reshard, write_conversion, write_weights
+from megatron_vlm.hf.convert import reshard, write_conversion, write_weights
 from megatron_vlm.hf.folder import (
     BinFile,
     HFFolder,
@@ -43,6 +48,7 @@ from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from megatron_vlm.hf.megatron import MegatronCheckpoint
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.streaming import Meter, Progress, check_finite, check_free_space
+from megatron_vlm.hf.target import check_apart, check_target
 
 FILE = "mm_projector"
 _NAME = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
@@ -274,8 +280,8 @@ def export_projector(
         tensors["model.image_newline"] = read(prefixes["newline"])
         check_finite("image_newline", tensors["model.image_newline"])
     target = Path(save_dir)
-    if force and target.is_dir() and any(target.iterdir()) and not any(target.glob(f"{FILE}.*")):
-        raise ValueError(f"{target} holds no {FILE}; --force doesn't replace it")
+    if force:
+        check_replaceable(target, (f"{FILE}.*",), "projector's folder")
     with appearing_folder(target, replace=force) as output:
         if as_bin:
             # A view would take the whole storage behind it along.

@@ -161,7 +161,7 @@ def send_to_disk(file: IO[bytes], start: int, length: int) -> None:
 
 
 def stored_hash(path: Path, start: int, length: int) -> str:
-    """:func:`~megatron_vlm.hf.streaming.hash_of` a part of a file.
+    """:func:`~megatron_vlm.hf.streaming.digest` of a part of a file.
 
     Raises:
         ValueError: the file ends before that.

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import is_checkpoint, is_megatron_lms, read_manifest
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
 from megatron_vlm.hf.mapping import detect_prefixes
@@ -92,19 +92,26 @@ def check_manifest(path: PathLike) -> int:
         Difference: a tensor is not what it was; the message names the first and counts the others.
         ValueError: it has no hashes (training writes none), or is damaged.
     """
-    source: HFFolder | Any
+    read: Callable[[str], Tensor]
     if is_checkpoint(path):
-        promised, source = read_manifest(path)["tensors"], MegatronCheckpoint(path).reader
-        present = set(source.names)
+        manifest, checkpoint = read_manifest(path), MegatronCheckpoint(path)
+        reader, carried = checkpoint.reader, checkpoint.carried if "carried" in manifest else []
+        promised = {**manifest["tensors"], **manifest.get("carried", {})}
+        present = {*reader.names, *carried}
+
+        def read(name: str) -> Tensor:
+            return checkpoint.read_unrounded(name) if name in carried else reader.read(name)
     else:
         source = HFFolder(path)
+        check_readable(source.path / CONVERSION)
         try:
             text = (source.path / CONVERSION).read_text(encoding="utf-8")
             promised = json.loads(text)["tensors"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source.path}: no {CONVERSION} to compare with ({error!r})") from None
-        present = set(source.tensors)
-    if not all(isinstance(entry, dict) and HASH in entry for entry in promised.values()):
+        present, read = set(source.tensors), source.read
+    entries = promised.values() if isinstance(promised, dict) else [promised]
+    if not all(isinstance(entry, dict) and HASH in entry for entry in entries):
         raise ValueError(f"{path}: its manifest has no hashes; give a second checkpoint to compare with")
     for name in promised:
         if name not in present:
@@ -112,7 +119,7 @@ def check_manifest(path: PathLike) -> int:
     extra = [name for name in sorted(present) if name not in promised]
     if extra:
         raise Difference(f"{extra[0]}{and_more(extra)} in {path} was not written there")
-    changed = [name for name in promised if describe(source.read(name)) != promised[name]]
+    changed = [name for name in promised if describe(read(name)) != promised[name]]
     if changed:
         count = f"{len(changed)} of {len(promised)} tensors differ"
         raise Difference(f"{changed[0]} in {path} is not what was written; {count}")

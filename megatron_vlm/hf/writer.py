@@ -89,13 +89,14 @@ class CheckpointWriter:
         """Whether the files hold the tensor that was written."""
         return self._writer.holds(row.native, tensor)
 
-    def close(self, model: dict[str, Any], pp: int, written: dict[str, Any]) -> None:
+    def close(self, model: dict[str, Any], pp: int, written: dict[str, Any], carried: dict[str, Any]) -> None:
         """Write what makes the folder a checkpoint.
 
         Args:
             model: description of the model.
             pp: pipeline-parallel size.
             written: the manifest's entry of each tensor.
+            carried: of each tensor beside them, which training doesn't run.
         """
         if isinstance(self._writer, NativeWriter):
             self._writer.close()
@@ -112,6 +113,7 @@ class CheckpointWriter:
             "model": model,
             "layout": layout,
             "tensors": written,
+            "carried": carried,
             "versions": tool_versions(),
         }
         write_manifest(self.path, manifest)

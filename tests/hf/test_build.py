@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -447,7 +448,12 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
         tower
     )
     refused("makes 64 image tokens of 40 x 40 pixels, the tower 16")
+    (tower / "preprocessor_config.json").write_text('{"image_processor_type": "Unknown"}')
+    refused("--vision-model .*: its image processor cannot be used")
     (tower / "preprocessor_config.json").unlink()
+    os.mkfifo(text / "tokenizer_config")
+    refused("tokenizer_config: a pipe, a device or a link to nothing; move it away")
+    (text / "tokenizer_config").unlink()
     weights = load_file(tower / "model.safetensors")
     del weights["encoder.layers.0.mlp.fc1.bias"]
     save_file(weights, tower / "model.safetensors", {"format": "pt"})

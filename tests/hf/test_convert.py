@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,15 @@ import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
 from megatron_vlm.hf import streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.verify import verify
-from tests.tiny import ALL, tiny_config, tiny_llava
+from tests.tiny import ALL, save_llava, tiny_config, tiny_llava
 
-KILLS = int(os.environ.get("KILLS", "2"))  # of each signal
 OTHER_FILES = {
     "tokenizer.json": b'{"any": "bytes"}',
     "tokenizer.model": bytes(range(256)),
@@ -158,7 +156,11 @@ def test_manifest(llava: Path, tmp_path: Path) -> None:
     assert layers == {"0", "1"}
     with safe_open(folder / "hf" / "carried.safetensors", "pt") as carried:
         names = set(carried.keys())
+        held = carried.get_tensor("vision_tower.encoder.layers.2.mlp.fc1.weight")
     assert "vision_tower.encoder.layers.2.mlp.fc1.weight" in names
+    assert manifest["carried"].keys() == names
+    expected = xxhash.xxh3_128(held.numpy().tobytes()).hexdigest()
+    assert manifest["carried"]["vision_tower.encoder.layers.2.mlp.fc1.weight"]["xxh3_128"] == expected
     assert "vision_tower.post_layernorm.weight" in names
 
 
@@ -227,6 +229,31 @@ def test_tokenizer_from_elsewhere(llava: Path, tmp_path: Path) -> None:
     back = export_hf(tmp_path / "megatron", tmp_path / "back", tokenizer_dir=other)
     assert (back / "tokenizer.json").read_bytes() == b"another"
     assert (back / "config.json").read_bytes() == (llava / "config.json").read_bytes()
+
+
+def test_another_tokenizer_takes_the_whole_place(tmp_path: Path) -> None:
+    """Its chat template too, and nothing is left of the checkpoint's, whatever files either is in."""
+    save_llava(tmp_path / "hf", tie_word_embeddings=False)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    config = tmp_path / "hf" / "processor_config.json"  # where a processor's template was once
+    template = {"chat_template": processor.chat_template}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **template}))
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"of the first")
+    other = processor.tokenizer
+    other.add_tokens("<more>")
+    other.chat_template = "{{ 'OTHER' }}"
+    other.save_pretrained(tmp_path / "other", save_jinja_files=False)
+    assert not list((tmp_path / "other").glob("*.jinja"))
+    import_hf(tmp_path / "hf", tmp_path / "megatron", 1, 1)
+    back = export_hf(tmp_path / "megatron", tmp_path / "back", tokenizer_dir=tmp_path / "other")
+    found = AutoProcessor.from_pretrained(back)
+    assert found.chat_template == found.tokenizer.chat_template == "{{ 'OTHER' }}"
+    assert found.tokenizer.get_vocab() == other.get_vocab() and not (back / "tokenizer.model").exists()
+    # One without a template leaves the checkpoint's.
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "bare")
+    back = export_hf(tmp_path / "megatron", tmp_path / "again", tokenizer_dir=tmp_path / "bare")
+    assert AutoProcessor.from_pretrained(back).chat_template == processor.chat_template
 
 
 KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
@@ -299,6 +326,10 @@ def test_siglip_without_its_head(tmp_path: Path) -> None:
 def test_bad_folders(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         HFFolder(tmp_path / "nowhere")
+    (llava / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json makes transformers load a PEFT adapter"):
+        HFFolder(llava)
+    (llava / "adapter_config.json").unlink()
     weights = llava / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-100])

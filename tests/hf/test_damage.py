@@ -4,12 +4,16 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf
@@ -20,6 +24,7 @@ from tests.hf.test_scripts import run
 
 KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
 NORM = "language_model.decoder.final_layernorm.weight"
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
 INDEX = "model.safetensors.index.json"
 Damage = Callable[[Path], object]
 
@@ -50,6 +55,20 @@ def whole(tmp_path_factory) -> Path:
     return root
 
 
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def over(*_: object) -> NoReturn:
+        raise AssertionError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def refused(monkeypatch, capsys, source: Path, name: str, message: str) -> None:
     """Every script that takes such an input says so."""
     there = source.parent / "there"
@@ -66,7 +85,8 @@ def refused(monkeypatch, capsys, source: Path, name: str, message: str) -> None:
         calls += [["verify", source, single], ["verify", single, source]]
     for call in calls:
         capsys.readouterr()
-        code = run(monkeypatch, *call)
+        with time_limit(60):
+            code = run(monkeypatch, *call)
         lines = [line for line in capsys.readouterr().err.splitlines() if line and "B/s]" not in line]
         assert code == 2, (call, code, lines)
         assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (call, lines)
@@ -86,6 +106,12 @@ def shard(folder: Path) -> Path:
 
 def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
+
+
+def pipe(file: Path) -> None:
+    """Who reads it waits for ever: refused() has a time limit."""
+    file.unlink()
+    os.mkfifo(file)
 
 
 def index(change: Callable[[dict[str, str]], object], name: str = INDEX) -> Damage:
@@ -128,6 +154,9 @@ HF: dict[str, tuple[Damage, str]] = {
     "absolute path": (lambda f: moved(f, str(f.parent / "x.safetensors")), "not a file in this folder"),
     "subfolder": (lambda f: moved(f, "sub/x.safetensors"), "not a file in this folder"),
     "config": (config("text_config", "hidden_size", 64), "config.json implies"),
+    "pipe for the index": (lambda f: pipe(f / INDEX), "a pipe, a device or a link to nothing"),
+    "pipe for a shard": (lambda f: pipe(shard(f)), "a pipe, a device or a link to nothing"),
+    "pipe for the config": (lambda f: pipe(f / "config.json"), "config.json: a pipe, a device or a link"),
     "config without sense": (config("text_config", "num_attention_heads", -4), "num_attention_heads"),
 }
 BIN: dict[str, tuple[Damage, str]] = {
@@ -158,6 +187,14 @@ def paths(prefix: str) -> Damage:
     )
 
 
+def shifted(content: Metadata, start: int) -> None:
+    """Say that the second half of the embedding begins at that row; as many elements as before."""
+    chunk = content.state_dict_metadata[EMBEDDING].chunks[1]
+    stored = content.storage_data[MetadataIndex(EMBEDDING, chunk.offsets)]
+    chunk.offsets = torch.Size([start, 0])
+    content.storage_data[MetadataIndex(EMBEDDING, chunk.offsets)] = stored
+
+
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     def damage(root: Path) -> None:
         reader = NativeReader(root / "release")
@@ -171,12 +208,21 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
+def manifest(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 def text(name: str, content: str) -> Damage:
     return lambda root: (root / name).write_text(content)
 
 
 NATIVE: dict[str, tuple[Damage, str]] = {
     "cut": (lambda r: cut(r / "release" / "__0_0.distcp"), "cannot be read"),
+    "pipe for data": (lambda r: pipe(r / "release" / "__0_0.distcp"), "a pipe, a device or a link"),
+    "pipe for metadata": (lambda r: pipe(r / "release" / ".metadata"), "a pipe, a device or a link"),
+    "pipe for weights.json": (lambda r: pipe(r / "release/hf/weights.json"), "a pipe, a device or a"),
+    "pipe for carried": (lambda r: pipe(r / "release/hf/carried.safetensors"), "a pipe, a device or a"),
+    "pipe for the config": (lambda r: pipe(r / "release/hf/config.json"), "config.json: a pipe, a device"),
     "missing": (lambda r: (r / "release" / "__0_0.distcp").unlink(), "cannot be read"),
     "exploit": (lambda r: (r / "release" / ".metadata").write_bytes(pickle.dumps(Exploit())), "refused"),
     "hidden exploit": (metadata(lambda m: setattr(m, "planner_data", Exploit())), "refused"),
@@ -190,11 +236,21 @@ NATIVE: dict[str, tuple[Damage, str]] = {
         metadata(lambda m: setattr(m.state_dict_metadata[NORM].chunks[0], "offsets", torch.Size([5]))),
         "don't cover the tensor",
     ),
+    "chunks that leave a hole": (metadata(lambda m: shifted(m, 64)), "don't cover the tensor"),
+    "chunks from behind": (metadata(lambda m: shifted(m, -128)), "don't cover the tensor"),
     "NaN": (tensors(lambda t: t[NORM].fill_(float("nan"))), f"{NORM} holds NaN"),
     "missing tensor": (tensors(lambda t: t.pop(NORM)), f"{NORM} is missing"),
     "another tensor": (tensors(lambda t: t.update({NORM + "x": t[NORM]})), f"{NORM}x has no row"),
     "misshapen tensor": (tensors(lambda t: t.update({NORM: t[NORM][1:].clone()})), f"{NORM} has shape [47]"),
     "manifest": (text("release/manifest.json", "{"), "manifest.json: cannot be read"),
+    "manifest of a list": (
+        lambda r: manifest(r / "release/manifest.json", tensors=[]),
+        "manifest.json: tensors is not what a manifest holds",
+    ),
+    "weights.json without prefixes": (
+        text("release/hf/weights.json", '{"files": {}, "prefixes": {}}'),
+        "weights.json: cannot be read",
+    ),
     "tracker": (text("latest_checkpointed_iteration.txt", "../../x"), "is neither an iteration nor"),
     "weights.json": (
         text("release/hf/weights.json", '{"files": {"../x": 3}}'),
@@ -222,6 +278,8 @@ CLASSIC: dict[str, tuple[Damage, str]] = {
     "no tensor": (rank_file(lambda c: c["model"].update({NORM: [1]})), "is no tensor"),
     "NaN": (rank_file(lambda c: c["model"][NORM].fill_(float("nan"))), NORM),
     "missing tensor": (rank_file(lambda c: c["model"].pop(NORM)), f"{NORM} is missing"),
+    "another tensor": (rank_file(lambda c: c["model"].update({NORM + "x": torch.ones(1)})), f"{NORM}x is"),
+    "pipe": (lambda r: pipe(r / "release/mp_rank_01/model_optim_rng.pt"), "missing; the other ranks"),
     "misshapen": (rank_file(lambda c: c["model"].update({NORM: torch.ones(47)})), f"{NORM} has other shapes"),
     "args": (rank_file(lambda c: setattr(c["args"], "kv_channels", 3)), "was trained with kv_channels 3"),
     "config": (config("text_config", "intermediate_size", 72, "release/hf"), "config.json implies"),
@@ -330,3 +388,63 @@ def test_nothing_is_overwritten_and_no_disk_is_filled(damaged: Path, monkeypatch
             assert run(monkeypatch, *call, damaged / "there") == 2
         assert "but its file system has 1.0 MiB left" in capsys.readouterr().err
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"] and not (damaged / "there").exists()
+
+
+def test_force_replaces_conversions_only(damaged: Path, monkeypatch, capsys) -> None:
+    """Not a file, nor a folder of something else, though it is called as one of ours or has a config.json."""
+    mine = damaged / "mine"
+    (mine / "release").mkdir(parents=True)
+    (mine / "release" / "notes.txt").write_text("x")
+    (mine / "config.json").write_text("{}")
+    shutil.copytree(mine, damaged / "root")
+    (damaged / "root" / "latest_checkpointed_iteration.txt").write_text("release")
+    (damaged / "file").write_text("x")
+    calls = [
+        ["convert_hf_to_megatron", "--hf-dir", damaged / "hf", "--megatron-dir"],
+        ["reshard", "--megatron-dir", damaged / "native", "--save-dir"],
+        ["convert_megatron_to_hf", "--megatron-dir", damaged / "native", "--hf-dir"],
+        ["convert_megatron_to_hf", "--megatron-dir", damaged / "native", "--adapter-only", "--hf-dir"],
+        ["projector", "export", "--checkpoint", damaged / "hf", "--save-dir"],
+        ["projector", "import", "--projector", damaged / "p", "--checkpoint", damaged / "hf", "--save-dir"],
+    ]
+    assert run(monkeypatch, *calls[4], damaged / "p") == 0
+    before = sorted(damaged.rglob("*"))
+    for call in calls:
+        for place in ("mine", "root", "file"):
+            capsys.readouterr()
+            assert run(monkeypatch, *call, damaged / place, "--force") == 2, (call, place)
+            said = "has no adapters" if "--adapter-only" in call else "--force doesn't replace it"
+            assert said in capsys.readouterr().err
+    assert sorted(damaged.rglob("*")) == before
+    for call, place in ((calls[0], "native"), (calls[2], "single"), (calls[4], "p")):
+        assert run(monkeypatch, *call, damaged / place, "--force") == 0
+    assert run(monkeypatch, "verify", damaged / "native", damaged / "single") == 0
+
+
+def test_what_is_read_is_not_replaced(damaged: Path, monkeypatch, capsys) -> None:
+    """Nor what lies under a checkpoint of trained weights only, nor Megatron-LM's --hf-config."""
+    trained = damaged / "trained"
+    shutil.copytree(damaged / "native" / "release", trained)
+    manifest(trained / "manifest.json", base={"path": str(damaged / "native" / "release")})
+    foreign = damaged / "classic" / "release"
+    (foreign / "manifest.json").unlink()
+    for flags in (
+        ["reshard", "--megatron-dir", trained, "--save-dir", damaged / "native"],
+        ["convert_megatron_to_hf", "--megatron-dir", trained, "--hf-dir", damaged / "native"],
+        *(
+            [
+                "convert_megatron_to_hf",
+                "--megatron-dir",
+                foreign,
+                "--hf-config",
+                damaged / "hf",
+                "--hf-dir",
+                there,
+            ]
+            for there in (damaged / "hf", damaged / "hf" / "there")
+        ),
+    ):
+        assert run(monkeypatch, *flags, "--force") == 2
+        assert "lie in each other; give another output" in capsys.readouterr().err
+    for form in ("hf", "native"):
+        assert run(monkeypatch, "verify", damaged / form, damaged / "single") == 0

@@ -86,6 +86,11 @@ def test_shards(tmp_path: Path, kind: str) -> None:
     back = export_hf(tmp_path / "megatron", tmp_path / "back")
     assert verify(source, back)
     assert len(list(back.glob("*.safetensors"))) > 2
+    wide = export_hf(tmp_path / "megatron", tmp_path / "wide", dtype=torch.bfloat16)
+    for folder in (back, wide):  # what transformers says of its size, too
+        promised = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        held = (load_file(file) for file in folder.glob("*.safetensors"))
+        assert promised == sum(tensor.nbytes for tensors in held for tensor in tensors.values())
     loaded, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -114,6 +115,27 @@ def test_resharding_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
             "scripts/convert/convert_megatron_to_hf.py\n"
         )
     assert not (tmp_path / "cut").exists()
+
+
+def test_nan_in_an_adapter_is_named(tmp_path: Path) -> None:
+    save_tiny_llava(tmp_path / "hf", "clip-llama")
+    release = import_hf(tmp_path / "hf", tmp_path / "megatron", tp=1, pp=1)
+    lora = LoRAConfig(4, 8, 0.0, ("q_proj",))
+    tensors = add_adapters(release, tmp_path / "adapted", lora)
+    reader, writer = NativeReader(tmp_path / "adapted"), NativeWriter(tmp_path / "adapted")
+    found = {name: reader.read(name) for name in reader.names}
+    name = next(name for name in tensors if "lora_B" in name)
+    found[name][1, 2] = float("nan")
+    for own, tensor in found.items():
+        writer.write(own, tensor, REPLICATED.chunks(tuple(tensor.shape), 1))
+    writer.close()
+    for call in (
+        lambda: export_hf(tmp_path / "adapted", tmp_path / "out"),
+        lambda: export_adapter(tmp_path / "adapted", tmp_path / "out", force=False),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(name)} holds NaN or infinite values$"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_parts_are_refused(tmp_path: Path) -> None:

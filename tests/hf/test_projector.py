@@ -219,7 +219,7 @@ def test_the_config_beside_it(tmp_path: Path, llava: Path) -> None:
         export_projector(llava, tmp_path / "out")
     export_projector(llava, tmp_path / "out", as_bin=True, force=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "mm_projector.bin"]
-    with pytest.raises(ValueError, match=r"llava holds no mm_projector; --force doesn't replace it"):
+    with pytest.raises(ValueError, match=r"llava is no projector's folder; --force doesn't replace it"):
         export_projector(shutil.copytree(llava, tmp_path / "copy"), llava, force=True)
 
 

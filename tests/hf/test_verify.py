@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.native import NativeReader, NativeWriter
@@ -48,7 +49,7 @@ def test_across_formats(tmp_path: Path, family: str) -> None:
     two = import_hf(source, tmp_path / "two", 2, 2)  # another padding and other cuts
     for a, b in ((source, one), (two, source), (one, two), (two.parent, source)):
         assert verify(a, b) == count
-    assert check_manifest(one) == len(NativeReader(one).names)
+    assert check_manifest(one) == len(NativeReader(one).names) + len(read_manifest(one)["carried"])
 
 
 def test_names_of_both_generations(llava: Path, other: Path) -> None:
@@ -122,6 +123,13 @@ def test_against_the_manifest(llava: Path, tmp_path: Path) -> None:
         check_manifest(back)
     rewrite_native(folder, lambda t: t[NORM].view(torch.int32)[7].add_(1))
     with pytest.raises(Difference, match=f"{NORM} in .* is not what was written; 1 of"):
+        check_manifest(folder)
+    carried = folder / "hf" / "carried.safetensors"
+    data = bytearray(carried.read_bytes())
+    data[-1] ^= 1
+    carried.write_bytes(data)
+    rewrite_native(folder, lambda t: t[NORM].view(torch.int32)[7].sub_(1))
+    with pytest.raises(Difference, match=r"^vision_tower\..* is not what was written; 1 of"):
         check_manifest(folder)
     rewrite(back, lambda t: t.update(extra=torch.zeros(1)))
     with pytest.raises(Difference, match=r"^extra in .*back was not written there$"):
