@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
-import socket
 import struct
 import tempfile
 from collections.abc import Callable
@@ -231,19 +229,6 @@ def test_memory_of_this_machine(monkeypatch) -> None:
     assert "the 2 processes of this node are predicted to need" in warning("-g", "2")
 
 
-def test_the_memory_of_gpus_is_nvidia_smis(tmp_path, monkeypatch) -> None:
-    tool = tmp_path / "bin/nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && echo 81559 && echo 40960\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    assert machine.gpu_memory() == 40
-    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
-    assert machine.gpu_memory() is None
-    tool.unlink()
-    assert machine.gpu_memory() is None
-
-
 # --- disks -------------------------------------------------------------------------------------------
 
 
@@ -276,14 +261,6 @@ def test_room_for_checkpoints(monkeypatch) -> None:
     split = "split_parts:\n  train:\n  - 0.tar\n  val:\n  - 0.tar\nexclude: []\n"
     Path("data/.nv-meta/split.yaml").write_text(split)
     assert "and a best one of" in warning(*argv, "--eval-interval", "2")
-
-
-def test_the_size_of_a_checkpoint_with_few_trained_weights() -> None:
-    model = inspect().model
-    assert model is not None
-    size = lambda *argv: storage.checkpoint_bytes(inspect(*argv).config, model, True)  # noqa: E731
-    assert size("--stage", "1") < size("--stage", "2") < 0.5 * size("--stage", "2", "--train-vision")
-    assert size("--stage", "1", "--save-trained-only") < 0.1 * size("--stage", "1")
 
 
 def test_a_save_folder_that_cannot_be_written(workplace) -> None:
@@ -411,18 +388,6 @@ def test_a_host_that_nobody_knows() -> None:
     assert inspect(*unknown, "--dry-run").warnings == []
 
 
-def test_hosts(monkeypatch) -> None:
-    monkeypatch.undo()
-    assert machine.knows_host("127.0.0.1") and machine.knows_host("localhost")
-    assert not machine.knows_host("a" * 70)  # longer than names may be
-
-    def unknown(*_: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert not machine.knows_host("nod0")
-
-
 # --- what runs it ------------------------------------------------------------------------------------
 
 
@@ -488,24 +453,6 @@ def test_fp8_asks_for_a_gpu_that_has_it(tmp_path, monkeypatch) -> None:
     )
     tool.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert machine.compute_capability() is None and told("--fp8") == [[], []]
-
-
-def test_the_cuda_of_torch_is_read_without_importing_it(tmp_path, monkeypatch) -> None:
-    (tmp_path / "torch").mkdir()
-    version = tmp_path / "torch/version.py"
-    spec = importlib.util.spec_from_file_location(
-        "torch", tmp_path / "torch/__init__.py", submodule_search_locations=[str(tmp_path / "torch")]
-    )
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: spec)
-    for text, expected in {
-        "cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n": (13, 0),
-        "cuda = '12.8'\n": (12, 8),
-        "cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n": None,
-    }.items():
-        version.write_text(text)
-        assert machine.torch_cuda() == expected
-    version.unlink()
-    assert machine.torch_cuda() is None
 
 
 def test_torch_has_to_be_installed(monkeypatch) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.native import NativeWriter
 from megatron_vlm.hf.ops import Chunk
 from megatron_vlm.launch import storage
+from tests.launch.conftest import CONFIG
 
 
 @pytest.fixture
@@ -137,3 +140,13 @@ def test_room(tmp_path) -> None:
     )
     # Other processes write meanwhile.
     assert free == pytest.approx(int(shown.stdout.split()[1]), rel=0.05)
+
+
+def test_the_size_of_a_checkpoint_with_few_trained_weights() -> None:
+    model = ModelConfig.from_hf(CONFIG)
+
+    def size(*argv: str) -> int:
+        return storage.checkpoint_bytes(RunConfig.from_flags(argv), model, with_optimizer=True)
+
+    assert size("--stage", "1") < size("--stage", "2") < 0.5 * size("--stage", "2", "--train-vision")
+    assert size("--stage", "1", "--save-trained-only") < 0.1 * size("--stage", "1")
