@@ -140,22 +140,32 @@ def read_into(path: Path, start: int, tensor: Tensor) -> None:
             if not count:
                 raise ValueError(f"{path}: cut off")
             data = data[count:]
+        _let_go(file, start, tensor.nbytes)
 
 
 def write_at(file: IO[bytes], start: int, tensor: Tensor) -> None:
     """Write a tensor's elements to an unbuffered file, and let them be on their way to the disk."""
     data = as_bytes(tensor)
-    length = len(data)
     file.seek(start)
     while data:
         data = data[file.write(data) :]
-    send_to_disk(file, start, length)
+    send_to_disk(file)
 
 
-def send_to_disk(file: IO[bytes], start: int, length: int) -> None:
+def send_to_disk(file: IO[bytes]) -> None:
     """Start writing what was written to a file to the disk too, without waiting for it.
 
     Else the kernel gathers gigabytes before it begins, and the disk idles meanwhile.
+    """
+    _let_go(file, 0, 0)
+
+
+def _let_go(file: IO[bytes], start: int, length: int) -> None:
+    """Let a part of a file, or with 0 and 0 all of it, leave the page cache. What isn't on the disk yet stays
+    there, and begins to be written.
+
+    The next tensor then takes the same pages. New ones for each would push out what others have cached, and
+    cost more time than all the rest together where the host of a virtual machine has to find them.
     """
     os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 

@@ -118,11 +118,13 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 class Background:
     """Makes calls one after the other in a thread, so that a tensor is written while the next is read.
 
-    A call's error comes out of a later call, or at the end of the block.
+    A call's error comes out of a later call, or at the end of the block. Within it torch computes with one
+    thread, in this thread and in those that begin: OpenMP's others would spin and take the writer's core.
     """
 
     def __init__(self) -> None:
         _give_freed_memory_back()
+        self._threads = torch.get_num_threads()
         self._executor = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
@@ -140,6 +142,7 @@ class Background:
         self._bytes -= nbytes
 
     def __enter__(self) -> Background:
+        torch.set_num_threads(1)
         return self
 
     def __exit__(
@@ -150,6 +153,7 @@ class Background:
                 self._finish_oldest()
         finally:
             self._executor.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
 
 
 def _give_freed_memory_back() -> None:

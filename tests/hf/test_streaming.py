@@ -1,6 +1,7 @@
 """What is done with each tensor on its way, and how much memory that takes."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,14 @@ def test_an_error_in_the_background_comes_out(monkeypatch) -> None:
         for number in range(10):
             background.call(8, write, number)
     assert done[:3] == [0, 1, 2] and len(done) < 9
+
+
+def test_torch_computes_with_one_thread_beside_the_writer() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Background(), Background(), ThreadPoolExecutor(1) as executor:
+            assert executor.submit(torch.get_num_threads).result() == torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
