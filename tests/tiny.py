@@ -103,7 +103,7 @@ for _name, _options in {
     ),
 }.items():
     FAMILIES[_name] = {**_options, "text_extra": dict(max_position_embeddings=512)}
-FAMILIES["vip-clip-llama"] = dict(kind="vipllava", vision_feature_layer=[-2, 1, -3])
+FAMILIES["vip-clip-llama"] = dict(kind="vipllava", vision_feature_layers=[-2, 1, -3])
 # Of images, height and width: wide, tall, small, nearly square, and thin.
 SIZES = [(14, 41), (50, 33), (9, 8), (64, 70), (5, 97), (90, 21), (22, 44)]
 

@@ -29,7 +29,7 @@ WINDOW = 10
 RUN = (
     *("scripts/train/run.py", "-g", "1", "--stage", "2", "--train-vision", "--lang", "en"),
     *("--seq-length", "64", "--micro-batch-size", "48", "--global-batch-size", "48", "--log-interval", "1"),
-    *("--adam-beta2", "0.95", "--data-workers", "2"),
+    *("--adam-beta2", "0.95", "--data-workers", "1"),
 )
 
 

@@ -387,9 +387,11 @@ def test_curves_are_compared_smoothed() -> None:
     assert digits.apart(flat + [9.0], flat + [1.0]) == 0.0  # what comes later is told by the accuracy
 
 
-def test_digits_flags_are_the_launchers() -> None:
+@pytest.mark.parametrize("arm", ["--bf16", "--fp8"])
+def test_digits_flags_are_the_launchers(arm: str) -> None:
     paths = ["--name", "x", "--save-dir", "x", "--data-path", "x", "--megatron-load-dir", "x"]
-    config = RunConfig.from_flags([*digits.RUN[1:], *paths, "--train-iters", "100", "--bf16"])
+    config = RunConfig.from_flags([*digits.RUN[1:], *paths, "--train-iters", "100", arm])
+    config.validate(world_size=1)
     assert config.training.global_batch_size == 48 and config.logging.log_interval == 1
 
 
