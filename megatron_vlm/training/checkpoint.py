@@ -219,11 +219,13 @@ def load_optimizer(
 
 
 def load_rng(folder: Path, layout: Layout) -> None:
-    """Restore the generators, if the checkpoint was saved at this layout."""
+    """Restore the generators, if the checkpoint was saved at this layout and on this kind of device."""
     saved = read_manifest(folder)["layout"]
     if saved != {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}:
         return
     states = torch.load(_rng_file(folder, layout), weights_only=True)
+    if states["device"].shape != torch.cuda.get_rng_state().shape:  # a GPU's can't be one of a CPU's
+        return
     torch.set_rng_state(states["torch"])
     if layout.device.type == "cuda":
         torch.cuda.set_rng_state(states["device"])

@@ -1,0 +1,43 @@
+"""What a run takes over from a checkpoint of another machine."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_vlm.training import checkpoint
+
+CPU, GPU = torch.Generator().manual_seed(7).get_state(), torch.zeros(16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("state", [CPU, GPU], ids=["CPU", "GPU"])
+def test_generators_are_of_one_kind_of_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: torch.Tensor
+) -> None:
+    """A run on CPUs goes on from a GPU's checkpoint, whose generators can't be restored there."""
+    layout: Any = SimpleNamespace(tp=1, pp=1, dp=1, rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda _: {"layout": {"tp": 1, "pp": 1, "dp": 1}})
+    tracker, own, python = get_cuda_rng_tracker(), torch.get_rng_state(), random.getstate()
+    monkeypatch.setattr(tracker, "states_", {"model-parallel-rng": state})
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    checkpoint._save_rng(tmp_path, layout)
+    torch.manual_seed(8)
+    random.seed(8)
+    tracker.set_states({})
+    here = torch.get_rng_state(), random.getstate(), tracker.get_states()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    try:
+        checkpoint.load_rng(tmp_path, layout)
+        now = torch.get_rng_state(), random.getstate(), tracker.get_states()
+        restored = [bool(a != b) for a, b in zip(here[1:], now[1:], strict=True)]
+        restored.append(not torch.equal(here[0], now[0]))
+        assert restored == [state is CPU] * 3
+    finally:
+        torch.set_rng_state(own)
+        random.setstate(python)
