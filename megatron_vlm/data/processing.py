@@ -69,6 +69,8 @@ class Processing:
         ids, trained = self.template.encode(turns, len(images))
         sizes = self.images.sizes(images)
         ids, trained = self._expand_images(ids, trained, sizes)
+        if True not in trained[1:]:  # of the first token there is nothing to predict it from
+            raise SampleError("none of its tokens is trained")
         labels = [
             token if is_trained else IGNORE_INDEX
             for token, is_trained in zip(ids[1:], trained[1:], strict=True)

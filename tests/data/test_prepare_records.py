@@ -296,6 +296,8 @@ def turns(*texts: str) -> list[dict[str, str]]:
         ({"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}]}, "system turn not first"),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "unknown role"),
         ({"conversations": [3]}, "bad record"),
+        ({"query": "a", "response": "b", "history": 3}, "bad record"),
+        ({"query": "a", "response": "b", "history": [["a"]]}, "bad record"),
         ({"messages": [{"role": "user", "content": 3}]}, "bad record"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "unknown content part"),
         ({"conversations": LLAVA, "image": "https://example.org/a.jpg"}, "remote image"),

@@ -137,6 +137,17 @@ def test_no_question_asks_for_a_caption(folders: dict[str, Path], models: dict[s
         assert word not in text_only
 
 
+def test_a_sample_of_which_nothing_is_trained_is_dropped(
+    folders: dict[str, Path], models: dict[str, ModelConfig]
+) -> None:
+    """Of an empty caption there is the newline behind it, which an image or a start token would predict."""
+    processing = processing_for("qwen", folders, models, template="plain")
+    with pytest.raises(SampleError, match="none of its tokens is trained") as error:
+        processing.encode("key", asked("What?", ""), [])
+    assert error.value.kind == "dropped"
+    assert len(trained_ids(processing.encode("key", asked("What?", ""), [jpeg(1)]))) == 1
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 def test_image_marker_is_a_position(
     name: str, folders: dict[str, Path], models: dict[str, ModelConfig]

@@ -171,9 +171,10 @@ def _turns(record: Mapping[str, Any], shape: str, has_image: bool) -> tuple[list
         for item in _as_list(record[key]) or []:
             turns += _turn(item)
     else:
-        for pair in record.get("history") or []:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise Rejected("bad record", "its history is no list of question and answer pairs")
+        history = _as_list(record.get("history") or [])
+        if history is None or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+            raise Rejected("bad record", "its history is no list of question and answer pairs")
+        for pair in history:
             turns += _pair(*pair)
         question, answer, names = _question_and_answer(record, shape, has_image)
         turns += _pair(question, answer)
