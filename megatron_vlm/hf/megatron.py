@@ -303,7 +303,7 @@ def _read_weights_json(
         content = json.loads((hf / WEIGHTS).read_text(encoding="utf-8"))
         files = {
             os.path.basename(file): [
-                TensorInfo(name, DTYPES[code], tuple(shape)) for name, code, shape in entry["tensors"]
+                TensorInfo(str(name), DTYPES[code], tuple(shape)) for name, code, shape in entry["tensors"]
             ]
             for file, entry in content["files"].items()
         }
