@@ -144,7 +144,8 @@ def _safetensors_file(path: Path) -> tuple[dict[str, Stored | Tensor], dict[str,
     """A file's tensors, in the order of the data, and its metadata; safetensors itself checks the file."""
     found: dict[str, Stored | Tensor] = {}
     try:
-        with safe_open(path, "pt") as file, open(path, "rb") as data:
+        # In this order: to safetensors a file that may not be read is one that isn't there.
+        with open(path, "rb") as data, safe_open(path, "pt") as file:
             length = int.from_bytes(data.read(8), "little")
             header = json.loads(data.read(length))
             metadata = dict(file.metadata() or {})

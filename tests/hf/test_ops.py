@@ -8,6 +8,7 @@ from megatron_vlm.hf.ops import (
     GATED,
     REPLICATED,
     ROW,
+    Chunk,
     Concatenate,
     MergeQKV,
     PadVocabulary,
@@ -103,3 +104,18 @@ def test_vocabulary_padding(padded: int) -> None:
     assert torch.equal(native[:10], rows)
     assert not native[10:].any()
     assert torch.equal(op.to_hf(native)[0], rows)
+
+
+def test_boxes() -> None:
+    """Checked by marking the elements of each."""
+    shape = (4, 6)
+    boxes = [Chunk((row, column), (2, 3)) for row in range(-2, 4) for column in range(-3, 6)]
+    inside = [box for box in boxes if box.is_in(shape)]
+    assert len(inside) == 3 * 4 and not Chunk((0,), (2,)).is_in(shape) and Chunk((), ()).is_in(())
+    marked = []
+    for box in inside:
+        marked.append(torch.zeros(shape, dtype=torch.bool))
+        box.of(marked[-1]).fill_(True)
+    for one, first in zip(inside, marked, strict=True):
+        for other, second in zip(inside, marked, strict=True):
+            assert one.overlaps(other) == bool((first & second).any())
