@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional
 
 from megatron_vlm.config import fp8
 from megatron_vlm.config.checks import nearest_multiples
+from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
         model: the architecture, where it is known; with it the flags are checked against it.
     """
     rules: List[Callable[[], object]] = [
+        lambda: _text(config),
         lambda: _data(config),
         lambda: _packing(config),
         lambda: _weights(config),
@@ -53,6 +56,15 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
         except ValueError as error:
             found[str(error)] = None
     return list(found)
+
+
+def _text(config: RunConfig) -> None:
+    """A name with other bytes than UTF-8 could not be printed by a rank, nor saved with the run."""
+    for section in dataclasses.asdict(config).values():
+        for name, value in section.items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise ValueError(f"{flag_name(name)} {text!r}: is not UTF-8; give another name")
 
 
 def _data(config: RunConfig) -> None:

@@ -126,6 +126,8 @@ def _stream(child: subprocess.Popen[bytes], log: _Log) -> str:
                     continue
                 log.write(chunk)
                 last = (last + chunk)[-_MESSAGE_BYTES:]
+                if key.data is None:  # started with it closed, >&-
+                    continue
                 try:
                     key.data.buffer.write(chunk)
                     key.data.buffer.flush()

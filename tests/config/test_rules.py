@@ -28,6 +28,11 @@ def test_gpus_are_not_picked_for_the_cpu() -> None:
     assert "--gpu-ids picks GPUs" in error_of([*BASE, "--gpu-ids", "0", "--device", "cpu"], 1)
 
 
+def test_names_that_are_not_utf8() -> None:
+    """As the command line has them: os.fsdecode() of their bytes."""
+    assert "--save-dir 'r\\udcff': is not UTF-8" in error_of([*BASE, "--save-dir", "r\udcff"], 1)
+
+
 def test_layout_and_batch_rules() -> None:
     assert "use 4 or 8 ranks" in error_of([*BASE, "--tp", "2", "--pp", "2"], 6)
     assert "use 2 ranks" in error_of([*BASE, "--tp", "2"], 1)

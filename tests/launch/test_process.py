@@ -67,6 +67,14 @@ def test_output_is_streamed_and_logged_and_the_exit_code_handed_on(tmp_path) -> 
     assert sorted((tmp_path / "log").read_text().split()) == ["earlier", "err", "out"]
 
 
+def test_output_that_was_closed_before(tmp_path) -> None:
+    code = "print('to the log'); raise SystemExit(5)"
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "log"), sys.executable, "-c", code]
+    shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell, cwd=CHECKOUT, timeout=60, check=False).returncode == 5
+    assert (tmp_path / "log").read_text() == "to the log\n"
+
+
 def test_a_program_that_is_not_there(tmp_path) -> None:
     run = launcher(tmp_path / "log", "no-such-program")
     assert "ValueError: no-such-program: No such file" in run.communicate(timeout=60)[1]
