@@ -80,7 +80,7 @@ def shard_counts(path: str) -> Dict[str, int]:
         with open(info, encoding="utf-8") as file:
             counts = json.load(file)["shard_counts"]
         return {str(name): int(count) for name, count in counts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):  # the last of Infinity
         raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
 
 

@@ -262,14 +262,14 @@ class ModelConfig:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a key is missing or unknown.
+            ValueError: a key is missing or unknown, or its value is of another type.
         """
         try:
             values = dict(values)
             lora, anyres = values.pop("lora", None), values.pop("anyres", None)
             language = dict(values.pop("language"))
             scaling = language.pop("rope_scaling", None)
-            return cls(
+            model = cls(
                 lora=LoRAConfig(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
                 vision=VisionConfig(**values.pop("vision")),
                 projector=ProjectorConfig(**values.pop("projector")),
@@ -278,6 +278,11 @@ class ModelConfig:
                 anyres=AnyRes.from_dict(anyres) if anyres else None,
                 **values,
             )
+            for part in (model.vision, model.projector, model.language):
+                _check_types(part)
+            if any(type(number) is not int for number in (model.image_token_id, *model.feature_layers)):
+                raise TypeError("image_token_id or feature_layers is no integer")
+            return model
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a description of a model ({error}); is the manifest damaged?") from None
 
@@ -335,6 +340,23 @@ def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
     """
     multiple = divisible_by * tp
     return -(-vocab_size // multiple) * multiple
+
+
+def _check_types(part: Any) -> None:
+    """Check the values of a part that a file describes; all its integers are sizes or counts.
+
+    Raises:
+        TypeError: one is of another type, or a size is not above 0.
+    """
+    types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    for field in dataclasses.fields(part):
+        value, kind = getattr(part, field.name), str(field.type)
+        if kind.startswith("Optional[") and value is not None:
+            kind = kind[len("Optional[") : -1]
+        most = MAX_LAYERS if field.name == "num_layers" else 1 << 40
+        other = kind in types and type(value) not in types[kind]
+        if other or (kind == "int" and not 0 < value <= most):
+            raise TypeError(f"{field.name} is {value!r}")
 
 
 def _alternatives(numbers: List[int]) -> str:

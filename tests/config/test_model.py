@@ -127,6 +127,26 @@ def test_a_manifest_of_an_older_release() -> None:
     assert ModelConfig.from_dict(values) == read({"model_type": "llama"})
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("vision", "patch_size", 0),
+        ("vision", "ffn_hidden_size", None),
+        ("vision", "hidden_size", 1.5),
+        ("language", "num_layers", "32"),
+        ("language", "num_layers", 10**30),
+        ("language", "vocab_size", True),
+        ("language", "num_experts", -1),
+        ("projector", "input_size", {}),
+    ],
+)
+def test_a_manifest_with_a_size_that_is_none(part: str, name: str, value: object) -> None:
+    values = read({"model_type": "llama"}).to_dict()
+    values[part][name] = value
+    with pytest.raises(ValueError, match=f"not a description of a model .{name} is .*damaged"):
+        ModelConfig.from_dict(values)
+
+
 def test_a_damaged_manifest() -> None:
     values = read({"model_type": "llama"}).to_dict()
     values["language"]["color"] = "red"
