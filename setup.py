@@ -13,7 +13,7 @@ setup(
         "torch>=2.9,<=2.13.0",
         "megatron-core>=0.16.1,<0.20",
         "megatron-energon>=7.4,<8",
-        "transformers>=5,<6",
+        "transformers>=5.23,<6",  # 5.17 reads no image processor without torchvision
         "huggingface_hub>=1.31,<3",
         "tokenizers>=0.23,<0.24",
         "safetensors>=0.4",

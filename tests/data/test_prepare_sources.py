@@ -195,9 +195,11 @@ def test_folders(tmp_path: Path) -> None:
 def test_what_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").write_text("image,text\n")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "object.json").write_text(json.dumps({"data": RECORDS}, indent=2))
     for name, message in (
         ("a.csv", "neither JSON, .*; it begins with b'image,te'"),
         ("empty.jsonl", "it is empty"),
+        ("object.json", "one JSON object over several lines; give the list"),
         ("none", "no such file or folder"),
     ):
         with pytest.raises(ValueError, match=message):
