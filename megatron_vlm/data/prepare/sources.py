@@ -106,8 +106,8 @@ def kind_of(path: str) -> str:
     if text.startswith(b"{"):
         if text.split(b"\n")[0].strip() == b"{" and len(text.strip()) > 1:
             raise ValueError(
-                f"--input {path}: one JSON object over several lines; give the list of records, or one record "
-                "on each line"
+                f"--input {path}: one JSON object over several lines; give the list of records, or one "
+                "record a line"
             )
         return "jsonl"
     what = "it is empty" if not head else f"it begins with {head[:8]!r}"
