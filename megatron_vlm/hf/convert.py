@@ -132,18 +132,21 @@ def import_hf(
             writer.write(row, tensor)
             written[row.native] = describe(tensor)
             if verify:
-                for (name, _), before, back in zip(row.hf, hashes, row.op.to_hf(tensor), strict=True):
-                    check_written(before == digest(back.to(folder.tensors[name].dtype)), name)
-                check_written(writer.holds(row, tensor), row.native)
+                checking.call(tensor.nbytes, check, row, hashes, tensor)
 
-        with Background() as background:
+        def check(row: Row, hashes: list[str], tensor: Tensor) -> None:
+            for (name, _), before, back in zip(row.hf, hashes, row.op.to_hf(tensor), strict=True):
+                check_written(before == digest(back.to(folder.tensors[name].dtype)), name)
+            check_written(writer.holds(row, tensor), row.native)
+
+        with Background() as checking, Background() as writing:
             read = ((row, [folder.read(name) for name, _ in row.hf]) for row in table.rows)
             for row, parts in ahead(read):
                 for (name, _), part in zip(row.hf, parts, strict=True):
                     check_finite(name, part)
                 hashes = [digest(part) for part in parts] if verify else []
                 tensor = row.op.to_native(parts)
-                background.call(tensor.nbytes, write, row, hashes, tensor)
+                writing.call(tensor.nbytes, write, row, hashes, tensor)
                 meter.add(*parts)
         beside = write_carried(output / HF_FOLDER, folder, carried, meter.add, verify)
         writer.close(model.to_dict(), pp, written, beside)
@@ -275,9 +278,13 @@ def reshard(
         def write(row: Row, tensor: Tensor) -> None:
             writer.write(row, tensor)
             written[row.native] = describe(tensor)
-            check_written(not verify or writer.holds(row, tensor), row.native)
+            if verify:
+                checking.call(tensor.nbytes, check, row, tensor)
 
-        with Background() as background:
+        def check(row: Row, tensor: Tensor) -> None:
+            check_written(writer.holds(row, tensor), row.native)
+
+        with Background() as checking, Background() as writing:
             rows = zip(source.table.rows, table.rows, strict=True)
             for before, row, tensor in ahead((a, b, source.reader.read(a.native)) for a, b in rows):
                 check_finite(row.native, tensor)
@@ -287,7 +294,7 @@ def reshard(
                     tensor = cast(row.native, before.op.to_native(parts), tensor.dtype)
                 if before.op != row.op:  # the vocabulary's padding
                     tensor = row.op.to_native(before.op.to_hf(tensor))
-                background.call(tensor.nbytes, write, row, tensor)
+                writing.call(tensor.nbytes, write, row, tensor)
                 meter.add(tensor)
         writer.close(model.to_dict(), pp, written, beside)
     return root / RELEASE

@@ -333,7 +333,7 @@ class NativeWriter:
                 torch.save(_with_own_storage(chunk.of(tensor)), file)
             file.flush()
             length = file.tell() - start
-            send_to_disk(file)
+            send_to_disk(file, start, length)
             self._where[metadata.MetadataIndex(name, chunk.offset, number)] = filesystem._StorageInfo(
                 os.path.basename(file.name), start, length
             )

@@ -22,6 +22,7 @@ from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.streaming import as_bytes
 
 _PIECE = 4 << 20  # bytes that are hashed at once
+_STAYS = 512 << 20  # bytes of a file before the last that is written; what is to be verified is among them
 
 
 @dataclass(frozen=True)
@@ -146,23 +147,26 @@ def read_into(path: Path, start: int, tensor: Tensor) -> None:
 def write_at(file: IO[bytes], start: int, tensor: Tensor) -> None:
     """Write a tensor's elements to an unbuffered file, and let them be on their way to the disk."""
     data = as_bytes(tensor)
+    length = len(data)
     file.seek(start)
     while data:
         data = data[file.write(data) :]
-    send_to_disk(file)
+    send_to_disk(file, start, length)
 
 
-def send_to_disk(file: IO[bytes]) -> None:
+def send_to_disk(file: IO[bytes], start: int, length: int) -> None:
     """Start writing what was written to a file to the disk too, without waiting for it.
 
     Else the kernel gathers gigabytes before it begins, and the disk idles meanwhile.
     """
-    _let_go(file, 0, 0)
+    _let_go(file, start, length)
+    if start > _STAYS:
+        _let_go(file, 0, start - _STAYS)
 
 
 def _let_go(file: IO[bytes], start: int, length: int) -> None:
-    """Let a part of a file, or with 0 and 0 all of it, leave the page cache. What isn't on the disk yet stays
-    there, and begins to be written.
+    """Let a part of a file leave the page cache. What isn't on the disk yet stays there, and begins to be
+    written.
 
     The next tensor then takes the same pages. New ones for each would push out what others have cached, and
     cost more time than all the rest together where the host of a virtual machine has to find them.
