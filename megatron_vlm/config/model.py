@@ -11,7 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from megatron_vlm.config.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
 from megatron_vlm.config.families import (
@@ -314,14 +314,11 @@ def _check_numbers(path: str, model: ModelConfig) -> None:
     if model.language.rope_scaling is not None:
         parts.append(model.language.rope_scaling)
     for part in parts:
-        for field in dataclasses.fields(part):
-            value, kind = getattr(part, field.name), str(field.type)
-            if value is None and kind.startswith("Optional"):
-                continue
-            if "int" in kind and (type(value) is not int or value < 1):
-                raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive integer")
-            if "float" in kind and not (type(value) in (int, float) and 0 < value < math.inf):
-                raise ValueError(f"{path}: {field.name} is {value!r}; it has to be a positive number")
+        for name, value, kind in _given_values(part):
+            if kind == "int" and (type(value) is not int or value < 1):
+                raise ValueError(f"{path}: {name} is {value!r}; it has to be a positive integer")
+            if kind == "float" and not (type(value) in (int, float) and 0 < value < math.inf):
+                raise ValueError(f"{path}: {name} is {value!r}; it has to be a positive number")
     if type(model.image_token_id) is not int:
         raise ValueError(f"{path}: image_token_index is {model.image_token_id!r}; it has to be an integer")
     for what, count in (
@@ -349,14 +346,22 @@ def _check_types(part: Any) -> None:
         TypeError: one is of another type, or a size is not above 0.
     """
     types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    for field in dataclasses.fields(part):
-        value, kind = getattr(part, field.name), str(field.type)
-        if kind.startswith("Optional[") and value is not None:
-            kind = kind[len("Optional[") : -1]
-        most = MAX_LAYERS if field.name == "num_layers" else 1 << 40
+    for name, value, kind in _given_values(part):
+        most = MAX_LAYERS if name == "num_layers" else 1 << 40
         other = kind in types and type(value) not in types[kind]
         if other or (kind == "int" and not 0 < value <= most):
-            raise TypeError(f"{field.name} is {value!r}")
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _given_values(part: Any) -> Iterator[Tuple[str, Any, str]]:
+    """Name, value and type of each field of a part, but for those that may be left out and are."""
+    for field in dataclasses.fields(part):
+        value, kind = getattr(part, field.name), str(field.type)
+        if kind.startswith("Optional["):
+            if value is None:
+                continue
+            kind = kind[len("Optional[") : -1]
+        yield field.name, value, kind
 
 
 def _alternatives(numbers: List[int]) -> str:

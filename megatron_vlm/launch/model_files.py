@@ -223,10 +223,9 @@ def _list_in_tokenizer(path: str) -> List[Dict[str, Any]]:
         tokens = json.JSONDecoder().raw_decode(text, start)[0] if key >= 0 <= start else []
     except ValueError:
         return []
-    tokens = [
-        token for token in tokens if isinstance(token, dict)
-    ]  # what is odd in them is transformers' to tell
-    return [t for t in tokens if isinstance(t.get("id"), int) and isinstance(t.get("content"), str)]
+    # What is odd in them is transformers' to tell.
+    found = [token for token in tokens if isinstance(token, dict)]
+    return [t for t in found if isinstance(t.get("id"), int) and isinstance(t.get("content"), str)]
 
 
 def _processed_size(processor: Dict[str, Any]) -> Optional[Tuple[Optional[int], Optional[int]]]:
