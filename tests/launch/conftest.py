@@ -26,6 +26,16 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The first ``nvidia-smi`` in PATH: a script that the test writes, and may remove."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    return tool
+
+
 def write_checkpoint(folder: Path, config: dict[str, Any] = CONFIG, **manifest: Any) -> None:
     hf = folder / HF_FOLDER
     hf.mkdir(parents=True)

@@ -8,16 +8,12 @@ import socket
 from megatron_vlm.launch import machine
 
 
-def test_the_memory_of_gpus_is_nvidia_smis(tmp_path, monkeypatch) -> None:
-    tool = tmp_path / "bin/nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && echo 81559 && echo 40960\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+def test_the_memory_of_gpus_is_nvidia_smis(nvidia_smi) -> None:
+    nvidia_smi.write_text('#!/bin/sh\n[ "$1" = --query-gpu=memory.total ] && echo 81559 && echo 40960\n')
     assert machine.gpu_memory() == 40
-    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    nvidia_smi.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert machine.gpu_memory() is None
-    tool.unlink()
+    nvidia_smi.unlink()
     assert machine.gpu_memory() is None
 
 

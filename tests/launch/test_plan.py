@@ -86,17 +86,14 @@ def test_gpus() -> None:
     assert plan("--device", "cuda", "-g", "8", "--dry-run").device == "cuda"
 
 
-def test_gpus_are_counted_without_torch(tmp_path, monkeypatch) -> None:
-    tool = tmp_path / "nvidia-smi"
+def test_gpus_are_counted_without_torch(nvidia_smi) -> None:
     lines = ["GPU 0: X (UUID: a)", "  MIG 1g.10gb Device 0: (UUID: b)", "GPU 1: X (UUID: c)"]
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    nvidia_smi.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     assert machine.visible_gpus({}) == ["0", "1"]
     assert machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a,3,-1,2"}) == ["GPU-a", "3"]
-    tool.write_text("#!/bin/sh\nexit 9\n")
+    nvidia_smi.write_text("#!/bin/sh\nexit 9\n")
     assert machine.visible_gpus({}) == []
-    tool.unlink()
+    nvidia_smi.unlink()
     assert machine.visible_gpus({}) == []
 
 

@@ -421,12 +421,8 @@ def test_fp8_asks_for_transformer_engine(monkeypatch) -> None:
     preflight.check_interpreter("image.sif", fp8=True)
 
 
-def test_fp8_asks_for_a_gpu_that_has_it(tmp_path, monkeypatch) -> None:
-    tool = tmp_path / "bin/nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] && echo 9.0 && echo 8.0\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+def test_fp8_asks_for_a_gpu_that_has_it(nvidia_smi, monkeypatch) -> None:
+    nvidia_smi.write_text('#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] && echo 9.0 && echo 8.0\n')
     assert machine.compute_capability() == (8, 0)
     monkeypatch.setattr(preflight, "_installed", lambda package: True)
     words = "a GPU here has compute capability 8.0; use --bf16"
@@ -444,14 +440,14 @@ def test_fp8_asks_for_a_gpu_that_has_it(tmp_path, monkeypatch) -> None:
     errors, warnings = told("--fp8", "--dry-run")  # may be for another machine
     assert errors == [] and words in warnings[0]
     assert told() == [[], []]
-    tool.write_text("#!/bin/sh\necho 9.0\n")
+    nvidia_smi.write_text("#!/bin/sh\necho 9.0\n")
     monkeypatch.setattr(machine, "torch_cuda", lambda: (12, 8))
     assert told("--fp8") == [[], []]
     plan = make_plan(RunConfig.from_flags([*BASE, "-g", "1", "--fp8", "--fp8-recipe", "blockwise"]), gpu, [])
     assert any(
         "needs CUDA 12.9, and torch here has 12.8" in line for line in preflight.inspect(plan).problems
     )
-    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    nvidia_smi.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert machine.compute_capability() is None and told("--fp8") == [[], []]
 
 

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,15 +63,22 @@ def test_what_is_written_is_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / status.STATUS).read_text())["command"] == ["a b", "$x", "\n"]
 
 
+@contextmanager
+def another_process(code: str, argument: Path) -> Iterator[None]:
+    """Python that runs ``code`` and then lives until the block ends, when it is killed."""
+    command = [sys.executable, "-c", f"{code}; print(flush=True); input()", str(argument)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield
+        process.kill()
+
+
 def test_a_second_start_leaves_the_first_ones_state(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(status, "LOCK_SECONDS", 0.0)
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None and holder.stdout.readline()
-        with pytest.raises(ValueError, match="another process is training here"):
-            status.wait_until_free(str(tmp_path))
-        holder.kill()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    refused = pytest.raises(ValueError, match="another process is training here")
+    with another_process(hold, tmp_path / ".lock"), refused:
+        status.wait_until_free(str(tmp_path))
     status.wait_until_free(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [".launcher.lock", ".lock"]
 
@@ -79,12 +88,9 @@ def test_of_two_launchers_at_once_one_waits(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(status, "LOCK_SECONDS", 0.0)
     code = (
         "import sys; from megatron_vlm.launch import status; status.wait_until_free(sys.argv[1]); "
-        "status.note_running(sys.argv[1], [], None, 'log'); print(flush=True); input()"
+        "status.note_running(sys.argv[1], [], None, 'log')"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None and first.stdout.readline()
-        with pytest.raises(ValueError, match="another process is training here"):
-            status.wait_until_free(str(tmp_path))
-        first.kill()
+    refused = pytest.raises(ValueError, match="another process is training here")
+    with another_process(code, tmp_path), refused:
+        status.wait_until_free(str(tmp_path))
     status.wait_until_free(str(tmp_path))
