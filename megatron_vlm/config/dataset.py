@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 PREPARED = "prepare.json"  # in .nv-meta: of each shard what prepare.py knows, samples, bytes and hashes
+REPORT = "report.json"  # of prepare.py: what has become of the records
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 _END = 1 << 16  # bytes
 
@@ -155,6 +156,15 @@ def split_samples(path: str, split: str = "train") -> Optional[int]:
         counts = shard_counts(path)
         return sum(counts[name] for name in parts.get(split, []))
     except (ValueError, KeyError):
+        return None
+
+
+def train_images(path: str) -> Optional[int]:
+    """Images of the training split; None where scripts/data/prepare.py has not made the folder."""
+    try:
+        with open(os.path.join(path, REPORT), encoding="utf-8") as file:
+            return int(json.load(file)["splits"]["train"]["images"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from megatron_vlm.config.dataset import (
     PreparedShard,
@@ -13,8 +13,10 @@ from megatron_vlm.config.dataset import (
     shard_counts,
     split_parts,
     split_samples,
+    train_images,
 )
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
+from megatron_vlm.config.train_modules import TrainEntry
 
 
 def dataset_problems(path: str) -> Iterator[str]:
@@ -76,6 +78,23 @@ def held_out_problems(path: str) -> Iterator[str]:
         yield (
             f"--eval-interval needs held-out samples, and the val split of --data-path {path} is empty; "
             f"leave it out, or write more shards and prepare again: {prepare_command(path)}"
+        )
+
+
+def image_problems(path: str, trained: Sequence[TrainEntry]) -> Iterator[str]:
+    """Why nothing would be trained: no sample has an image, by the counts of scripts/data/prepare.py.
+
+    Args:
+        trained: the parts that are; adapters are taken to be the language model's.
+    """
+    if any(entry.name == "lora" or entry.may_train("language") for entry in trained):
+        return
+    sources = [s.path for s in MixtureConfig.load(path).of_split("train")] if is_mixture(path) else [path]
+    if all(train_images(source) == 0 for source in sources):
+        parts = " and ".join(entry.name for entry in trained)
+        yield (
+            f"--data-path {path}: no training sample has an image, so that {parts} would get no gradient; "
+            "give data with images, or train the language model, too (--stage 2)"
         )
 
 

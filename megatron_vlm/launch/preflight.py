@@ -33,7 +33,7 @@ from megatron_vlm.config.start import (
 from megatron_vlm.config.units import size_text
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
-from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
+from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems, image_problems
 from megatron_vlm.launch.plan import NODE_0, LaunchPlan
 from megatron_vlm.launch.report import Facts
 
@@ -211,6 +211,7 @@ def _dataset(found: Inspection) -> None:
             f"--data-path {path}: its train split of {found.train_samples} samples is less than one "
             f"iteration of --global-batch-size {batch}; lower that, or give --train-iters"
         )
+    found.errors += image_problems(path, found.config.trained)
     if found.config.training.eval_interval is not None:
         found.errors += held_out_problems(path)
 

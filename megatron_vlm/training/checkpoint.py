@@ -73,6 +73,8 @@ class RunState:
     evaluated_step: int | None = None  # optimizer_steps at the last evaluation
     held_out: dict[str, Any] | None = None  # what tells the samples of evaluations from others
     evaluation_due: bool = False  # a signal came before or in the evaluation of this iteration
+    # What a gradient has reached; None once the run was judged by it (:class:`GradientCheck`).
+    parts_reached: list[str] | None = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -236,7 +238,8 @@ def load_rng(folder: Path, layout: Layout) -> None:
 
 def load_run_state(folder: Path) -> RunState:
     """How far the run was when this checkpoint was saved."""
-    return RunState(**_read_json(folder / RUN_STATE))
+    saved = _read_json(folder / RUN_STATE)
+    return RunState(**{"parts_reached": None, **saved})  # older versions did not watch it
 
 
 def load_data_state(folder: Path) -> dict[str, Any]:

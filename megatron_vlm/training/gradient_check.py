@@ -2,6 +2,7 @@
 
 An unfrozen part that never updates leaves no mark in a loss curve, so the first iterations of every start are
 watched. It costs two passes over the frozen weights and a small reduction per iteration, until all is well.
+After the first updates of a run it is judged by them: one that has trained nothing is not worth its time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 from megatron_vlm.config.train_modules import LANGUAGE
 from megatron_vlm.parallel import Layout
 from megatron_vlm.training.batch import GlobalBatch
+from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.regimes import MODULES, Regime
 
 # A tensor may rightly have no gradient for a while: LoRA's first factor until the second has moved, and
 # a warmup that begins at zero keeps that still for an iteration.
 _PATIENCE = 10
 _LONGEST = 100  # iterations to wait for an image
+_JUDGED = 20  # updates after which a run is judged
 
 
 class GradientCheck:
@@ -28,17 +31,23 @@ class GradientCheck:
 
     Args:
         regime: what is trained; its weights are loaded.
+        state: of the run; remembers which parts a gradient has reached.
         say: prints, on one rank.
     """
 
-    def __init__(self, regime: Regime, layout: Layout, say: Callable[[str], None]) -> None:
+    def __init__(self, regime: Regime, layout: Layout, state: RunState, say: Callable[[str], None]) -> None:
         self.regime = regime
         self.layout = layout
+        self.state = state
         self.say = say
+        self.parts = list(dict.fromkeys(map(_part, regime.trained)))
         self.waiting = list(regime.trained)  # tensors that no gradient has reached; the same on every rank
         self.frozen = [(name, parameter) for name, parameter in regime.own if name not in regime.trained]
         self.bits: list[Tensor] | None = _bits(self.frozen)
-        self.iterations = self.with_images = 0
+        self.updates = self.iterations = self.with_images = (
+            0  # of this start; the last two with trained tokens
+        )
+        self.images_came = False
 
     def after_step(self, global_batch: GlobalBatch, trained_tokens: int) -> None:
         """Look at the gradients that a step has left; a collective call while there is something to watch.
@@ -48,16 +57,56 @@ class GradientCheck:
 
         Raises:
             ValueError: none has reached a module that is trained, in an iteration with images if they are
-                what it works on; or none has reached an entry of ``--train-modules`` in ten of them.
+                what it works on; or none has reached an entry of ``--train-modules`` in ten of them; or as
+                :meth:`judge`.
             RuntimeError: the step has changed frozen parameters.
         """
         if self.bits is not None:
             self._check_frozen(self.bits)
             self.bits = None
-        if not self.waiting or trained_tokens == 0:
+        self.updates += 1
+        if self.waiting and trained_tokens:
+            self._watch(global_batch)
+        if self.updates == _JUDGED:
+            self.judge()
+
+    def judge(self) -> None:
+        """Judge the run by its first updates: the 20th calls this, and the end of a run that has fewer.
+
+        Raises:
+            ValueError: no gradient has reached anything that is trained.
+        """
+        reached = self.state.parts_reached
+        if reached is None or not self.updates:
             return
+        self.state.parts_reached = None
+        still = [part for part in self.parts if part not in reached]
+        if not reached:
+            raise ValueError(
+                f"nothing of what is trained ({', '.join(still)}) has had a gradient in "
+                f"{_count(self.updates, 'update')}: {self._why_still()}, so the run was stopped"
+            )
+        if still:
+            self.say(
+                f"warning: no gradient has reached the {' and the '.join(still)} in "
+                f"{_count(self.updates, 'update')}: {self._why_still()}"
+            )
+
+    def _why_still(self) -> str:
+        if not self.iterations:
+            return "no sample has had a token that is trained; look at --template, --seq-length and the data"
+        if self.images_came:
+            return (
+                "no sample with an image has had a token that is trained; a larger --seq-length cuts less off"
+            )
+        return "no sample has had an image"
+
+    def _watch(self, global_batch: GlobalBatch) -> None:
         reached, has_images = self._look(global_batch)
         self.waiting = [name for name in self.waiting if name not in reached]
+        if self.state.parts_reached is not None:
+            parts = {*self.state.parts_reached, *map(_part, reached)}
+            self.state.parts_reached = [part for part in self.parts if part in parts]
         self.iterations += 1
         self.with_images += has_images
         for module, prefix in MODULES.items():
@@ -77,17 +126,19 @@ class GradientCheck:
 
     def _look(self, global_batch: GlobalBatch) -> tuple[set[str], bool]:
         """The tensors that a gradient has reached on any rank, and whether any had an image to learn from."""
-        found = torch.zeros(len(self.waiting) + 1, dtype=torch.int32, device=self.layout.device)
+        found = torch.zeros(len(self.waiting) + 2, dtype=torch.int32, device=self.layout.device)
         places = {name: place for place, name in enumerate(self.waiting)}
         for name, parameter in self.regime.own:
             if name in places:
                 found[places[name]] += parameter.main_grad.any()  # type: ignore[attr-defined]
         for batch in global_batch.microbatches:
             if batch.image_positions is not None:  # its sample's answer may have been cut off
+                found[-2] += 1
                 found[-1] += batch.loss_mask.any(dim=1)[batch.image_positions[0]].any()
         # Over all ranks: another shard or data-parallel rank may have the part that isn't zero.
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        *flags, has_images = (flag > 0 for flag in found.tolist())
+        *flags, images_came, has_images = (flag > 0 for flag in found.tolist())
+        self.images_came |= images_came
         return {name for name, flag in zip(self.waiting, flags, strict=True) if flag}, has_images
 
     def _chances(self, name: str) -> int:
@@ -128,6 +179,16 @@ def _bits(parameters: list[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
     """The sum of each parameter's bits, which is exact and needs no copy."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return [parameter.detach().view(kinds[parameter.element_size()]).sum() for _, parameter in parameters]
+
+
+def _part(name: str) -> str:
+    """What a parameter is of, in the words of messages."""
+    module = next((module for module, prefix in MODULES.items() if name.startswith(prefix)), name)
+    return f"LoRA adapters of the {module}" if ".adapters." in name else module
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _first(names: list[str]) -> str:

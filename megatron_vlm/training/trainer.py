@@ -214,7 +214,7 @@ class Trainer:
                 self.say("FP8: the checkpoint has no scales of this recipe; they begin anew")
         peaks = [schedule.lr for schedule in self.schedules]
         self.say(table(self.regime, peaks, config.optimizer.weight_decay))
-        self.gradient_check = GradientCheck(self.regime, layout, self.say)
+        self.gradient_check = GradientCheck(self.regime, layout, self.state, self.say)
         self.debugger: Debugger | None = None
         if config.training.debug:
             self.debugger = Debugger(self.regime, self.optimizer, self.processing, self.say)
@@ -248,6 +248,8 @@ class Trainer:
                 self._next_iteration()
             if self.evaluator is not None and self.state.evaluation_due and not self.stop.agreed:
                 self._evaluate(self.evaluator)
+            if self.finished:
+                self.gradient_check.judge()
             if self.config.checkpoint.save and (
                 self._every(self.config.checkpoint.save_interval) or self.stop.agreed
             ):

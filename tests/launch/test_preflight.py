@@ -163,6 +163,31 @@ def test_an_epoch_shorter_than_a_batch(workplace) -> None:
     assert "its train split of 9 samples is less than one iteration of --global-batch-size 128" in told
 
 
+def test_no_image_for_what_works_on_images(workplace) -> None:
+    """As far as scripts/data/prepare.py has counted them."""
+
+    def count(images: int, folder: Path) -> None:
+        write_json(folder / "report.json", {"splits": {"train": {"samples": 9, "images": images}}})
+
+    assert inspect("--stage", "1").problems == []
+    count(0, workplace / "data")
+    assert problem("--stage", "1") == (
+        "--data-path data: no training sample has an image, so that projector would get no gradient; "
+        "give data with images, or train the language model, too (--stage 2)"
+    )
+    assert "projector and vision would get" in problem("--train-modules", "projector|vision")
+    for more in (["--stage", "2"], ["--freeze-lm", "--lora-rank", "2"], ["--train-modules", "*norm*"]):
+        assert not [text for text in inspect(*more).problems if "image" in text]
+    count(3, workplace / "data")
+    assert inspect("--stage", "1").problems == []
+    count(0, workplace / "data")
+    write_dataset(workplace / "more")
+    (workplace / "mix.yaml").write_text("datasets:\n  a: {path: data}\n  b: {path: more}\n")
+    assert inspect("--stage", "1", "--data-path", "mix.yaml").problems == []
+    count(0, workplace / "more")
+    assert "mix.yaml: no training sample has an image" in problem("--stage", "1", "--data-path", "mix.yaml")
+
+
 def test_random_weights_need_no_checkpoint(workplace) -> None:
     config = RunConfig.from_flags(
         ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--train-iters", "9", "--init"]

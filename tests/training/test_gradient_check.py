@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_vlm import parallel
+from megatron_vlm.training.batch import Batch, GlobalBatch
+from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.gradient_check import GradientCheck
+from megatron_vlm.training.regimes import Regime
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import train
@@ -62,6 +68,11 @@ def step_that_touches_the_frozen() -> Iterator[None]:
 
     with mock.patch.object(Optimizer, "step", touching):
         yield
+
+
+@contextlib.contextmanager
+def no_fault() -> Iterator[None]:
+    yield
 
 
 def train_with(fault: str, argv: list[str]) -> tuple[str, str]:
@@ -116,3 +127,90 @@ def test_a_frozen_part_that_changes(pool: Pool, flags: list[str]) -> None:
     argv = [*flags, "--dist-optim", "--freeze-lm"]
     for error, _ in pool.run(2, train_with, "step_that_touches_the_frozen", argv):
         assert error.startswith("RuntimeError: the first step has changed frozen parameters: vision_model.")
+
+
+def text_only(one: Trainable, folder: Path, *more: str) -> list[str]:
+    return one.flags(folder, "run", "--data-path", str(one.text_only), "--save-optim", *more)
+
+
+def iterations(run: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+NO_IMAGE = "no sample has had an image"
+
+
+@pytest.mark.parametrize(
+    ("more", "parts", "updates", "saved"),
+    [
+        (("--pp", "2", "--train-iters", "12"), "projector", "12 updates", []),
+        (("--train-iters", "30", "--save-interval", "8"), "projector", "20 updates", [8, 16]),
+        (
+            ("--dist-optim", "--train-vision", "--train-iters", "2"),
+            "projector, vision tower",
+            "2 updates",
+            [],
+        ),
+    ],
+    ids=["the whole of a short run", "the first updates", "the tower too"],
+)
+def test_a_run_that_trains_nothing(
+    pool: Pool,
+    trainables: dict[str, Trainable],
+    tmp_path: Path,
+    more: tuple[str, ...],
+    parts: str,
+    updates: str,
+    saved: list[int],
+) -> None:
+    """Stage 1 on samples without images: no checkpoint of its end takes the place of another."""
+    flags = [*text_only(trainables["untied"], tmp_path, *more), "--stage", "1", "--global-batch-size", "4"]
+    answers = pool.run(2, train_with, "no_fault", [*flags, "--micro-batch-size", "2"])
+    for error, _ in answers:
+        assert error == (
+            f"ValueError: nothing of what is trained ({parts}) has had a gradient in {updates}: {NO_IMAGE}, "
+            "so the run was stopped"
+        )
+    assert iterations(tmp_path / "run")[-1] < 20
+    found = sorted(folder.name for folder in tmp_path.glob("run/checkpoints/iter_*"))
+    assert found == [f"iter_{iteration:07d}" for iteration in saved]
+
+
+def test_a_part_that_trains_nothing_is_named_once(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """By the updates of the run, not of each start; adapters are parts of their own."""
+    adapters = ("--lora-rank", "2", "--lora-targets", "all-linear")
+    flags = text_only(trainables["untied"], tmp_path, "--freeze-lm", *adapters)
+    said = []
+    for length in ("3", "22", "44"):
+        ((error, printed),) = pool.run(1, train_with, "no_fault", [*flags, "--train-iters", length])
+        assert error == "none"
+        said.append([line for line in printed.splitlines() if line.startswith("warning: no gradient")])
+    warning = f"warning: no gradient has reached the projector in 3 updates: {NO_IMAGE}"
+    assert said == [[warning], [], []]
+
+
+def judge(with_image: bool) -> str:
+    """The verdict on twenty updates without a trained token, or with one in the samples without an image."""
+    layout = parallel.initialize(1, 1, 0, "cpu")
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.main_grad = torch.zeros(2)  # type: ignore[attr-defined]
+    name = "vision_projection.encoder.linear_fc1.weight"
+    check = GradientCheck(Regime((), {name: [2]}, {name: 0}, [(name, weight)]), layout, RunState(), print)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    mask = torch.tensor([[False] * 3, [with_image] * 3])
+    positions = torch.zeros(2, 1, dtype=torch.int64) if with_image else None
+    batch = Batch(tokens, tokens, mask, tokens, image_positions=positions)
+    try:
+        for _ in range(20):
+            check.after_step(GlobalBatch([batch], 3), int(mask.sum()))
+    except ValueError as error:
+        return f"{check.updates}: {error}"
+    return "none"
+
+
+def test_why_nothing_was_trained(pool: Pool) -> None:
+    start = "20: nothing of what is trained (projector) has had a gradient in 20 updates: no sample "
+    assert pool.run(1, judge, False)[0].startswith(f"{start}has had a token that is trained; look at")
+    assert pool.run(1, judge, True)[0].startswith(f"{start}with an image has had a token that is trained;")

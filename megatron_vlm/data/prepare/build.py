@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config.dataset import PREPARED, ends_hash
+from megatron_vlm.config.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.config.units import size_text
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
@@ -368,7 +368,7 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
         for s in shards
     }
     write_json(os.path.join(meta, PREPARED), {"version": VERSION, "hash": HASH, "shards": listed}, indent=1)
-    write_json(os.path.join(dataset, "report.json"), report, indent=1)
+    write_json(os.path.join(dataset, REPORT), report, indent=1)
     write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="replace"))
     if os.path.isdir(options.save_dir):
         os.rename(options.save_dir, os.path.join(options.partial, f"replaced-{uuid.uuid4()}"))
