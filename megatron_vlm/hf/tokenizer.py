@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.hf.spm import fast_tokenizer
+from megatron_vlm.hf.spm import fast_tokenizer, is_llama
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -93,21 +93,24 @@ def _check_ids(tokenizer: Any, content: Any) -> None:
 def _from_sentencepiece(folder: Path, model: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer, named = fast_tokenizer(model)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    converted = fast_tokenizer(model, settings)
     with tempfile.TemporaryDirectory() as temporary:
         for name in _SETTINGS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(temporary) / name)
-        tokenizer.save(str(Path(temporary) / "tokenizer.json"))
-        path = Path(temporary) / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        converted.tokenizer.save(str(Path(temporary) / "tokenizer.json"))
         # What a Llama tokenizer does unless told otherwise; other classes are told.
-        llama = "Llama" in settings.pop("tokenizer_class", "Llama")
+        llama = is_llama(settings)
+        settings.pop("tokenizer_class", None)
         settings.pop("auto_map", None)
-        path.write_text(json.dumps({**named, **settings}), encoding="utf-8")
+        path = Path(temporary) / "tokenizer_config.json"
+        path.write_text(json.dumps({**converted.named, **settings}), encoding="utf-8")
         loaded = PreTrainedTokenizerFast.from_pretrained(temporary)
     loaded.add_bos_token = settings.get("add_bos_token", llama)
     loaded.add_eos_token = settings.get("add_eos_token", False)
+    converted.check(lambda text: list(loaded(text, add_special_tokens=False, verbose=False)["input_ids"]))
     return loaded
 
 

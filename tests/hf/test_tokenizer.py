@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_vlm.hf.build import build_llava
@@ -118,11 +121,13 @@ def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentenceP
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
         model_writer=model,
-        vocab_size=400,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=2,
-        **options,
+        **{
+            "vocab_size": 400,
+            "hard_vocab_limit": False,
+            "byte_fallback": True,
+            "minloglevel": 2,
+            **options,
+        },
     )
     for file in folder.glob("*token*"):
         file.unlink()
@@ -130,10 +135,14 @@ def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentenceP
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+LLAMA = dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+T5 = dict(model_type="unigram", byte_fallback=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),  # Llama
+        LLAMA,
         dict(model_type="unigram"),  # with NFKC and no double spaces, as Japanese models have it
         dict(
             model_type="unigram",
@@ -145,13 +154,15 @@ def sentencepiece_model(folder: Path, **options: Any) -> sentencepiece.SentenceP
     ],
 )
 def test_sentencepiece_alone(tmp_path: Path, tower: Path, options: dict[str, Any]) -> None:
-    """Token ids equal sentencepiece's own, which transformers' conversion misses for all but the first."""
+    """Token ids equal sentencepiece's own, but where a BPE model's are changed by transformers: it leaves a
+    normalizer out, and puts no space before text that begins with one."""
     text = make_text(tmp_path / "text", extra_rows=300)
     reference = sentencepiece_model(text, **options)
     (text / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     built = build_llava(tmp_path / "llava", str(text), str(tower))
     assert (built / "tokenizer.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(built)
+    transformers_own = AutoTokenizer.from_pretrained(text)
     for line in (
         "Which digit is this, 1234?",
         "これは猫です。ＡＢＣ①ﾊﾝｶｸ\u3000何が写っていますか",
@@ -159,7 +170,10 @@ def test_sentencepiece_alone(tmp_path: Path, tower: Path, options: dict[str, Any
         "a\nb\n\nc\td",
         "🙂 ﬁ ½ кот",
     ):
-        assert tokenizer(line).input_ids == [reference.bos_id(), *reference.encode(line)]
+        expected = reference.encode(line)
+        if options["model_type"] == "bpe":
+            expected = transformers_own(line, add_special_tokens=False).input_ids
+        assert tokenizer(line).input_ids == [reference.bos_id(), *expected]
         assert tokenizer.decode(reference.encode(line)) == reference.decode(reference.encode(line))
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -168,6 +182,98 @@ def test_sentencepiece_alone(tmp_path: Path, tower: Path, options: dict[str, Any
     assert ids.count(image) == 1 and ids[: ids.index(image)] == reference.encode("a")
     if "pad_id" in options:  # both were there already, so nothing is added
         assert len(tokenizer) == reference.vocab_size()
+
+
+def texts(*special: str) -> list[str]:
+    """Conversations, and a few hundred texts with special tokens beside whatever text may be beside them."""
+    user = "USER: <image>\nHi ASSISTANT: Hello!</s>USER: Count them. ASSISTANT: これは 5</s>"
+    found = [user, "<s>" + user, "<image>", "a<image> b", "</s>\n</s> x", " <image>\n"]
+    parts = [
+        *special,
+        *special,
+        "\n",
+        " ",
+        "   ",
+        "Which digit",
+        " is this? ",
+        "\t",
+        "猫が",
+        "ＡＢ①",
+        "🙂",
+        "x",
+    ]
+    choice = random.Random(0)
+    return found + ["".join(choice.choices(parts, k=choice.randint(1, 9))) for _ in range(300)]
+
+
+@pytest.mark.parametrize(
+    "options, settings",
+    [
+        (LLAMA, {"legacy": True}),
+        (LLAMA, {"legacy": False, "add_bos_token": True}),
+        (LLAMA, {}),
+        (LLAMA, {"add_prefix_space": False}),
+        (dict(model_type="bpe"), {"legacy": False}),  # its normalizer is not what differs
+        (dict(model_type="bpe", user_defined_symbols=["<image>", "<mask>"]), {"legacy": True}),
+        (dict(LLAMA, add_dummy_prefix=False), {"tokenizer_class": None}),
+        (T5, {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}),
+    ],
+    ids=["legacy", "not legacy", "absent", "no prefix", "nfkc", "symbols", "no class", "t5"],
+)
+def test_ids_equal_those_of_the_source_in_transformers(
+    tmp_path: Path, tower: Path, options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text, **options)
+    named = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    if options is T5:
+        (text / "tokenizer.model").rename(text / "spiece.model")
+    else:
+        named["bos_token"] = "<s>"
+    (text / "tokenizer_config.json").write_text(json.dumps({**named, **settings}))
+    tokenizer = AutoTokenizer.from_pretrained(build_llava(tmp_path / "llava", str(text), str(tower)))
+    reference = AutoTokenizer.from_pretrained(text)
+    reference.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for line in texts("</s>", "<image>", *(["<s>"] if options is not T5 else [])):
+        expected = reference(line, add_special_tokens=False).input_ids
+        assert tokenizer(line, add_special_tokens=False).input_ids == expected, line
+    if settings.get("add_bos_token"):
+        assert tokenizer("x").input_ids == reference("x").input_ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_unigram_around_special_tokens(tmp_path: Path, tower: Path, legacy: bool) -> None:
+    """As the Llama tokenizer of transformers 4 has it, which asks sentencepiece itself."""
+    text = make_text(tmp_path / "text", extra_rows=300)
+    sentencepiece_model(text, model_type="unigram")
+    (text / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy})
+    )
+    proto = ModelProto()
+    proto.ParseFromString((text / "tokenizer.model").read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = legacy
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    unknown = len(reference.encode("<unk>"))
+
+    def expected(line: str) -> list[int]:
+        ids: list[int] = []
+        line = line if legacy else " " + line
+        for part in re.split("(</s>|<image>)", line):
+            if part in ("</s>", "<image>"):
+                ids.append(tokenizer.convert_tokens_to_ids(part))
+            elif legacy or not part.startswith(" "):
+                ids += reference.encode(part)
+            else:
+                ids += reference.encode("<unk>" + part)[unknown:]
+        return ids
+
+    tokenizer = AutoTokenizer.from_pretrained(build_llava(tmp_path / "llava", str(text), str(tower)))
+    for line in (
+        "Which digit<image> is this?</s>What is</s>   two  spaces <image>猫が ＡＢ①</s>",
+        "これは<image>画像です。</s> 何が",
+        "a\nb </s> <image>",
+    ):
+        assert tokenizer(line, add_special_tokens=False).input_ids == expected(line), line
 
 
 def test_a_sentencepiece_model_that_cannot_be_converted(tmp_path: Path, tower: Path) -> None:
