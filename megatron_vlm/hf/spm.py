@@ -146,7 +146,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _normalised(reference: Any, texts: list[str]) -> list[str]:
-    """Texts as sentencepiece sees them, without spaces around them: to cut these is the model's part alone."""
+    """Texts as sentencepiece sees them, without spaces around them."""
     return [reference.normalize(text).replace(_SPACE, " ").strip(" ") for text in texts]
 
 
