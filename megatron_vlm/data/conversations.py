@@ -11,6 +11,14 @@ from megatron_vlm.data.templates import IMAGE_MARKER, SampleError, Turn
 ROLES = ("system", "user", "assistant")
 
 
+class UntrainableError(SampleError):
+    """A conversation that nothing can be trained on. ``reason`` is what a report counts it under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def read_conversation(
     sample: Mapping[str, Any], parts: Mapping[str, bytes]
 ) -> tuple[list[Turn], list[bytes]]:
@@ -74,6 +82,8 @@ def checked_text(value: Any, what: str) -> str:
 def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
     """The turns that a model is trained on, by LLaVA's rules where it has any.
 
+    prepare.py and the loader both ask here: what the one keeps, the other trains on.
+
     What the assistant says before the user's first turn is left out, for nothing asks for it. Turns after
     the last answer stay, and carry no loss.
 
@@ -81,19 +91,22 @@ def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
         at most one system turn, then turns of which the first is the user's.
 
     Raises:
-        SampleError: a system turn stands behind others, an image belongs to another turn than the user's, or
-            there is no answer to train.
+        UntrainableError: a system turn stands behind others, an image belongs to another turn than the
+            user's, or there is no answer to train.
     """
     system = list(turns[:1]) if turns and turns[0].role == "system" else []
     rest = list(turns[len(system) :])
     if any(turn.role == "system" for turn in rest):
-        raise SampleError("a system turn stands behind other turns")
+        raise UntrainableError("system turn not first", "a system turn stands behind other turns")
     while rest and rest[0].role == "assistant":
         rest.pop(0)
     if any(turn.role != "user" and IMAGE_MARKER in turn.text for turn in turns):
-        raise SampleError(f"{IMAGE_MARKER} stands in a turn that isn't the user's, where no image can go")
+        raise UntrainableError(
+            "marker outside a question",
+            f"{IMAGE_MARKER} stands in a turn that isn't the user's, where no image can go",
+        )
     if not any(turn.role == "assistant" and turn.loss for turn in rest):
-        raise SampleError("none of its turns is an answer to train")
+        raise UntrainableError("no answer", "none of its turns is an answer to train")
     return system + rest
 
 

@@ -86,9 +86,9 @@ def test_the_report_says_what_became_of_every_record(llava_json: Path, prepared:
         "corrupt image": 2,
         "duplicate id": 1,
         "empty answer": 1,
-        "leading assistant turn": 1,
         "markers and images differ": 1,
         "missing image": 1,
+        "no answer": 1,
         "no conversation": 1,
         "remote image": 1,
     }

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from megatron_vlm.data.conversations import read_conversation, trainable_turns
 from megatron_vlm.data.prepare.records import Rejected, TarPart, to_conversation
+from megatron_vlm.data.templates import SampleError
 
 PNG = b"\x89PNG not a real one"
 URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -269,7 +271,8 @@ def turns(*texts: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "record, reason",
     [
-        ({"conversations": turns("a", "b")[::-1]}, "leading assistant turn"),
+        ({"conversations": turns("a", "b")[::-1]}, "no answer"),
+        ({"conversations": turns("a", "b")[1:]}, "no answer"),
         ({"conversations": turns("a", " \n")}, "empty answer"),
         ({"conversations": turns(" ", "b")}, "empty question"),
         ({"conversations": turns("a")}, "no answer"),
@@ -310,6 +313,40 @@ def test_what_can_be_no_sample(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(Rejected) as error:
         to_conversation(record)
     assert error.value.reason == reason
+
+
+TALKS = [
+    ("assistant", "user", "assistant"),
+    ("assistant", "assistant", "user", "assistant", "user"),
+    ("system", "assistant", "user", "assistant"),
+    ("system", "user", "assistant", "assistant"),
+    ("user", "user", "assistant"),
+    ("user", "system", "assistant"),
+    ("system", "system", "user", "assistant"),
+    ("assistant", "user"),
+    ("assistant",),
+    ("user", "assistant", "user"),
+]
+
+
+@pytest.mark.parametrize("roles", TALKS, ids=" ".join)
+@pytest.mark.parametrize("marked", [None, 0, 1, 2])
+def test_what_is_kept_is_what_the_loader_trains_on(roles: tuple[str, ...], marked: int | None) -> None:
+    """The same conversation through prepare.py, and as it stands in tars that people wrote themselves."""
+    texts = [f"{role} {number}" + " <image>" * (number == marked) for number, role in enumerate(roles)]
+    said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    images = ["0.jpg"] * any("<image>" in text for text in texts)
+    read, _ = read_conversation({"messages": said, "images": images}, {"0.jpg": b""})
+    try:
+        trained = trainable_turns(read)
+    except SampleError:
+        with pytest.raises(Rejected):
+            to_conversation({"messages": said, "images": images})
+        return
+    found = to_conversation({"messages": said, "images": images})
+    assert [(item["role"], item["content"]) for item in found.messages] == [(t.role, t.text) for t in trained]
+    left_out = "what the assistant says before the first question left out"
+    assert (left_out in found.notes) == (len(trained) < len(read))
 
 
 def test_a_shape_that_is_asked_for_is_the_only_one() -> None:

@@ -38,7 +38,7 @@ from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
 from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measure
 
-VERSION = 1  # of what is written; a folder begun by another version is not gone on with
+VERSION = 2  # of what is written; a folder begun by another version is not gone on with
 MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for
 _SPARE = 1.05  # of the space that is needed: index, block sizes
 
@@ -220,7 +220,8 @@ def _check_settings(options: Options, units: Sequence[Unit]) -> None:
     if begun is not None and begun != settings:
         if not options.force and _any_shard(options):
             names = [name for name in settings if settings[name] != begun.get(name)]
-            what = "changed input files" if names == ["files"] else "another --" + names[0].replace("_", "-")
+            named = {"files": "changed input files", "version": "another version of prepare.py"}
+            what = named.get(names[0]) or "another --" + names[0].replace("_", "-")
             raise ValueError(
                 f"{options.partial}: begun with {what}; give the same again, or --force to begin anew"
             )

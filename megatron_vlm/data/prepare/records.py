@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.data.templates import IMAGE_MARKER
+from megatron_vlm.data.conversations import UntrainableError, trainable_turns
+from megatron_vlm.data.templates import IMAGE_MARKER, Turn
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -133,7 +134,7 @@ def to_conversation(
     placed = _place_frames(messages, [image for image in all_images if image is not None], videos)
     if record.get("video") and any(VIDEO_MARKER in m["content"] for m in messages if m["role"] == "user"):
         raise Rejected("video without frames", f"give them as {VIDEO_KEY}: {record['video']}"[:200])
-    notes = _check_turns(messages) + _place_images(messages, len(placed))
+    notes = _keep_trainable(messages) + _place_images(messages, len(placed))
     notes += _check_text(messages)
     left = {key: value for key, value in record.items() if key not in used and key != image_key}
     extra = {key: value for key, value in left.items() if value is not None and _is_json(value)}
@@ -306,18 +307,23 @@ def _base64(text: str) -> bytes:
         raise Rejected("corrupt image", "its base64 is damaged") from None
 
 
-def _check_turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    talk = [message["role"] for message in messages if message["role"] != "system"]
-    if not talk:
+def _keep_trainable(messages: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Take out what the loader would not train on, by its own rule."""
+    if all(message["role"] == "system" for message in messages):
         raise Rejected("no conversation", "it has no turns")
-    if any(message["role"] == "system" for message in messages[1:]):
-        raise Rejected("system turn not first")
-    if talk[0] == "assistant":
-        raise Rejected("leading assistant turn")
-    if not any(m["role"] == "assistant" and m.get("loss", True) for m in messages):
-        raise Rejected("no answer", "there is none, or none with a loss")
-    in_a_row = any(first == second for first, second in itertools.pairwise(talk))
-    notes = ("two turns of one role in a row",) if in_a_row else ()
+    turns = [Turn(item["role"], item["content"], item.get("loss", True)) for item in messages]
+    try:
+        left_out = len(turns) - len(trainable_turns(turns))
+    except UntrainableError as error:
+        raise Rejected(error.reason, str(error)) from None
+    first = int(turns[0].role == "system")
+    del messages[first : first + left_out]
+    talk = [message["role"] for message in messages[first:]]
+    notes: tuple[str, ...] = ()
+    if left_out:
+        notes = ("what the assistant says before the first question left out",)
+    if any(before == after for before, after in itertools.pairwise(talk)):
+        notes += ("two turns of one role in a row",)
     return (*notes, "ends with the user") if talk[-1] == "user" else notes
 
 
@@ -359,8 +365,6 @@ def _place_frames(
 
 def _place_images(messages: list[dict[str, Any]], num_images: int) -> tuple[str, ...]:
     """Put markers before the first question where there are none."""
-    if any(IMAGE_MARKER in message["content"] for message in messages if message["role"] != "user"):
-        raise Rejected("marker outside a question", f"{IMAGE_MARKER} stands where no image can go")
     markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
     notes: tuple[str, ...] = ()
     if num_images and not markers:
