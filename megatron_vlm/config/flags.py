@@ -12,9 +12,18 @@ import difflib
 import math
 import re
 import typing
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from megatron_vlm.config import other_trainers
 
 REQUIRED: Any = dataclasses.MISSING  # no fixed default: worked out from other values
+_FLAG = re.compile(r"--[A-Za-z][\w-]*")
+_VALUE = re.compile(r"(?!-)|-\.?\d")  # how a word begins that belongs to the flag before it
+_BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+_NEAR = 0.75  # of difflib's ratio: a letter or two that are wrong, and no other word
 
 
 def flag(
@@ -69,9 +78,21 @@ def negative_flag_name(name: str) -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reads flags into ``{field name: value}``; every problem is a one-line ``ValueError``."""
+    """Reads flags into ``{field name: value}``; every problem is a one-line ``ValueError``.
 
-    def __init__(self, sections: Mapping[str, type], groups: Iterable[str], **kwargs: Any) -> None:
+    Args:
+        sections: dataclasses whose fields are flags.
+        groups: headings of ``--help``.
+        from_others: the flags are those of training: what other trainers call them is answered with them.
+    """
+
+    def __init__(
+        self,
+        sections: Mapping[str, type],
+        groups: Iterable[str],
+        from_others: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -80,6 +101,7 @@ class FlagParser(argparse.ArgumentParser):
             ),
             **kwargs,
         )
+        self._from_others = from_others
         self._fields: Dict[str, dataclasses.Field[Any]] = {}
         self._types: Dict[str, Any] = {}
         self._sections: Dict[str, str] = {}
@@ -98,17 +120,23 @@ class FlagParser(argparse.ArgumentParser):
             message += f"; one that begins with - is written {missing[1]}=-..."
         raise ValueError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ``ArgumentParser``'s; a flag may also be spelled with underscores."""
+        return super().parse_known_args([self._spelled(word) for word in args], namespace)
+
     def read(self, argv: Sequence[str]) -> Dict[str, Any]:
         """The values that ``argv`` gives, without defaults.
 
         Raises:
             ValueError: a flag is unknown, not available yet, or its value is not of its type.
         """
+        self._check_words(argv)
         namespace, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = unknown[0].split("=")[0]
             if not name.startswith("-"):
-                raise ValueError(f"unexpected argument {name!r}; values belong to a flag")
+                where = "give it behind --config" if name.endswith(".json") else "values belong to a flag"
+                raise ValueError(f"unexpected argument {name!r}; {where}")
             raise ValueError(f"unknown flag {name}{self._nearest(name, self._option_string_actions)}")
         given = vars(namespace)
         for name, value in given.items():
@@ -129,6 +157,9 @@ class FlagParser(argparse.ArgumentParser):
         """
         if not isinstance(values, dict):
             raise ValueError(f"{where}: expected a JSON object of flags")
+        others = [said for key, value in values.items() for said in self._keys_of_others(key, value)]
+        if others:
+            raise ValueError(f"{where}: {other_trainers.more(others)}")
         argv: List[str] = []
         for key, value in values.items():
             if key in set(self._sections.values()):
@@ -177,6 +208,49 @@ class FlagParser(argparse.ArgumentParser):
             if value is not None and value != self._fields[name].default:
                 argv += self._argv(name, value)
         return argv
+
+    def _spelled(self, word: str) -> str:
+        """A flag as it is declared, where ``word`` is one with underscores; else as it is."""
+        name, tie, value = word.partition("=")
+        own = name.replace("_", "-")
+        return own + tie + value if name.startswith("--") and own in self._option_string_actions else word
+
+    def _check_words(self, argv: Sequence[str]) -> None:
+        """Refuse what other trainers' command lines hold: their arguments, and switches with values."""
+        said: List[str] = []
+        for i, word in enumerate(argv):
+            typed, tie, value = word.partition("=")
+            if not _FLAG.fullmatch(typed):
+                continue
+            given: Optional[str] = value
+            if not tie:
+                given = argv[i + 1] if i + 1 < len(argv) and _VALUE.match(argv[i + 1]) else None
+            action = self._option_string_actions.get(self._spelled(typed))
+            if action is None:
+                said += filter(None, [self._of_others(typed, given)])
+            elif given is not None and action.nargs == 0 and action.dest in self._fields:
+                other = None if given.lower() in _BOOLEANS else self._of_others(typed, given)
+                said.append(other or self._without_value(typed, action, given))
+            elif given is not None:
+                said += filter(None, [self._of_others(typed, given, own=True)])
+        if said:
+            raise ValueError(other_trainers.more(said))
+
+    def _of_others(self, typed: str, value: Any, own: bool = False) -> Optional[str]:
+        return other_trainers.answer(typed, value, own) if self._from_others else None
+
+    def _without_value(self, typed: str, action: Any, value: str) -> str:
+        """What is said to ``--packing True``."""
+        on, choices = _BOOLEANS.get(value.lower(), True), self._fields[action.dest].metadata["choices"]
+        if on:
+            instead = f"give {self._spelled(typed)} alone"
+        elif choices:
+            others = " or ".join(flag_name(choice) for choice in choices if choice != action.const)
+            instead = f"leave it out, or give {others}"
+        else:
+            name = flag_name(action.dest)
+            instead = f"give {negative_flag_name(action.dest) if action.const else name}"
+        return f"{typed} {value}: a switch takes no value; {instead}"
 
     def _add(self, field: dataclasses.Field[Any], kind: Any) -> None:
         about = field.metadata
@@ -238,6 +312,19 @@ class FlagParser(argparse.ArgumentParser):
         # A value that looks like a flag has to be tied to its own.
         return [f"{flag_name(name)}={text}"] if text.startswith("-") else [flag_name(name), text]
 
+    def _keys_of_others(self, key: str, value: Any) -> Iterator[str]:
+        """What is said to a key, or to those inside it where it is a section."""
+        if key in self._sections.values() and isinstance(value, dict):
+            for name, inner in value.items():
+                if name.replace("-", "_") not in self._fields:
+                    yield from (f"{key}.{said}" for said in self._keys_of_others(name, inner))
+        elif key in self._sections.values() and not isinstance(value, str):
+            return
+        elif self._spelled(flag_name(key)) not in self._option_string_actions and key not in self._fields:
+            said = self._of_others(key, value)
+            if said is not None:
+                yield said
+
     def _json_argv(self, key: str, value: Any, where: str) -> List[str]:
         name = key.replace("-", "_")
         if value is None and name in self._fields:
@@ -273,7 +360,7 @@ class FlagParser(argparse.ArgumentParser):
 
     @staticmethod
     def _nearest(name: str, names: Iterable[str]) -> str:
-        near = difflib.get_close_matches(name, list(names), n=1)
+        near = difflib.get_close_matches(name, list(names), n=1, cutoff=_NEAR)
         return f"; did you mean {near[0]}?" if near else "; see --help"
 
 

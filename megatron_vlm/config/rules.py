@@ -74,9 +74,11 @@ def _data(config: RunConfig) -> None:
 
 def _packing(config: RunConfig) -> None:
     if config.data.packing and config.training.train_iters is None:
+        given = "" if config.training.epochs is None else " in place of --epochs"
         raise ValueError(
-            "--packing needs --train-iters: how many sequences the samples make is only known once they are "
-            "packed; a pass over them takes about samples x mean length / --seq-length / --global-batch-size"
+            f"--packing needs --train-iters{given}: how many sequences the samples make is only known once "
+            "they are packed; a pass over them takes about samples x mean length / --seq-length / "
+            "--global-batch-size"
         )
 
 

@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.checks import nearest_multiples
@@ -69,8 +70,9 @@ DETERMINISTIC_ENVIRONMENT: Dict[str, str] = {
 _WARMUP_FRACTION = 0.03
 # Several ways to say one thing: a flag for one replaces the file's values for the others.
 _ALTERNATIVES: Dict[str, Tuple[str, ...]] = {
-    "train_iters": ("train_samples",),
-    "train_samples": ("train_iters",),
+    "train_iters": ("train_samples", "epochs"),
+    "train_samples": ("train_iters", "epochs"),
+    "epochs": ("train_iters", "train_samples"),
     "lr_warmup_iters": ("lr_warmup_fraction",),
     "lr_warmup_fraction": ("lr_warmup_iters",),
     "train_modules": ("freeze_lm", "train_vision"),
@@ -319,16 +321,43 @@ class RunConfig:
             raise ValueError("neither --train-iters nor --train-samples is given; say how long to train")
         return iterations
 
-    def for_one_epoch(self, num_samples: int) -> RunConfig:
-        """The same run, one pass over a training split of ``num_samples`` long if no flag says how long.
+    def iterations_over(self, num_samples: Optional[int]) -> Optional[int]:
+        """Iterations of the whole run; None where they depend on a number of samples that isn't known.
+
+        Args:
+            num_samples: of one pass over the training split.
+        """
+        if self.training.iterations is not None or num_samples is None:
+            return self.training.iterations
+        return self._samples_over(num_samples) // self.training.global_batch_size
+
+    def with_length(self, num_samples: int) -> RunConfig:
+        """The same run, its length in samples where the flags give it in passes, or not at all: one pass.
+
+        Args:
+            num_samples: of one pass over the training split.
 
         Raises:
-            ValueError: the split is smaller than a global batch.
+            ValueError: that is less than a global batch.
         """
         if self.training.iterations is not None:
             return self
-        training = dataclasses.replace(self.training, train_samples=num_samples)
+        epochs, batch, samples = (
+            self.training.epochs,
+            self.training.global_batch_size,
+            self._samples_over(num_samples),
+        )
+        if epochs is not None and samples < batch:
+            raise ValueError(
+                f"--epochs {epochs:g} of {num_samples} samples is less than one iteration of "
+                f"--global-batch-size {batch}; raise the former or lower the latter"
+            )
+        training = dataclasses.replace(self.training, train_samples=samples, epochs=None)
         return dataclasses.replace(self, training=training)
+
+    def _samples_over(self, num_samples: int) -> int:
+        # Of the decimal that was typed: as a float, 0.29 of 100 would be 28.999.
+        return int(num_samples * Fraction(str(self.training.epochs or 1)))
 
     @property
     def trained(self) -> Tuple[TrainEntry, ...]:
@@ -414,6 +443,7 @@ def _parser() -> FlagParser:
     parser = FlagParser(
         SECTIONS,
         GROUPS,
+        from_others=True,
         usage="%(prog)s [--config FILE.json] [flags]",
         description="Train a LLaVA-type vision-language model with megatron-core.",
         epilog=_EPILOG,

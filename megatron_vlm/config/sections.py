@@ -221,6 +221,12 @@ class TrainingSection:
     train_samples: Optional[int] = flag(
         TRAINING, None, "samples to train on, in place of --train-iters; rounded down to whole iterations"
     )
+    epochs: Optional[float] = flag(
+        TRAINING,
+        None,
+        "passes over the training split, in place of --train-iters, such as 3 or 0.5; rounded down to whole "
+        "iterations",
+    )
     seed: int = flag(TRAINING, 1234, "seed of weights, dropout and data order")
     precision: Optional[str] = flag(
         TRAINING,
@@ -271,7 +277,7 @@ class TrainingSection:
     )
 
     def __post_init__(self) -> None:
-        positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples")
+        positive(self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "epochs")
         positive(self, "eval_interval", "early_stopping_patience")
         not_negative(self, "seed", "eval_iters", "early_stopping_min_delta")
         if self.seed >= 1 << 31:
@@ -280,8 +286,12 @@ class TrainingSection:
         needs(self, "early_stopping_patience", "eval_interval")
         needs(self, "early_stopping_min_delta", "early_stopping_patience")
         _ = self.skipped_ranges
-        if self.train_iters is not None and self.train_samples is not None:
-            raise ValueError("--train-iters and --train-samples both say how long to train; give one")
+        lengths = [
+            name for name in ("train_iters", "train_samples", "epochs") if getattr(self, name) is not None
+        ]
+        if len(lengths) > 1:
+            first, second = map(flag_name, lengths[:2])
+            raise ValueError(f"{first} and {second} both say how long to train; give one")
         if self.global_batch_size % self.micro_batch_size:
             micro, batch = self.micro_batch_size, self.global_batch_size
             raise ValueError(
@@ -296,7 +306,7 @@ class TrainingSection:
 
     @property
     def iterations(self) -> Optional[int]:
-        """Iterations of the whole run; None when neither flag says how long it is."""
+        """Iterations of the whole run; None where that depends on the number of samples."""
         if self.train_samples is not None:
             return self.train_samples // self.global_batch_size
         return self.train_iters

@@ -205,7 +205,7 @@ def _without_container_flags(argv: Sequence[str]) -> List[str]:
     kept: List[str] = []
     values_follow = False
     for arg in argv:
-        if arg.split("=")[0] in ("--sif-path", "--bind"):
+        if arg.split("=")[0].replace("_", "-") in ("--sif-path", "--bind"):
             values_follow = "=" not in arg
         elif values_follow and not arg.startswith("-"):
             continue

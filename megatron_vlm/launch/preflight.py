@@ -205,8 +205,11 @@ def _dataset(found: Inspection) -> None:
     found.train_samples = one_pass(path)
     if is_mixture(path):
         found.mixture = MixtureConfig.load(path).lines()
-    batch, whole_pass = found.config.training.global_batch_size, found.config.training.iterations is None
-    if whole_pass and found.train_samples is not None and found.train_samples < batch:
+    batch, iterations = (
+        found.config.training.global_batch_size,
+        found.config.iterations_over(found.train_samples),
+    )
+    if found.train_samples is not None and iterations == 0 and found.config.training.epochs is None:
         found.errors.append(
             f"--data-path {path}: its train split of {found.train_samples} samples is less than one "
             f"iteration of --global-batch-size {batch}; lower that, or give --train-iters"
@@ -214,6 +217,8 @@ def _dataset(found: Inspection) -> None:
     found.errors += image_problems(path, found.config.trained)
     if found.config.training.eval_interval is not None:
         found.errors += held_out_problems(path)
+    if found.train_samples is not None and found.config.training.epochs is not None:
+        found.config.with_length(found.train_samples)
 
 
 def _checkpoint(found: Inspection) -> None:
@@ -348,9 +353,7 @@ def _disk(found: Inspection) -> None:
     config, model, where = found.config, found.model, found.config.checkpoint
     if model is None or found.contradictions or not where.save_dir or not where.save:
         return
-    iterations = config.training.iterations
-    if iterations is None and found.train_samples is not None:
-        iterations = found.train_samples // config.training.global_batch_size
+    iterations = config.iterations_over(found.train_samples)
     done = int(read_manifest(found.layers[-1])["iteration"]) if found.resumes else 0
     saves = storage.number_of_saves(iterations, where.save_interval, done)
     size = storage.checkpoint_bytes(config, model, where.save_optim)

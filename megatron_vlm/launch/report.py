@@ -141,11 +141,11 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
         )
     ]
     lines += [_line("" if number else "mixture", text) for number, text in enumerate(facts.mixture)]
-    samples, iterations = facts.train_samples, config.training.iterations
-    if iterations is None and samples is None:
-        return [*lines, _line("length", "one pass over the training split")]
+    samples, epochs = facts.train_samples, config.training.epochs
+    iterations = config.iterations_over(samples)
     if iterations is None:
-        iterations = (samples or 0) // batch
+        passes = "one pass" if epochs is None else f"{epochs:g} passes"
+        return [*lines, _line("length", f"{passes} over the training split")]
     text = f"{_count(iterations, 'iteration')}, {_count(iterations * batch, 'sample')}"
     if samples:
         text += f", {iterations * batch / samples:,.2f} epochs of {samples:,}"

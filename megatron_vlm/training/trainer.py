@@ -303,7 +303,7 @@ class Trainer:
         if done >= total:
             return (
                 f"{done} iterations are done and the run has {total}: nothing left to do; give a larger "
-                "--train-iters to go on"
+                "--train-iters, or --epochs, to go on"
             )
         return (
             f"stopped early at iteration {done}, after {state.evaluations_without_improvement} evaluations "
@@ -461,7 +461,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     """
     path = str(config.data.data_path)  # a look at each shard, which is much for all ranks at once
     samples = parallel.on_first_rank(lambda: Mixture.open(path, "train").num_samples)
-    config = config.for_one_epoch(samples)
+    config = config.with_length(samples)
     workers = config.data.data_workers
     if start.with_position and workers is None and config.launch.num_workers is None:
         # The order of the data depends on it, so a run that goes on at another layout keeps it.

@@ -113,7 +113,11 @@ def start_step(nodes: int, config: RunConfig, argv: List[str]) -> int:
         plan = plan_job(dataclasses.replace(config, launch=launch), os.environ)
         if not show(plan, preflight.inspect(plan)):
             return 2
-    run = [sys.executable, os.path.abspath(__file__), *(arg for arg in argv if arg != "--dry-run")]
+    run = [
+        sys.executable,
+        os.path.abspath(__file__),
+        *(arg for arg in argv if arg.replace("_", "-") != "--dry-run"),
+    ]
     command = slurm.step_command(nodes, os.environ, run)
     print(shlex.join(command), flush=True)
     if config.launch.dry_run:

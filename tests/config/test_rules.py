@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -70,10 +72,53 @@ def test_the_length_defaults_to_one_epoch() -> None:
     at = BASE.index("--train-iters")
     config = RunConfig.from_flags([*BASE[:at], *BASE[at + 2 :], "--global-batch-size", "128"])
     config.validate(1)
-    assert config.for_one_epoch(1300).train_iterations == 10
+    assert config.with_length(1300).train_iterations == 10
     with pytest.raises(ValueError, match="--train-samples 100 is less than one iteration"):
-        config.for_one_epoch(100)
-    assert RunConfig.from_flags(BASE).for_one_epoch(1300).train_iterations == 10
+        config.with_length(100)
+    assert RunConfig.from_flags(BASE).with_length(1300).train_iterations == 10
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "expected"),
+    [
+        ("1", 1300, 1300),
+        ("3", 1300, 3900),
+        ("0.5", 1300, 650),
+        ("0.29", 100, 29),
+        ("1.1", 30, 33),
+        ("2", 7, 14),
+    ],
+)
+def test_epochs_are_passes_over_the_samples(epochs: str, samples: int, expected: int) -> None:
+    """To the sample, also where the product of floats would be a little less."""
+    flags = ["--epochs", epochs, "--global-batch-size", "4"]
+    config = RunConfig.from_flags([*BASE[:-2], *flags])
+    config.validate(1)
+    assert config.iterations_over(None) is None and config.iterations_over(samples) == expected // 4
+    told = config.with_length(samples)
+    assert (told.training.train_samples, told.training.epochs) == (expected, None)
+    assert told.train_iterations == told.decay_iterations == expected // 4
+    # What a run has saved is taken again, and another number of epochs in its place.
+    assert RunConfig.from_flags(told.to_flags()) == told
+
+
+def test_epochs_that_are_less_than_an_iteration() -> None:
+    config = RunConfig.from_flags([*BASE[:-2], "--epochs", "0.1"])
+    with pytest.raises(
+        ValueError, match=r"^--epochs 0.1 of 1000 samples is less than one iteration of --glob"
+    ):
+        config.with_length(1000)
+
+
+def test_epochs_take_the_place_of_a_files_length(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for other in ("train-iters", "train-samples"):
+        path.write_text(json.dumps({other: 1000}))
+        config = RunConfig.from_flags(["--config", str(path), "--epochs", "2"])
+        assert (config.training.epochs, config.training.iterations) == (2, None)
+        path.write_text(json.dumps({"epochs": 2}))
+        config = RunConfig.from_flags(["--config", str(path), f"--{other}", "1000"])
+        assert config.training.epochs is None
 
 
 def test_default_loader_workers_do_not_depend_on_dp_where_that_is_possible() -> None:
@@ -144,7 +189,9 @@ def test_packing_needs_to_know_how_long() -> None:
     flags = ["--packing", "--data-path", "d", "--megatron-load-dir", "e", "--save-dir", "s", "--name", "n"]
     for config in (
         RunConfig.from_flags([*flags, "--train-samples", "1000"]),
-        RunConfig.from_flags(flags).for_one_epoch(1000),
+        RunConfig.from_flags(flags).with_length(1000),
+        RunConfig.from_flags([*flags, "--epochs", "2"]),
+        RunConfig.from_flags([*flags, "--epochs", "2"]).with_length(1000),
     ):
         with pytest.raises(ValueError, match="--packing needs --train-iters"):
             config.validate(1)

@@ -118,7 +118,11 @@ def test_names_are_unique_and_no_section_is_named_like_a_flag() -> None:
 def test_every_field_survives_flags_json_and_dict(section, field, kind, tmp_path) -> None:
     value = other_value(section, field, kind)
     companions = COMPANIONS.get(field.name, [])
-    base = [arg for arg in BASE if field.name != "train_samples" or arg not in ("--train-iters", "10")]
+    base = [
+        arg
+        for arg in BASE
+        if field.name not in ("train_samples", "epochs") or arg not in ("--train-iters", "10")
+    ]
     start = RunConfig.from_flags(base + companions)
     changed = dataclasses.replace(getattr(start, section), **{field.name: value})
     config = dataclasses.replace(start, **{section: changed})
@@ -234,6 +238,10 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
             ["--lr-warmup-iters", "--lr-warmup-fraction"],
         ),
         (["--train-iters", "1", "--train-samples", "1000"], ["--train-iters", "--train-samples"]),
+        (["--train-iters", "1", "--epochs", "2"], ["--train-iters and --epochs both say how long to train"]),
+        (["--train-samples", "999", "--epochs", "2"], ["--train-samples and --epochs both say"]),
+        (["--epochs", "0"], ["--epochs 0", "above 0"]),
+        (["--epochs", "inf"], ["--epochs", "inf"]),
         (["--train-samples", "100"], ["--train-samples 100", "--global-batch-size 128"]),
         (["--micro-batch-size", "3", "--global-batch-size", "10"], ["--global-batch-size 9 or 12"]),
         (["--gpu-ids", "0,1", "-g", "1"], ["--gpu-ids", "--gpus 2"]),

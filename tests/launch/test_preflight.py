@@ -161,6 +161,11 @@ def test_an_epoch_shorter_than_a_batch(workplace) -> None:
     plan = make_plan(RunConfig.from_flags(base), {"CUDA_VISIBLE_DEVICES": ""}, [])
     (told,) = preflight.inspect(plan).problems
     assert "its train split of 9 samples is less than one iteration of --global-batch-size 128" in told
+    plan = make_plan(RunConfig.from_flags([*base, "--epochs", "14"]), {"CUDA_VISIBLE_DEVICES": ""}, [])
+    (told,) = preflight.inspect(plan).problems
+    assert told.startswith("--epochs 14 of 9 samples is less than one iteration of --global-batch-size 128")
+    plan = make_plan(RunConfig.from_flags([*base, "--epochs", "15"]), {"CUDA_VISIBLE_DEVICES": ""}, [])
+    assert preflight.inspect(plan).problems == []
 
 
 def test_no_image_for_what_works_on_images(workplace) -> None:

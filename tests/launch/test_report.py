@@ -63,6 +63,12 @@ def test_four_ranks() -> None:
     ]
 
 
+def test_the_length_in_epochs() -> None:
+    argv = ["-g", "2", "--global-batch-size", "6", "--epochs", "2.5"]
+    assert "length   6 iterations, 36 samples, 2.40 epochs of 15\n" in shown(*argv, samples=15)
+    assert "length   2.5 passes over the training split\n" in shown(*argv)
+
+
 def test_512_ranks_take_a_screen_too() -> None:
     argv = ["-g", "8", "--node", "64", "-r", "0", "-m", "h", "--tp", "8", "--pp", "16", "--device", "cuda"]
     text = shown(*argv, "--seq-length", "2048", "--train-iters", "1000")

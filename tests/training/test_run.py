@@ -196,6 +196,24 @@ def test_one_epoch_is_the_default(pool: Pool, trainables: dict[str, Trainable], 
     assert len(metrics(tmp_path / "run")) == 120 // 4
 
 
+def test_epochs_and_going_on_with_more_of_them(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Passes over the 120 samples of the training split; the schedule is as long as the run."""
+    flags = trainables["untied"].flags(tmp_path, "run", "--save-optim", "--freeze-lm", "--min-lr", "1e-4")
+    for epochs, samples in (("0.05", 6), ("0.15", 18)):
+        pool.run(1, train, [*flags, "--epochs", epochs])
+        run = RunConfig.load(str(tmp_path / "run" / "config.json"))
+        assert (run.training.train_samples, run.training.iterations) == (samples, samples // 4)
+        rows = metrics(tmp_path / "run")
+        assert [row["iteration"] for row in rows] == [*range(1, samples // 4 + 1)]
+        assert rows[-1]["consumed_samples"] == samples // 4 * 4
+        # Megatron-LM's cosine over all of the run, which begins at the peak.
+        done, peak, low = rows[-1]["iteration"] - 1, 2e-3, 1e-4
+        decayed = (1 + math.cos(math.pi * done / (samples // 4))) / 2
+        assert rows[-1]["lr"] == pytest.approx(low + (peak - low) * decayed)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_not_finite(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, world: int) -> None:
     """A loss that is not finite stops every rank before the update, naming iteration and samples."""
