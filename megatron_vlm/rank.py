@@ -38,13 +38,12 @@ def begin(takes_signals: bool = False) -> None:
     """Call this before anything that takes time, torch's import for one.
 
     Args:
-        takes_signals: SIGUSR1 and SIGTERM stay blocked, as launch/torchrun.py has them, until the caller
-            takes care of them; otherwise they end this process, as SIGINT does.
+        takes_signals: SIGUSR1, SIGTERM and SIGINT stay blocked, as launch/torchrun.py has them, until the
+            caller takes care of them; otherwise they end this process.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
     if not takes_signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback from every rank
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     _leave_nothing_behind()
     _quiet_megatron_core()
     if is_first() and RANK0_LOG in os.environ:

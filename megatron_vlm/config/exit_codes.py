@@ -9,8 +9,9 @@ USER_ERROR = 2
 HUNG = 3  # a rank hung, and the watchdog ended the run
 CONTINUE = 75  # ended by a signal, saved, to be continued by the same command; EX_TEMPFAIL of sysexits.h
 STOPPED = 128 + signal.SIGTERM  # ended by a signal, with nothing to continue from
+INTERRUPTED = 128 + signal.SIGINT  # ended by Ctrl-C before the first iteration, or by a second Ctrl-C
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # save and end
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # save and end
 # A SIGTERM that follows another so closely is the same: SLURM signals a process both itself and through srun.
 SAME_REQUEST_SECONDS = 5.0
 

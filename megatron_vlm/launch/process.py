@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any, BinaryIO, Callable, Collection, List, NamedTuple, Optional, Sequence
 
-from megatron_vlm.config.exit_codes import CONTINUE, STOP_SIGNALS
+from megatron_vlm.config.exit_codes import CONTINUE, INTERRUPTED, STOP_SIGNALS
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind
@@ -32,7 +32,7 @@ class Ended(NamedTuple):
 
 def end_on_request() -> None:
     """Until :func:`run`, SIGTERM and SIGUSR1 end this process as they end a run that has not begun."""
-    for number in STOP_SIGNALS:
+    for number in set(STOP_SIGNALS) - {signal.SIGINT}:  # that one raises KeyboardInterrupt
         signal.signal(number, lambda *_: os._exit(CONTINUE))
 
 
@@ -41,8 +41,9 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
 
     Its stdout and stderr go to this process's and, together, to the end of ``log_path``. SIGINT, SIGTERM,
     SIGHUP and SIGUSR1 are handed on to the group, unless this process was started to ignore them; a second
-    SIGINT kills it. On Linux the child is killed when this process dies, even by SIGKILL; and when the child
-    ends, every process that it leaves behind, and any other child of this process, is killed too.
+    SIGINT kills it, with the exit code of an interrupt. On Linux the child is killed when this process dies,
+    even by SIGKILL; and when the child ends, every process that it leaves behind, and any other child of this
+    process, is killed too.
 
     Args:
         held: signals that the child begins with blocked, so that none is lost until it takes care of them.
@@ -67,7 +68,8 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
         except OSError as error:
             raise ValueError(f"{command[0]}: {error.strerror}") from None
         handed_on = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-        forward = _forward_to(child)
+        interrupts: List[int] = []
+        forward = _forward_to(child, interrupts)
         previous = {number: signal.signal(number, forward) for number in handed_on}
         try:
             message = _stream(child, _Log(log, log_path))
@@ -79,6 +81,10 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
             _kill_orphans()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+    if len(interrupts) > 1:
+        message = "a second Ctrl-C; ended at once"
+        print(message, file=sys.stderr, flush=True)
+        return Ended(INTERRUPTED, message)
     return Ended(code if code >= 0 else 128 - code, message)
 
 
@@ -148,9 +154,7 @@ def _raw(pipe: Any) -> BinaryIO:
     return pipe
 
 
-def _forward_to(child: subprocess.Popen[bytes]) -> Callable[[int, Any], None]:
-    interrupts: List[int] = []
-
+def _forward_to(child: subprocess.Popen[bytes], interrupts: List[int]) -> Callable[[int, Any], None]:
     def handler(number: int, frame: Any) -> None:
         if number == signal.SIGINT:
             interrupts.append(number)

@@ -22,6 +22,7 @@ from typing import Any, List
 from megatron_vlm.config.exit_codes import (
     CONTINUE,
     DONE,
+    INTERRUPTED,
     SAME_REQUEST_SECONDS,
     STOP_SIGNALS,
     STOPPED,
@@ -33,16 +34,13 @@ from megatron_vlm.launch.process import STDIN_IS_LAUNCHER, children
 
 def main(argv: List[str]) -> int:
     """Run torchrun with ``argv``; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; torchrun takes it when it starts the ranks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # even where it was ignored: who sends it means it
     # Blocked before there are other threads; the ranks begin so, too, until they can take care of them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     ended = threading.Event()
     threading.Thread(target=_hand_on_signals, args=[ended], daemon=True).start()
     if os.environ.pop(STDIN_IS_LAUNCHER, None):
         threading.Thread(target=_die_with_launcher, daemon=True).start()
-    # The other threads still take it. A rank begins as this thread is, with imports that Ctrl-C would end by
-    # a traceback from each.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     # It repeats below, at length, what this module says in one line.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
@@ -70,9 +68,9 @@ def main(argv: List[str]) -> int:
 
 
 def _hand_on_signals(ended: threading.Event) -> None:
-    """Tell the ranks to save and end; at a second SIGTERM, end them at once.
+    """Tell the ranks to save and end; at a second SIGTERM, end them at once. At a second SIGINT run.py does.
 
-    They get SIGUSR1 for both signals: SIGTERM is what torchrun sends when one of them has failed.
+    They get SIGUSR1 for SIGTERM, which is what torchrun sends when one of them has failed.
     """
     first_sigterm = None
     while not ended.is_set():
@@ -83,7 +81,7 @@ def _hand_on_signals(ended: threading.Event) -> None:
         if not ranks:
             what = "ended by a signal before the ranks began; the same command begins again"
             print(what, file=sys.stderr, flush=True)
-            os._exit(CONTINUE)
+            os._exit(INTERRUPTED if number == signal.SIGINT else CONTINUE)
         again = first_sigterm is not None and time.monotonic() - first_sigterm > SAME_REQUEST_SECONDS
         if number == signal.SIGTERM and again:
             print("a second SIGTERM; ending without a save", file=sys.stderr, flush=True)
@@ -91,7 +89,7 @@ def _hand_on_signals(ended: threading.Event) -> None:
             os._exit(STOPPED)
         if number == signal.SIGTERM and first_sigterm is None:
             first_sigterm = time.monotonic()
-        _send(signal.SIGUSR1, ranks)
+        _send(signal.SIGUSR1 if number == signal.SIGTERM else number, ranks)
 
 
 def _send(number: int, pids: List[int]) -> None:
@@ -108,7 +106,7 @@ def _die_with_launcher() -> None:
 def _report_failure(error: Any) -> int:
     """Say which rank failed first; other ranks often fail only because it is gone."""
     codes = {failure.exitcode for failure in error.failures.values()}
-    for code in (USER_ERROR, CONTINUE):
+    for code in (USER_ERROR, CONTINUE, INTERRUPTED):
         if code in codes:
             return code  # the rank has said why
     rank, failure = error.get_first_failure()

@@ -1,4 +1,4 @@
-"""SIGUSR1 and SIGTERM: the run saves at the end of the iteration, and ends."""
+"""SIGUSR1, SIGTERM and SIGINT (Ctrl-C): the run saves at the end of the iteration, and ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.exit_codes import CONTINUE, SAME_REQUEST_SECONDS, STOP_SIGNALS, STOPPED
+from megatron_vlm.config.exit_codes import (
+    CONTINUE,
+    INTERRUPTED,
+    SAME_REQUEST_SECONDS,
+    STOP_SIGNALS,
+    STOPPED,
+)
 
 
 class StopRequest:
@@ -30,6 +36,7 @@ class StopRequest:
         self.agreed = False
         self._trains = False
         self._leaves = False
+        self._interrupted = False
         self._first_sigterm: float | None = None
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
@@ -81,7 +88,9 @@ class StopRequest:
             return
         if not self._trains:
             _tell("ended by a signal before the first iteration; the same command begins again")
-            os._exit(CONTINUE)
+            os._exit(INTERRUPTED if number == signal.SIGINT else CONTINUE)
+        if number == signal.SIGINT:
+            self._note_interrupt()
         if number == signal.SIGTERM:
             now = time.monotonic()
             if self._first_sigterm is not None and now - self._first_sigterm > SAME_REQUEST_SECONDS:
@@ -89,6 +98,16 @@ class StopRequest:
                 os._exit(STOPPED)
             self._first_sigterm = self._first_sigterm or now
         self.asked = True
+
+    def _note_interrupt(self) -> None:
+        """Say what Ctrl-C does. A second one ends a rank that stands alone; elsewhere run.py sees to that, as
+        srun sends SIGINT to it and to the ranks as well."""
+        if not self._interrupted:
+            _tell("Ctrl-C: the run ends after this iteration; once more, and it ends at once, without a save")
+        elif not self._torchrun:
+            _tell("a second Ctrl-C; ending without a save")
+            os._exit(INTERRUPTED)
+        self._interrupted = True
 
 
 def _tell(what: str) -> None:

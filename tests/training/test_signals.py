@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
+from megatron_vlm.config.exit_codes import CONTINUE, DONE, INTERRUPTED, STOPPED
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.native import NativeReader
 from megatron_vlm.training import checkpoint, trainer
@@ -200,11 +200,12 @@ def start(command: list[str], run: Path, iterations: int, out: Path) -> subproce
 
 
 def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
-    """Ended by SIGUSR1 to the launcher, SIGTERM to every process as SLURM does, and SIGTERM to one rank."""
+    """Ended by SIGUSR1 to the launcher, SIGTERM to every process as SLURM does, SIGTERM to one rank, and by
+    Ctrl-C: of a terminal, which reaches run.py alone, and under srun, which reaches all."""
 
     def command(name: str) -> list[str]:
         flags = trainables["untied"].flags(tmp_path, name, "-g", "2", "--dist-optim", "--save-optim")
-        more = ["--train-iters", "90", "--save-interval", "1000"]
+        more = ["--train-iters", "120", "--save-interval", "1000"]
         return [sys.executable, str(RUN), *flags, *more]
 
     run, out = tmp_path / "run", tmp_path / "out"
@@ -214,6 +215,8 @@ def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
         (signal.SIGUSR1, ["run.py"]),
         (signal.SIGTERM, ["run.py", "torchrun", "ranks", "workers"]),
         (signal.SIGTERM, ["one rank"]),
+        (signal.SIGINT, ["run.py"]),
+        (signal.SIGINT, ["run.py", "torchrun", "ranks", "workers"]),
     ]:
         started = start(command("run"), run, 4, out)
         family = tree(started.pid)
@@ -224,13 +227,13 @@ def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
         assert started.wait(timeout=120) == CONTINUE, out.read_text()
         last = out.read_text().splitlines()[-1]
         iteration = max(losses(run))
-        assert last.startswith(f"stopped by a signal at iteration {iteration}/90, which is saved")
+        assert last.startswith(f"stopped by a signal at iteration {iteration}/120, which is saved")
         assert (run / "checkpoints" / f"iter_{iteration:07d}").is_dir()
         status = json.loads((run / "status.json").read_text())
         assert (status["state"], status["exit_code"], status["message"]) == ("ended", CONTINUE, last)
-    assert iteration < 90
+    assert iteration < 120
     subprocess.run(command("run"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert json.loads((run / "status.json").read_text())["starts"] == 4
+    assert json.loads((run / "status.json").read_text())["starts"] == 6
     assert_same_ends(run, tmp_path / "calm")
 
 
@@ -276,3 +279,52 @@ time.sleep(30)
         )
         assert (ended.returncode, ended.stdout) == (code, out), ended.stderr
         assert ended.stderr.startswith(err)
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys, time
+from megatron_vlm.training.signals import StopRequest
+stop = StopRequest()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as launch/torchrun.py starts ranks
+os.kill(os.getpid(), signal.SIGINT)
+if sys.argv[1] != "starting":
+    stop.hold()
+stop.listen()
+while not stop.asked:
+    time.sleep(0.01)
+print("asked", flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGUSR1)  # pending signals are taken in the order of their numbers
+while signal.SIGUSR1 in signal.sigpending():
+    time.sleep(0.01)
+print("still here", flush=True)
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "under_torchrun", "code", "out", "said"),
+    [
+        ("starting", True, INTERRUPTED, "", "ended by a signal before the first iteration; the same command"),
+        ("training", True, 9, "asked\nstill here\n", "Ctrl-C: the run ends after this iteration; once more"),
+        ("training", False, INTERRUPTED, "asked\n", "Ctrl-C: the run ends after this iteration; once more"),
+    ],
+    ids=["starting", "under torchrun", "alone"],
+)
+def test_ctrl_c_of_one_process(moment: str, under_torchrun: bool, code: int, out: str, said: str) -> None:
+    """A second one ends a rank only where that stands alone: with srun the others get each twice."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    if under_torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "none"
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TWICE, moment],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (code, out), ended.stderr
+    assert ended.stderr.startswith(f"rank 0: {said}")
+    assert ended.stderr.count("\n") == (2 if ended.stdout == "asked\n" else 1)
