@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +126,7 @@ class HFFolder:
         if file.endswith(".safetensors"):
             found, self.metadata[file] = _safetensors_file(path)
         else:
-            found = BinFile(path).tensors
+            found = _bin_file(path)
         self._stored.update(found)
         infos = self.files[file] = [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in found.items()]
         return infos
@@ -160,33 +160,36 @@ def _safetensors_file(path: Path) -> tuple[dict[str, Stored | Tensor], dict[str,
     return found, metadata
 
 
-class BinFile:
-    """A ``.bin`` file: only tensors are unpickled, and read when they are asked for. A file of torch 1.5 or
-    older is read whole.
+def _bin_file(path: Path) -> dict[str, Stored | Tensor]:
+    """A ``.bin`` file's tensors: nothing else is unpickled. A file of torch 1.5 or older is read whole.
 
     Raises:
         ValueError: it holds anything else, or is damaged.
     """
+    try:
+        if zipfile.is_zipfile(path):
+            loaded = saved_tensors(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for what is not a file of weights
+        raise ValueError(f"{path}: not a file of weights ({reason(error)})") from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Stored | Tensor) for name, tensor in loaded.items()
+    ):
+        raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
+    for name, tensor in loaded.items():
+        _check_dtype(path, name, _CODES.get(tensor.dtype, str(tensor.dtype)))
+    return loaded
 
-    def __init__(self, path: Path) -> None:
-        try:
-            if zipfile.is_zipfile(path):
-                loaded = saved_tensors(path)
-            else:
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for what is not a file of weights
-            raise ValueError(f"{path}: not a file of weights ({reason(error)})") from None
-        if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Stored | Tensor) for name, tensor in loaded.items()
-        ):
-            raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
-        for name, tensor in loaded.items():
-            _check_dtype(path, name, _CODES.get(tensor.dtype, str(tensor.dtype)))
-        self.tensors: dict[str, Stored | Tensor] = loaded
 
-    def get_tensor(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        return _read(self.tensors[name])
+def open_weights_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
+    """The names in a ``.safetensors`` file or one of ``torch.save``, and how a tensor of it is read.
+
+    Raises:
+        ValueError: it isn't there, is damaged, or holds anything but named tensors.
+    """
+    tensors = _safetensors_file(path)[0] if path.suffix == ".safetensors" else _bin_file(path)
+    return list(tensors), lambda name: _read(tensors[name])
 
 
 def _read(tensor: Stored | Tensor) -> Tensor:

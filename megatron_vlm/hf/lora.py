@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import (
@@ -30,18 +29,20 @@ from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo
-from megatron_vlm.hf.mapping import Carry, Row, Table, build_table
+from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo, open_weights_file
+from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.peft_config import ADAPTER_CONFIG, MERGE, PeftAdapter, read_peft_config
 from megatron_vlm.hf.streaming import check_finite
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_PICKLE = "adapter_model.bin"
 # PEFT names modules as they are called in the running model of transformers 5.
 _IN_MODEL = {
     "tower": "model.vision_tower.",
     "projector": "model.multi_modal_projector.",
+    "newline": "model.image_newline",
     "text": "model.language_model.",
     "head": "lm_head.",
 }
@@ -82,6 +83,8 @@ def find_adapters(table: Table, lora: LoRAConfig | None) -> dict[str, Adapter]:
     for row in table.rows:
         match = _LINEAR.fullmatch(row.native)
         targets = () if match is None else getattr(lora, f"{match[1]}_targets")
+        if not targets:
+            continue
         for name, shape in row.hf:
             projection = name.split(".")[-2]
             if projection in targets:
@@ -119,14 +122,17 @@ def export_adapter(
     lora = ModelConfig.from_dict(read_manifest(source)["model"]).lora
     if lora is None:
         raise ValueError(f"{source} has no adapters; leave --adapter-only out to convert the whole model")
-    others = [e.name for e in RunConfig.load(str(source / RUN_CONFIG)).trained if e.name not in _IN_ADAPTER]
+    trained = [entry.name for entry in RunConfig.load(str(source / RUN_CONFIG)).trained]
+    model = ModelConfig.from_hf_dir(str(source / HF_FOLDER))
+    others = [name for name in trained if name not in _IN_ADAPTER]
+    if model.anyres is not None and "projector" in trained:
+        others.append("image_newline")  # a parameter of the model itself, where PEFT saves modules
     if others:
         raise ValueError(
             f"{source}: {', '.join(others)} was trained too, which no adapter holds; leave --adapter-only out"
         )
     if force:
         check_replaceable(target, (ADAPTER_CONFIG,), "PEFT adapter")
-    model = ModelConfig.from_hf_dir(str(source / HF_FOLDER))
     reader = open_weights(source, base)
     table = build_table(model, model.language.vocab_size, _IN_MODEL)
     adapters = find_adapters(table, lora)
@@ -162,46 +168,140 @@ def export_adapter(
     return target
 
 
-def read_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> dict[str, Tensor]:
+def read_adapter(
+    folder: str | os.PathLike[str],
+    model: ModelConfig,
+    base: LayeredReader | None = None,
+    wanted: Set[str] | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Tensor]:
     """The tensors of a PEFT adapter by native name, the projector's too where it holds one.
+
+    What a run makes of them is what ``PeftModel.from_pretrained`` makes of the folder. PiSSA and OLoRA, which
+    take their start out of the base weights, become a plain LoRA of twice the rank, as PEFT itself converts
+    them (``subtract_mutated_init``): ``W + s B A - s B0 A0``.
 
     Args:
         model: with the adapters that are wanted.
+        base: the weights that the adapter lies over; only PiSSA and OLoRA need them.
+        wanted: native names; None: all.
+        say: told what is left out.
 
     Raises:
         ValueError: it isn't a LoRA adapter, or not of this rank, scale, these targets or this model.
     """
-    lora, path = model.lora, Path(folder)
+    lora = model.lora
     assert lora is not None
-    _check_config(path, lora)
-    table = build_table(model, model.language.vocab_size, _IN_MODEL)
-    wanted = dict(_peft_tensors(table, find_adapters(table, lora), lora))
-    found = {}
-    check_readable(path / ADAPTER_WEIGHTS)
-    try:
-        with safe_open(path / ADAPTER_WEIGHTS, "pt") as file:
-            names = set(file.keys())
-            projector = [row for row in table.rows if _is_projector(row) and _PEFT + row.hf[0][0] in names]
-            known = {name for name, _ in wanted.values()}
-            known |= {_PEFT + name for row in projector for name, _ in row.hf}
-            known |= {_PEFT + name for c in table.carries if _is_projector(c) for name, _ in c.hf}
-            for name in sorted(known ^ names):
-                if name not in names and any(_PEFT + n == name for c in table.carries for n, _ in c.hf):
-                    continue
-                problem = "is missing" if name in known else "belongs to no projection that has adapters here"
-                raise ValueError(f"{path / ADAPTER_WEIGHTS}: {name} {problem}; see --lora-targets")
-            for native, (name, shape) in wanted.items():
-                found[native] = file.get_tensor(name)
-                check_finite(f"{path / ADAPTER_WEIGHTS}: {name}", found[native])
-                if found[native].shape != shape:
-                    raise ValueError(
-                        f"{path / ADAPTER_WEIGHTS}: {name} is {list(found[native].shape)}, not {list(shape)}"
-                    )
-            for row in projector:
-                found[row.native] = row.op.to_native([file.get_tensor(_PEFT + n) for n, _ in row.hf])
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path / ADAPTER_WEIGHTS}: cannot be read ({error})") from None
+    config = read_peft_config(Path(folder))
+    config.check_fits(lora)
+    path = _weights_file(Path(folder))
+    names, read = open_weights_file(path)
+    table = build_table(model, model.language.vocab_size, _prefixes(names))
+    adapters = find_adapters(table, lora)
+    entries: list[Row | Carry] = [*table.rows, *table.carries]
+    saved = {name for entry in entries for name, _ in entry.hf if config.is_saved(name)}
+    projector = [row for row in table.rows if row.hf[0][0] in saved]
+    for entry in entries:
+        if entry.hf[0][0] in saved and not _is_projector(entry):
+            raise ValueError(
+                f"{config.path}: modules_to_save has {entry.hf[0][0]} trained in full; supported: "
+                f"{_PROJECTOR_MODULE}; {MERGE}"
+            )
+    pairs = {_PEFT + name: shape for name, shape in _pairs(adapters, config.rank)}
+    known = {*pairs, *(_PEFT + name for name in saved)}
+    optional = {_PEFT + name for c in table.carries if _is_projector(c) for name, _ in c.hf}
+    unused = {_PEFT + name for c in table.carries for name in _names_beside(c)}
+    for name in sorted(known - optional - set(names)):
+        raise ValueError(f"{path}: {name} is missing; see --lora-targets")
+    for name in sorted(set(names) - known - optional - unused):
+        raise ValueError(
+            f"{path}: {name} belongs to no projection that has adapters here; see --lora-targets"
+        )
+    for weight in adapters:
+        if not config.has_adapter(weight.removesuffix(".weight")):
+            raise ValueError(
+                f"{path}: {weight} has adapters, but is not of target_modules in {config.path.name}; PEFT "
+                "wouldn't use them"
+            )
+    left_out = sorted(unused.intersection(names))
+    if left_out:
+        say(f"{path}: {len(left_out)} tensors are left out, of layers that don't run, such as {left_out[0]}")
+
+    def checked(name: str, shape: Shape) -> Tensor:
+        tensor = read(_PEFT + name)
+        check_finite(f"{path}: {_PEFT + name}", tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{path}: {_PEFT + name} is {list(tensor.shape)}, not {list(shape)}")
+        return tensor
+
+    found: dict[str, Tensor] = {}
+    for row in table.rows:
+        beside = [adapters[name] for name, _ in row.hf if name in adapters]
+        own = [adapter for adapter in beside if wanted is None or adapter.tensors(1).keys() <= wanted]
+        weights = _base_weights(row, config, base) if own else {}
+        for adapter in beside:
+            a, b = (checked(name, shape) for name, shape in _pairs({"": adapter}, config.rank))
+            if adapter not in own:  # checked all the same, so that all ranks find the same fault
+                continue
+            if config.start is not None:
+                start_a, start_b = _start(config, weights[adapter.weight])
+                a, b = torch.cat([a.float(), start_a]), torch.cat([b.float(), -start_b], dim=1)
+            if config.scale != lora.scale:
+                b = b.float() * (config.scale / lora.scale)
+            found.update(zip(adapter.tensors(lora.rank), (a, b), strict=True))
+    for row in projector:
+        found[row.native] = row.op.to_native([checked(name, shape) for name, shape in row.hf])
     return found
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of an adapter's tensors. As for PEFT, safetensors go first."""
+    for name in (ADAPTER_WEIGHTS, _ADAPTER_PICKLE):
+        check_readable(folder / name)
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS} and no {_ADAPTER_PICKLE}")
+
+
+def _prefixes(names: Collection[str]) -> dict[str, str]:
+    """What the parts' names begin with in an adapter, whatever release of transformers the model was of."""
+    own = [name.removeprefix(_PEFT) for name in names]
+    found = detect_prefixes(own)
+    return {
+        part: prefix if any(name.startswith(prefix) for name in own) else _IN_MODEL[part]
+        for part, prefix in found.items()
+    }
+
+
+def _names_beside(carry: Carry) -> Iterator[str]:
+    """Names of adapters beside weights that the model doesn't run."""
+    for name, _ in carry.hf:
+        for part in ("lora_A", "lora_B"):
+            yield f"{name.removesuffix('weight')}{part}.weight"
+
+
+def _base_weights(row: Row, config: PeftAdapter, base: LayeredReader | None) -> dict[str, Tensor]:
+    """By Hugging Face name, the weights that a start is computed from; none for a plain one."""
+    if config.start is None:
+        return {}
+    if base is None:
+        raise ValueError(
+            f"{config.path}: init_lora_weights is {config.start}, which needs the base's weights"
+        )
+    parts = row.op.to_hf(_read_finite(base, row.native))
+    return {name: part for (name, _), part in zip(row.hf, parts, strict=True)}
+
+
+def _start(config: PeftAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT's ``pissa_init`` or ``olora_init`` sets them beside a weight, which then loses their
+    product."""
+    rank = config.rank
+    if config.start == "olora":
+        q, r = torch.linalg.qr(weight.float())
+        return r[:rank], q[:, :rank]
+    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = (s[:rank] / config.scale).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
 
 
 def _read_finite(reader: LayeredReader, name: str) -> Tensor:
@@ -211,17 +311,23 @@ def _read_finite(reader: LayeredReader, name: str) -> Tensor:
 
 
 def _is_projector(entry: Row | Carry) -> bool:
-    return entry.hf[0][0].startswith(_IN_MODEL["projector"])
+    return _PROJECTOR_MODULE in entry.hf[0][0].split(".")
+
+
+def _pairs(adapters: dict[str, Adapter], rank: int) -> Iterator[tuple[str, Shape]]:
+    """Hugging Face name and shape of each A and B."""
+    for adapter in adapters.values():
+        for native, shape in adapter.tensors(rank).items():
+            yield adapter.weight.removesuffix("weight") + native.removeprefix(adapter.native), shape
 
 
 def _peft_tensors(
     table: Table, adapters: dict[str, Adapter], lora: LoRAConfig
 ) -> Iterator[tuple[str, tuple[str, Shape]]]:
     """Native name of each A and B; PEFT's name and the shape."""
-    for weight, adapter in adapters.items():
-        for native, shape in adapter.tensors(lora.rank).items():
-            part = native.removeprefix(adapter.native)
-            yield native, (_PEFT + weight.removesuffix("weight") + part, shape)
+    natives = [native for adapter in adapters.values() for native in adapter.tensors(lora.rank)]
+    for native, (name, shape) in zip(natives, _pairs(adapters, lora.rank), strict=True):
+        yield native, (_PEFT + name, shape)
 
 
 def _peft_config(lora: LoRAConfig, model: ModelConfig) -> dict[str, Any]:
@@ -245,24 +351,3 @@ def _peft_config(lora: LoRAConfig, model: ModelConfig) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def _check_config(folder: Path, lora: LoRAConfig) -> None:
-    check_readable(folder / ADAPTER_CONFIG)
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no PEFT adapter ({error!r})") from None
-    if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: not a plain LoRA (peft_type {kind}, use_dora or bias); supported: LORA")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise ValueError(f"{folder}: {key} is set; supported: one rank and alpha for all projections")
-    for key, flag, wanted in (
-        ("r", "--lora-rank", lora.rank),
-        ("lora_alpha", "--lora-alpha", lora.alpha),
-        ("use_rslora", "--use-rslora", lora.rslora),
-    ):
-        if config.get(key, False) != wanted:
-            raise ValueError(f"{folder}: {key} is {config.get(key)}, but {flag} is {wanted}; give the same")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import (
@@ -35,12 +34,12 @@ from megatron_vlm.config.checkpoint import (
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import reshard, write_conversion, write_weights
 from megatron_vlm.hf.folder import (
-    BinFile,
     HFFolder,
     SafetensorsFile,
     TensorInfo,
     cast,
     copy_small_files,
+    open_weights_file,
     split_into_shards,
     write_index,
 )
@@ -138,7 +137,7 @@ def read_projector(path: PathLike) -> MMProjector:
         path = next((file for file in found if file.is_file()), found[-1])
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    names, read = _open(path)
+    names, read = open_weights_file(path)
     own: dict[str, str] = {}
     for name in names:
         match = _NAME.fullmatch(name)
@@ -295,18 +294,6 @@ def export_projector(
         text = json.dumps(_llava_config(config_dir, model), indent=2, ensure_ascii=False)
         (output / "config.json").write_text(text + "\n", encoding="utf-8")
     return target / f"{FILE}{'.bin' if as_bin else '.safetensors'}"
-
-
-def _open(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """A file's names, and how its tensors are read."""
-    if path.suffix != ".safetensors":
-        bin_file = BinFile(path)
-        return list(bin_file.tensors), bin_file.get_tensor
-    try:
-        file = safe_open(path, "pt")
-        return list(file.keys()), file.get_tensor
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _shapes(model: ModelConfig) -> dict[str, Shape]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_vlm.hf.lora import read_adapter
+from megatron_vlm.hf.native import open_weights
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -19,7 +21,12 @@ from megatron_vlm.models.weights import has_adapters, sharded_weights
 
 
 def start_adapters(
-    checkpoint: Path, chunks: Sequence[VisionLanguageModel], seed: int, peft_adapter: str | None
+    checkpoint: Path,
+    chunks: Sequence[VisionLanguageModel],
+    seed: int,
+    peft_adapter: str | None,
+    base: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Give adapters that the checkpoint lacks their first values, the same at every layout.
 
@@ -27,6 +34,8 @@ def start_adapters(
         checkpoint: what the other weights were loaded from.
         seed: of the random numbers.
         peft_adapter: folder of an adapter to take them from, and the projector that it may hold.
+        base: as for :func:`~megatron_vlm.models.weights.load_weights`.
+        say: told what of the adapter is left out.
 
     Raises:
         ValueError: the folder is no adapter of this model.
@@ -37,7 +46,8 @@ def start_adapters(
     if peft_adapter is None:
         _fill(chunks, lambda name, shape: _initial(name, shape, seed) if is_adapter(name) else None)
     else:
-        tensors = read_adapter(peft_adapter, model)
+        own = {entry.key for entry in sharded_weights(chunks).values() if isinstance(entry, ShardedTensor)}
+        tensors = read_adapter(peft_adapter, model, open_weights(checkpoint, base), own, say)
         _fill(chunks, lambda name, shape: tensors.get(name))
 
 

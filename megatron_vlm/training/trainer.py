@@ -190,7 +190,8 @@ class Trainer:
         self.regime = set_trainable(self.chunks, config.trained, layout)
         load_weights(start.checkpoint, self.chunks, config.model.base)
         self.base = self._find_base(start)
-        start_adapters(start.checkpoint, self.chunks, config.training.seed, config.lora.lora_load_dir)
+        adapter, seed = config.lora.lora_load_dir, config.training.seed
+        start_adapters(start.checkpoint, self.chunks, seed, adapter, config.model.base, self.say)
         self.models = wrap_model(
             self.chunks,
             config.parallel.dist_optim,

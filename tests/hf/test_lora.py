@@ -83,6 +83,32 @@ def test_adapter_equals_merged(tmp_path: Path, family: str, targets: tuple[str, 
     assert back and all(torch.equal(tensor, reader.read(name)) for name, tensor in back.items())
 
 
+def test_models_that_cut_images(tmp_path: Path) -> None:
+    """Their ``image_newline`` trains with the projector, and is of no module that PEFT could save."""
+    save_tiny_llava(tmp_path / "hf", "next-clip-llama")
+    release = import_hf(tmp_path / "hf", tmp_path / "megatron", tp=1, pp=1)
+    adapted = tmp_path / "adapted"
+    tensors = add_adapters(release, adapted, LoRAConfig(4, 8, 0.0, ("q_proj",)))
+    export_hf(adapted, tmp_path / "merged")
+    nets = [
+        transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / name)
+        for name in ("hf", "merged")
+    ]
+    before, after = (net.model.language_model.layers[1].self_attn.q_proj.weight for net in nets)
+    prefix = "language_model.decoder.layers.1.self_attention.linear_qkv.adapters.q_proj"
+    product = tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
+    torch.testing.assert_close(after, before + 2 * product, rtol=0, atol=1e-6)
+
+    with pytest.raises(ValueError, match=r"image_newline was trained too, which no adapter holds"):
+        export_adapter(adapted, tmp_path / "adapter", force=False)
+    trained = ["--lora-rank", "4", "--train-modules", "lora"]
+    RunConfig.from_flags(trained).save(str(adapted / RUN_CONFIG))
+    export_adapter(adapted, tmp_path / "adapter", force=False)
+    model = ModelConfig.from_dict(read_manifest(adapted)["model"])
+    back = read_adapter(tmp_path / "adapter", model)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
 def test_merged_is_rounded_once(tmp_path: Path) -> None:
     net = save_tiny_llava(tmp_path / "fp32", "clip-llama").bfloat16()
     net.save_pretrained(tmp_path / "hf")
