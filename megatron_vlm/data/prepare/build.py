@@ -28,6 +28,7 @@ from megatron_vlm.config.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.config.units import size_text
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
+from megatron_vlm.data.prepare.ignored import merge
 from megatron_vlm.data.prepare.losses import DUPLICATE, Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
@@ -116,6 +117,7 @@ class Staged:
     Attributes:
         read: records of each file.
         notes, shapes: how many samples have each.
+        ignored: fields of which nothing is trained, see :func:`~megatron_vlm.data.prepare.ignored.merge`.
         places: where a sample stands in the input.
         logs: files that name what was lost so far, and from which place on each counts.
     """
@@ -123,6 +125,7 @@ class Staged:
     read: Counter[str]
     notes: Counter[str]
     shapes: Counter[str]
+    ignored: dict[str, dict[str, Any]]
     places: Places
     logs: list[tuple[str, int]]
 
@@ -153,7 +156,7 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
         if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
             shutil.rmtree(options.partial)
             raise ValueError(f"nothing is left to train on; {losses}")
-        counted = (staged.read, staged.notes, staged.shapes)
+        counted = (staged.read, staged.notes, staged.shapes, staged.ignored)
         report = make_report(_settings(options, units), *counted, losses, shards)
         call_forked(energon_prepare, _dataset(options), options.workers)
         _finish(options, shards, report)
@@ -256,11 +259,13 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
     indices = [unit_index(_unit_path(options, i)) for i in range(len(units))]
     positions = [fact["positions"] for fact in facts]
     bases: list[int] = np.cumsum([0, *positions]).tolist()
+    places = Places([unit.path for unit in units], bases)
     staged = Staged(
         read=_read_of_files(units, facts),
         notes=sum((Counter(fact["notes"]) for fact in facts), Counter[str]()),
         shapes=sum((Counter(fact["shapes"]) for fact in facts), Counter[str]()),
-        places=Places([unit.path for unit in units], bases),
+        ignored=merge(zip([fact["ignored"] for fact in facts], bases, strict=False), places),
+        places=places,
         logs=[(_unit_path(options, i) + ".losses", bases[i]) for i in range(len(units))],
     )
     rows = sample_rows(indices, positions)

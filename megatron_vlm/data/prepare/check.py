@@ -20,9 +20,9 @@ from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows, read_field_map
 from megatron_vlm.data.prepare.files import read_json
 from megatron_vlm.data.prepare.pictures import Encoding
-from megatron_vlm.data.prepare.records import Rejected
 from megatron_vlm.data.prepare.shards import content_hash
 from megatron_vlm.data.prepare.sources import MEMBER, check_end
+from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.prepare.workers import die_with_parent
 from megatron_vlm.data.shards import read_index
 from megatron_vlm.data.templates import SampleError

@@ -27,8 +27,8 @@ class LossLog:
 
     def add(self, reason: str, place: int, identity: Any, detail: str) -> None:
         """Note one record: where it stands in the input or its unit, its id, and what is wrong with it."""
-        shown = identity if identity is None else str(identity)[:_SHOWN]
-        line = json.dumps([reason, place, shown, detail[:_SHOWN]], ensure_ascii=False)
+        shown = identity if identity is None else " ".join(str(identity).split())[:_SHOWN]
+        line = json.dumps([reason, place, shown, " ".join(detail.split())[:_SHOWN]], ensure_ascii=False)
         self._file.write(line.encode(errors="replace") + b"\n")
 
     def __enter__(self) -> LossLog:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-from megatron_vlm.data.prepare.records import Rejected
+from megatron_vlm.data.prepare.values import Rejected
 
 SUFFIXES = {
     "JPEG": "jpg",

@@ -14,22 +14,40 @@ A video is the images that are its frames: Ovis' ``video_frames``.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm.data.conversations import UntrainableError, trainable_turns
+from megatron_vlm.data.prepare.fields import (
+    LOSS_KEYS,
+    OBJECT_MARKERS,
+    TOOL_ROLES,
+    check_no_tools,
+    fill_objects,
+    is_trained,
+    options_of,
+    thought_of,
+    with_options,
+    with_thought,
+)
+from megatron_vlm.data.prepare.places import (
+    VIDEO_KEY,
+    VIDEO_MARKER,
+    place_frames,
+    place_images,
+    take_spellings,
+)
+from megatron_vlm.data.prepare.values import Image, Rejected, as_image, as_list, is_nothing
 from megatron_vlm.data.templates import IMAGE_MARKER, Turn
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 TURN_KEYS = {
     "openai": ("messages",),
@@ -48,8 +66,8 @@ IMAGE_KEYS = (
     "jpg",
     "image_bytes",
 )
-VIDEO_MARKER, VIDEO_KEY = "<video>", "video_frames"  # of VITA and Ovis
-OTHER_MARKERS = ("<audio>", VIDEO_MARKER)  # where they stay text
+_NUMBERED_IMAGE = re.compile(r"image_?(\d+)")  # MMMU's columns
+_ID_KEYS = ("id", "uid", "uuid", "sample_id", "question_id", "qid", "idx", "index")
 _QUESTIONS = ("query", "question", "prompt")
 _ANSWERS = ("response", "answer", "answers", "completion")
 _CAPTIONS = ("caption", "text", "txt")
@@ -60,28 +78,6 @@ _PAIRS = (
     ("question", "answer"),
     ("input", "output"),
 )
-_NO_BASE64 = 512  # characters: a string without a scheme that is shorter is a path
-
-
-class Rejected(Exception):
-    """A record that becomes no sample. ``reason`` is what it is counted under, ``detail`` says more."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class TarPart:
-    """Bytes that lie as they are in a tar file."""
-
-    path: str
-    offset: int
-    size: int
-
-
-Image = str | bytes | TarPart  # a path, an encoded image, or where one lies
 
 
 @dataclass
@@ -94,6 +90,7 @@ class Conversation:
         extra: the record's other fields, which travel along.
         shape: of the record.
         notes: what was done to it, for the report.
+        ignored: values of which nothing was made, by their fields; those of turns as ``messages[].name``.
     """
 
     messages: list[dict[str, Any]]
@@ -101,6 +98,7 @@ class Conversation:
     extra: dict[str, Any]
     shape: str
     notes: tuple[str, ...] = ()
+    ignored: dict[str, Any] = field(default_factory=dict)
 
 
 def to_conversation(
@@ -117,13 +115,17 @@ def to_conversation(
         Rejected: it can't be a sample.
     """
     found = _shape_of(record) if shape is None else shape
-    image_key, given = _images_of(record) if images is None else ("", list(images))
+    image_keys, given = _images_of(record) if images is None else ((), list(images))
     videos = _videos_of(record) if images is None else []
-    turns, used = _turns(record, found, has_image=bool(given or videos))
+    ignored: dict[str, Any] = {}
+    turns, used, notes = _turns(record, found, bool(given or videos), ignored)
     messages, inline = [], []
     for turn in turns:
-        content, parts_images = _content(turn.pop("content"))
+        content, parts_images = _content(turn["content"], f"{turn.pop('path', '')}.content[]", ignored)
         inline += parts_images
+        thought = turn.pop("thought", "")
+        if thought and content.strip():
+            content = with_thought(thought, content)
         messages.append({**turn, "content": content})
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     all_images = [given.pop(0) if image is None and given else image for image in inline] + (
@@ -131,24 +133,31 @@ def to_conversation(
     )
     if any(image is None for image in all_images):
         raise Rejected("missing image", "its text has more image parts than there are images")
-    placed = _place_frames(messages, [image for image in all_images if image is not None], videos)
+    if inline and given:
+        ignored.update((key, record[key]) for key in image_keys)
+    if fill_objects(messages, record.get("objects")):
+        used.add("objects")
+    ordered, spelled = take_spellings(messages, [image for image in all_images if image is not None])
+    placed, frames_placed = place_frames(messages, ordered, videos)
     if record.get("video") and any(VIDEO_MARKER in m["content"] for m in messages if m["role"] == "user"):
         raise Rejected("video without frames", f"give them as {VIDEO_KEY}: {record['video']}"[:200])
-    notes = _keep_trainable(messages) + _place_images(messages, len(placed))
-    notes += _check_text(messages)
-    left = {key: value for key, value in record.items() if key not in used and key != image_key}
-    extra = {key: value for key, value in left.items() if value is not None and _is_json(value)}
+    notes += _keep_trainable(messages) + spelled + place_images(messages, len(placed)) + _check_text(messages)
+    left = {key: value for key, value in record.items() if key not in used and key not in image_keys}
+    extra = {key: value for key, value in left.items() if not _is_null(value) and _is_json(value)}
     paths = [image for image in all_images if isinstance(image, str)]
     if paths and len(paths) == len(all_images):  # where the images came from
-        extra["image" if image_key in ("", "images") else image_key] = paths[0] if len(paths) == 1 else paths
-    if left.keys() - extra.keys() - {key for key, value in left.items() if value is None} - {VIDEO_KEY}:
+        key = image_keys[0] if image_keys and image_keys[0] in IMAGE_KEYS[1:] else "image"
+        extra[key] = paths[0] if len(paths) == 1 else paths
+    if left.keys() - extra.keys() - {key for key, value in left.items() if _is_null(value)} - {VIDEO_KEY}:
         notes += ("field that JSON can't hold left out",)
-    return Conversation(messages, placed, extra, found, notes)
+    known = {"id", *([VIDEO_KEY, "video"] if videos and frames_placed else [])}
+    ignored.update((key, value) for key, value in left.items() if key not in known and not is_nothing(value))
+    return Conversation(messages, placed, extra, found, tuple(dict.fromkeys(notes)), ignored)
 
 
 def _shape_of(record: Mapping[str, Any]) -> str:
     for shape in ("openai", "llava", "sharegpt"):
-        if any(_as_list(record.get(key)) is not None for key in TURN_KEYS[shape]):
+        if any(as_list(record.get(key)) is not None for key in TURN_KEYS[shape]):
             return shape
     if isinstance(record.get("instruction"), str) and "output" in record:
         return "alpaca"
@@ -160,31 +169,43 @@ def _shape_of(record: Mapping[str, Any]) -> str:
     raise Rejected("no conversation", f"its fields are {', '.join(map(str, record)) or 'none'}"[:200])
 
 
-def _turns(record: Mapping[str, Any], shape: str, has_image: bool) -> tuple[list[dict[str, Any]], set[str]]:
-    """Turns of ``role``, ``content`` and perhaps ``loss``; and the fields that they are from."""
+def _turns(
+    record: Mapping[str, Any], shape: str, has_image: bool, ignored: dict[str, Any]
+) -> tuple[list[dict[str, Any]], set[str], tuple[str, ...]]:
+    """Turns of ``role``, ``content``, perhaps ``loss`` and ``thought``; the fields they are from; notes."""
     used = {"images"}
     turns: list[dict[str, Any]] = []
+    notes: tuple[str, ...] = ()
     if shape in TURN_KEYS:
-        key = next((key for key in TURN_KEYS[shape] if _as_list(record.get(key)) is not None), None)
+        key = next((key for key in TURN_KEYS[shape] if as_list(record.get(key)) is not None), None)
         if key is None:
             raise Rejected("no conversation", f"it has no list {' or '.join(TURN_KEYS[shape])}")
         used.add(key)
-        for item in _as_list(record[key]) or []:
-            turns += _turn(item)
+        for item in as_list(record[key]) or []:
+            turns += _turn(item, f"{key}[]", ignored)
+        asked = [turn for turn in turns if turn["role"] != "assistant" and turn.pop("loss", False)]
+        notes = ("loss asked for a question or a system turn, which is never trained",) if asked else ()
     else:
-        history = _as_list(record.get("history") or [])
+        history = as_list([] if is_nothing(record.get("history")) else record["history"])
         if history is None or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
             raise Rejected("bad record", "its history is no list of question and answer pairs")
         for pair in history:
             turns += _pair(*pair)
         question, answer, names = _question_and_answer(record, shape, has_image)
+        option_names, options = options_of(record)
+        if options and question:
+            question, answer = with_options(question, answer, options)
+            used |= {*option_names}
+        if isinstance(answer, (list, tuple)):  # several that are accepted: the first is the one to learn
+            notes = ("several answers, of which the first is trained",) if len(answer) > 1 else ()
+            answer = answer[0] if answer else None
         turns += _pair(question, answer)
         used |= {"history", *names}
     system = record.get("system")
     if isinstance(system, str) and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": system})
         used.add("system")
-    return turns, used
+    return turns, used, notes
 
 
 def _question_and_answer(
@@ -196,32 +217,53 @@ def _question_and_answer(
             question = f"{question}\n{more}"
         return question, record.get("output"), ("instruction", "input", "output")
     answers = _ANSWERS if shape == "query" else (*_CAPTIONS, *_ANSWERS)
-    asked = next((key for key in _QUESTIONS if record.get(key) is not None), "")
-    answered = next((key for key in answers if record.get(key) is not None), "")
-    answer = record.get(answered)
-    if isinstance(answer, (list, tuple)):  # several that are accepted: the first is the one to learn
-        answer = answer[0] if answer else None
+    asked = next((key for key in _QUESTIONS if not _is_null(record.get(key))), "")
+    answered = next((key for key in answers if not _is_null(record.get(key))), "")
     if not asked and not has_image:
         raise Rejected("no conversation", f"its fields are {', '.join(map(str, record))}"[:200])
-    return record.get(asked, ""), answer, (asked, answered)
+    return record.get(asked, ""), record.get(answered), (asked, answered)
 
 
-def _turn(item: Any) -> list[dict[str, Any]]:
+def _turn(item: Any, path: str, ignored: dict[str, Any]) -> list[dict[str, Any]]:
     """A turn, or the two of a pair."""
     if not isinstance(item, Mapping):
         raise Rejected("bad record", "a turn is no object")
+    check_no_tools(item)
+    trained = is_trained(item)
+    left = {key: value for key, value in item.items() if key not in LOSS_KEYS and not is_nothing(value)}
     for first, second in _PAIRS:
         if first in item and second in item:
-            system = [{"role": "system", "content": item["system"]}] if item.get("system") else []
-            return system + _pair(item[first], item[second])
-    role = item["role"] if item.get("role") is not None else item.get("from")
+            system = [{"role": "system", "content": left["system"]}] if "system" in left else []
+            turns = _pair(item[first], item[second])
+            _ignore(left, ("system", first, second), path, ignored)
+            if trained is False:
+                turns[1]["loss"] = False
+            return system + turns
+    role_key = "role" if item.get("role") is not None else "from"
+    role = item.get(role_key)
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise Rejected("unknown role", repr(role)[:80])
-    content = next((item[key] for key in ("content", "value", "text") if item.get(key) is not None), "")
-    turn = {"role": ROLES[role.lower()], "content": content}
-    if turn["role"] == "assistant" and (item.get("loss") is False or item.get("weight") in (0, 0.0)):
-        turn["loss"] = False
+        of_tool = ": write what tools say into the content" if str(role).lower() in TOOL_ROLES else ""
+        raise Rejected("unknown role", repr(role)[:80] + of_tool)
+    key = next((key for key in ("content", "value", "text") if not _is_null(item.get(key))), "")
+    turn = {"role": ROLES[role.lower()], "content": item.get(key, ""), "path": path}
+    thought_key = ""
+    if turn["role"] == "assistant":
+        thought_key, turn["thought"] = thought_of(item)
+        if "<think>" in str(turn["content"]) and turn["thought"].strip() not in str(turn["content"]):
+            raise Rejected("two thoughts", f"one in its text, another in its {thought_key}")
+        if "<think>" in str(turn["content"]):
+            turn["thought"] = ""
+    if trained is not None and trained is not (turn["role"] == "assistant"):
+        turn["loss"] = trained
+    _ignore(left, (role_key, key, thought_key), path, ignored)
     return [turn]
+
+
+def _ignore(fields: Mapping[str, Any], used: Sequence[str], path: str, ignored: dict[str, Any]) -> None:
+    """Note those of an object's fields that weren't used; of each the first one of a record."""
+    for key, value in fields.items():
+        if key not in used:
+            ignored.setdefault(f"{path}.{key}", value)
 
 
 def _pair(question: Any, answer: Any) -> list[dict[str, Any]]:
@@ -231,7 +273,7 @@ def _pair(question: Any, answer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _content(content: Any) -> tuple[str, list[Image | None]]:
+def _content(content: Any, path: str, ignored: dict[str, Any]) -> tuple[str, list[Image | None]]:
     """Text with a marker for each image part, and the images; None for one that is named elsewhere."""
     if isinstance(content, str):
         return content, []
@@ -245,66 +287,46 @@ def _content(content: Any) -> tuple[str, list[Image | None]]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             text += part["text"]
+            used = ["type", "text"]
         elif kind in ("image", "image_url", "input_image"):
-            source = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
+            keys = ("image_url", "image", "url", "path")
+            used = ["type", next((key for key in keys if not is_nothing(part.get(key))), "")]
+            source = part.get(used[1])
             if isinstance(source, Mapping) and "url" in source:
                 source = source["url"]
             text += IMAGE_MARKER
-            images.append(None if source is None else _image(source))
+            images.append(None if source is None else as_image(source))
         else:
             raise Rejected("unknown content part", repr(kind)[:80])
+        _ignore({key: value for key, value in part.items() if not is_nothing(value)}, used, path, ignored)
     return text, images
 
 
-def _images_of(record: Mapping[str, Any]) -> tuple[str, list[Image]]:
-    """The first field that holds images, and these."""
-    for key in IMAGE_KEYS:
-        value = record.get(key)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        values = [item for item in values if item is not None and item != ""]
+def _images_of(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Image]]:
+    """The first field that holds images, or the numbered ones, and what they hold."""
+    numbered = {int(match[1]): key for key in record if (match := _NUMBERED_IMAGE.fullmatch(str(key)))}
+    for keys in (*((key,) for key in IMAGE_KEYS), tuple(numbered[number] for number in sorted(numbered))):
+        values = [
+            item
+            for value in map(record.get, keys)
+            for item in (value if isinstance(value, (list, tuple)) else [value])
+            if not is_nothing(item)
+        ]
         if values:
-            return key, [_image(item) for item in values]
-    return "", []
+            return keys, [as_image(item) for item in values]
+    return (), []
 
 
 def _videos_of(record: Mapping[str, Any]) -> list[list[Image]]:
     """The frames of a video, or of each of several."""
     value = record.get(VIDEO_KEY)
-    if not value:
+    if is_nothing(value):
         return []
-    frames = _as_list(value)
+    frames = as_list(value)
     if frames is None:
         raise Rejected("bad record", f"its {VIDEO_KEY} are no list of images")
     nested = all(isinstance(frame, (list, tuple)) for frame in frames)
-    return [[_image(frame) for frame in video] for video in (frames if nested else [frames])]
-
-
-def _image(value: Any) -> Image:
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    if isinstance(value, TarPart):
-        return value
-    if not isinstance(value, str):
-        raise Rejected("missing image", f"its image is {type(value).__name__}")
-    if value.startswith("data:"):
-        header, _, data = value.partition(",")
-        if not header.endswith(";base64"):
-            raise Rejected("corrupt image", "its data URI is not base64")
-        return _base64(data)
-    if value.startswith(("http://", "https://", "s3://", "gs://")):
-        raise Rejected("remote image", value[:200])
-    if len(value) > _NO_BASE64 and "." not in value:
-        return _base64(value)
-    return value.removeprefix("file://")
-
-
-def _base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise Rejected("corrupt image", "its base64 is damaged") from None
+    return [[as_image(frame) for frame in video] for video in (frames if nested else [frames])]
 
 
 def _keep_trainable(messages: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -327,56 +349,6 @@ def _keep_trainable(messages: list[dict[str, Any]]) -> tuple[str, ...]:
     return (*notes, "ends with the user") if talk[-1] == "user" else notes
 
 
-def _place_frames(
-    messages: Sequence[dict[str, Any]], images: list[Image], videos: list[list[Image]]
-) -> list[Image]:
-    """Make of each ``<video>`` an ``<image>`` for each of its frames, as VITA does.
-
-    Without ``<video>``, frames are images where there are no others. Without ``video_frames``, the images
-    are the frames of a single ``<video>`` where no ``<image>`` asks for them.
-
-    Returns:
-        images and frames, in the order of their markers.
-    """
-    questions = [message for message in messages if message["role"] == "user"]
-    num_images, num_videos = (
-        sum(question["content"].count(marker) for question in questions)
-        for marker in (IMAGE_MARKER, VIDEO_MARKER)
-    )
-    if num_videos == 1 and images and not num_images and not videos:
-        images, videos = [], [images]
-    if not num_videos:
-        return images or [frame for video in videos for frame in video]
-    if not videos:
-        return images
-    if num_videos != len(videos):
-        raise Rejected("markers and images differ", f"{num_videos} {VIDEO_MARKER}, {len(videos)} videos")
-    left, rest, placed = list(images), iter(videos), list[Image]()
-
-    def place(marker: re.Match[str]) -> str:
-        taken = next(rest) if marker[0] == VIDEO_MARKER else [left.pop(0)] if left else []
-        placed.extend(taken)
-        return IMAGE_MARKER * max(1, len(taken))  # one that lacks its image is found where they are counted
-
-    for question in questions:
-        question["content"] = re.sub(f"{IMAGE_MARKER}|{VIDEO_MARKER}", place, question["content"])
-    return placed + left
-
-
-def _place_images(messages: list[dict[str, Any]], num_images: int) -> tuple[str, ...]:
-    """Put markers before the first question where there are none."""
-    markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
-    notes: tuple[str, ...] = ()
-    if num_images and not markers:
-        first = next(message for message in messages if message["role"] == "user")
-        text = first["content"]
-        first["content"] = "\n".join([IMAGE_MARKER] * num_images + ([text] if text else []))
-        markers, notes = num_images, ("images without a marker put first",)
-    if markers != num_images:
-        raise Rejected("markers and images differ", f"{markers} {IMAGE_MARKER}, {num_images} images")
-    return notes
-
-
 def _check_text(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     for message in messages:
         if not message["content"].strip():
@@ -385,18 +357,18 @@ def _check_text(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
             message["content"].encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             raise Rejected("broken text", "it holds half of a surrogate pair") from None
-    unfilled = any(marker in message["content"] for marker in OTHER_MARKERS for message in messages)
-    return ("<audio> or <video> in its text, which stays text",) if unfilled else ()
+    objects = [marker for marker in OBJECT_MARKERS for item in messages if marker in item["content"]]
+    return tuple(f"{marker} in its text, which stays text" for marker in objects)
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    """A list, also one that a table's column holds as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    return list(value) if isinstance(value, (list, tuple)) else None
+def identity_of(fields: Mapping[str, Any]) -> Any:
+    """What a record calls itself, for messages; None where it has no name."""
+    return next((fields[key] for key in _ID_KEYS if not is_nothing(fields.get(key))), None)
+
+
+def _is_null(value: Any) -> bool:
+    """None, or NaN as pandas writes it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _is_json(value: Any) -> bool:

@@ -19,6 +19,7 @@ def make_report(
     read: Mapping[str, int],
     notes: Mapping[str, int],
     shapes: Mapping[str, int],
+    ignored: Mapping[str, Mapping[str, Any]],
     losses: Losses,
     shards: Sequence[ShardFacts],
 ) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def make_report(
         settings: all that it depends on.
         read: records of each file.
         notes, shapes: how many samples have each.
+        ignored: fields of which nothing is trained, see :func:`~megatron_vlm.data.prepare.ignored.merge`.
 
     Returns:
         ``read`` is the sum of ``kept`` and of the counts in ``dropped``, for each of ``files`` too;
@@ -48,6 +50,7 @@ def make_report(
         "untrained": {UNTRAINED: untrained} if untrained else {},
         "notes": dict(sorted(notes.items())),
         "shapes": dict(sorted(shapes.items())),
+        "ignored": dict(ignored),
         "splits": {split: _split(split, shards) for split in SPLITS},
         "histograms": {name: histogram.state() for name, histogram in histograms.items()},
     }
@@ -86,9 +89,18 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["notes"]:
         lines += ["", "## Worth a look", ""]
         lines += [f"- {count} x {note}" for note, count in report["notes"].items()]
+    if report["ignored"]:
+        lines += ["", "## Fields that nothing is trained on", ""]
+        lines += [_ignored(name, facts) for name, facts in report["ignored"].items()]
     for name, state in report["histograms"].items():
         lines += ["", f"## {name[0].upper()}{name[1:]}", "", *_histogram(state)]
     return "\n".join(lines) + "\n"
+
+
+def _ignored(name: str, facts: Mapping[str, Any]) -> str:
+    count = f"{facts['count']} record{'s' * (facts['count'] > 1)}"
+    example = facts["example"].replace("`", "")
+    return f"- `{name}` in {count}, e.g. `{example}` in {facts['where']}"
 
 
 def _files(files: Mapping[str, Mapping[str, int]]) -> list[str]:

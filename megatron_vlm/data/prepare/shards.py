@@ -21,7 +21,8 @@ from megatron_vlm.data.prepare.histogram import Histogram
 from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
-from megatron_vlm.data.prepare.records import Rejected
+from megatron_vlm.data.prepare.records import identity_of
+from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError
 
 HASH = "xxh3_128"
@@ -81,7 +82,7 @@ def write_shard(
                 try:
                     pictures = [encoding(reader.image(unit, reference)) for reference in line["images"]]
                 except Rejected as error:
-                    losses.add(error.reason, ordinal, line["extra"].get("id"), error.detail)
+                    losses.add(error.reason, ordinal, identity_of(line["extra"]), error.detail)
                     continue
                 names = [f"{i}.{picture.suffix}" for i, picture in enumerate(pictures)]
                 value = {"messages": line["messages"], "images": names, **line["extra"]}
@@ -95,7 +96,7 @@ def write_shard(
                         tokens = measure(f"{ordinal:09d}", line["messages"], pictures)
                         lengths.update({name: [length] for name, length in tokens.items()})
                     except SampleError as error:
-                        losses.add(UNTRAINED, ordinal, line["extra"].get("id"), str(error))
+                        losses.add(UNTRAINED, ordinal, identity_of(line["extra"]), str(error))
                 for name, values in lengths.items():
                     for length in values:
                         histograms.setdefault(name, Histogram()).add(length)

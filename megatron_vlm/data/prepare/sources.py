@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from megatron_vlm.config.dataset import TEXT_ONLY_KEY
-from megatron_vlm.data.prepare.records import TURN_KEYS, Image, Rejected, TarPart, to_conversation
+from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
+from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 
 UNIT_BYTES = 64 << 20  # of JSON lines, and of Parquet's row groups: what one worker reads in one go
 _ROWS = 64  # of a table, in memory at a time

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.data.prepare.ignored import IgnoredFields
 from megatron_vlm.data.prepare.losses import LossLog
-from megatron_vlm.data.prepare.records import Conversation, Image, Rejected, TarPart, to_conversation
+from megatron_vlm.data.prepare.records import Conversation, identity_of, to_conversation
 from megatron_vlm.data.prepare.sources import Unit, read_unit
+from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 
 INDEX = np.dtype(
     [
@@ -55,7 +57,7 @@ def stage_unit(
     Raises:
         ValueError: the input is damaged.
     """
-    notes, shapes = Counter[str](), Counter[str]()
+    notes, shapes, ignored = Counter[str](), Counter[str](), IgnoredFields()
     read = last = reported = 0
     rows: list[tuple[int, ...]] = []
     root = reading.image_root or os.path.dirname(unit.path)
@@ -79,10 +81,11 @@ def stage_unit(
                 conversation = to_conversation(raw.fields, reading.shape, raw.images)
                 stored = [_store(image, images, root) for image in conversation.images]
             except Rejected as error:
-                losses.add(error.reason, last, (raw.fields or {}).get("id"), error.detail)
+                losses.add(error.reason, last, identity_of(raw.fields or {}), error.detail)
                 continue
             shapes[conversation.shape] += 1
             notes.update(conversation.notes)
+            ignored.add(conversation.ignored, last, identity_of(raw.fields))
             offset = lines.tell()
             line = _line(conversation, [reference for reference, _, _ in stored])
             lines.write(line)
@@ -94,7 +97,8 @@ def stage_unit(
     np.save(path + ".npy.tmp.npy", np.array(rows, dtype=INDEX))
     for suffix, made in ((".jsonl", ".jsonl.tmp"), (".bin", ".bin.tmp"), (".npy", ".npy.tmp.npy")):
         os.replace(path + made, path + suffix)
-    facts = {"positions": last, "read": read, "notes": dict(notes), "shapes": dict(shapes)}
+    facts: dict[str, Any] = {"positions": last, "read": read, "notes": dict(notes), "shapes": dict(shapes)}
+    facts["ignored"] = ignored.state
     write_json(path + ".json", facts)
     progress(unit.size - reported)
 
