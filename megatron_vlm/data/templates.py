@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from megatron_vlm.config.end_tokens import find_end_token
 from megatron_vlm.config.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS, folder_template
 
@@ -53,9 +54,15 @@ class ChatTemplate:
     """Renders and tokenises conversations as transformers does.
 
     Token ids equal those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)`` before its image
-    tokens are expanded, with one addition: where the folder's own template ends an answer without any
-    special token, the tokenizer's end token is put after the last answer, for a model that is never
-    shown an end never stops.
+    tokens are expanded, but for two things. Where the folder's own template ends an answer without any
+    token of its own, the tokenizer's end token is put after the last answer, for a model that is never
+    shown an end never stops. And of what a tokenizer puts around every text, the start is kept alone: with
+    an end token behind them, prompts would end before they are answered.
+
+    Attributes:
+        end_token_id: the token that ends an answer, of all templates but LLaVA's ``plain``; None where
+            nothing does.
+        appended: ids that the tokenizer would put behind every text, and that are left out.
 
     Args:
         tokenizer: a transformers tokenizer backed by the tokenizers library.
@@ -101,11 +108,13 @@ class ChatTemplate:
         # For the folder of a model that it trains, in place of the folder's own; None: that stays.
         self.for_folder = folder_template(name, lang, image_token) if name != "chat" else jinja
         self._content_parts = name == "chat" and self._takes_content_parts()
+        self._start, self.appended = self._added_around()
         self._frame = self._probe_frame()
         self._append_eos = name == "chat" and not self._frame.end_token and tokenizer.eos_token_id is not None
-        self.end_token_id: int | None = tokenizer.eos_token_id if self._append_eos else None
-        if self._frame.end_token:
-            self.end_token_id = tokenizer.convert_tokens_to_ids(self._frame.end_token)
+        self.end_token: str = tokenizer.eos_token if self._append_eos else self._frame.end_token
+        self.end_token_id: int | None = None
+        if self.end_token:
+            self.end_token_id = tokenizer.convert_tokens_to_ids(self.end_token)
 
     def varied(self, name: str | None = None, **options: Any) -> ChatTemplate:
         """Another template, or the same with other ``options`` of its own, for this tokenizer.
@@ -115,6 +124,40 @@ class ChatTemplate:
         """
         name, options = name or self.name, {**self._given, **options}
         return ChatTemplate(self._tokenizer, name, self._image_token, **options)
+
+    def check_end(self) -> str:
+        """Check that a model can learn from this template where an answer ends; returns a line that says it.
+
+        Raises:
+            ValueError: nothing ends an answer, the token that should is not trained, or prompts end with it.
+        """
+        if self.name == "plain":
+            return "answers end with a line break and no end token: LLaVA's plain template has none by design"
+        where = f"--template {self.name}: "
+        if self.end_token_id is None:
+            raise ValueError(
+                f"{where}nothing ends an answer: the chat template writes no token behind it, and the "
+                "tokenizer has no eos_token; name one in tokenizer_config.json"
+            )
+        end = f"{self.end_token!r} ({self.end_token_id})"
+        try:
+            ids, trained = self.encode([Turn("user", "?"), Turn("assistant", "a")], 1)
+            prompt = self.encode_prompt([Turn("user", "?")], 1)
+        except SampleError as error:
+            raise ValueError(f"{where}{error}; use --template v1 or plain") from None
+        learnt = [token for token, has_loss in zip(ids, trained, strict=True) if has_loss]
+        if learnt[-1:] != [self.end_token_id]:
+            read = self._tokenizer.convert_ids_to_tokens(learnt)[-3:]
+            raise ValueError(
+                f"{where}an answer should end with {end}, but the tokenizer reads {' '.join(read)} there, so "
+                "a model would never stop; make it an added token with single_word and normalized false"
+            )
+        if prompt[-1] == self.end_token_id:
+            raise ValueError(
+                f"{where}prompts end with {end}, the token that ends an answer; the chat template has to "
+                "write what begins an answer where add_generation_prompt is set; use --template v1 or plain"
+            )
+        return f"answers end with {end}"
 
     def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
         """Token ids, one image token per image, and which of them are trained.
@@ -134,10 +177,8 @@ class ChatTemplate:
         if turns[0].role == "system" and self.name != "plain" and turns[0].text.strip() not in text:
             raise SampleError("the chat template leaves its system turn out")
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.loss]
-        encoding = self._tokenize(text)
-        ids: List[int] = list(encoding["input_ids"])
+        ids, offsets = self._tokenize(text)
         trained = [False] * len(ids)
-        offsets = np.array(encoding["offset_mapping"]).reshape(-1, 2)
         for begin, said, end in self._answer_spans(text, messages, answers):
             inside = _tokens_between(offsets, begin, end)
             trained[inside] = [True] * (inside.stop - inside.start)
@@ -172,19 +213,31 @@ class ChatTemplate:
         return self._encode(text.replace(IMAGE_MARKER, self._image_token), num_images)
 
     def _encode(self, text: str, num_images: int) -> List[int]:
-        ids: List[int] = list(self._tokenize(text)["input_ids"])
+        ids, _ = self._tokenize(text)
         self._check_images(ids, num_images)
         return ids
 
-    def _tokenize(self, text: str) -> Any:
-        bos = self._tokenizer.bos_token
-        return self._tokenizer(
+    def _tokenize(self, text: str) -> Tuple[List[int], np.ndarray]:
+        """Token ids, and where each token's characters begin and end, ``[tokens, 2]``."""
+        encoding = self._tokenizer(
             text,
-            # The rule of transformers' processors: a template that writes its own bos_token gets no second.
-            add_special_tokens=not (bos and text.startswith(bos)),
+            add_special_tokens=False,
             return_offsets_mapping=True,
             verbose=False,  # nothing about model_max_length: that is --seq-length's business
         )
+        bos = self._tokenizer.bos_token
+        # The rule of transformers' processors: a template that writes its own bos_token gets no second.
+        start = [] if bos and text.startswith(bos) else self._start
+        offsets = [(0, 0)] * len(start) + encoding["offset_mapping"]
+        return [*start, *encoding["input_ids"]], np.array(offsets).reshape(-1, 2)
+
+    def _added_around(self) -> Tuple[List[int], List[int]]:
+        """Ids that the tokenizer puts before every text, and behind it."""
+        whole, text = (
+            list(self._tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False)
+        )
+        begin = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+        return whole[:begin], whole[begin + len(text) :]
 
     def _check_images(self, ids: List[int], num_images: int) -> None:
         found = ids.count(self._tokenizer.convert_tokens_to_ids(self._image_token))
@@ -299,17 +352,26 @@ class ChatTemplate:
     def _takes_content_parts(self) -> bool:
         """Whether the template wants content as parts (a processor's) or as a string (a tokenizer's)."""
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
-        for content in (parts, f"{self._image_token}\n{_PROBE}"):
-            try:
-                text = self._render([{"role": "user", "content": content}], add_generation_prompt=True)
-            except SampleError:
-                continue
-            if text.count(self._image_token) == 1 and _PROBE in text:
+        string, said = f"{self._image_token}\n{_PROBE}", [{"type": "text", "text": "."}]
+        for content in (parts, string):
+            if self._places_image({"role": "user", "content": content}):
                 return content is parts
-        raise ValueError(
-            f"--template chat: the folder's chat template loses the image token {self._image_token}; "
-            "use --template v1 or plain"
-        )
+        for system, content in ((said, parts), (".", string), (".", parts)):
+            if self._places_image(
+                {"role": "system", "content": system}, {"role": "user", "content": content}
+            ):
+                reason = "wants a system turn in every conversation"
+                break
+        else:
+            reason = f"loses the image token {self._image_token}"
+        raise ValueError(f"--template chat: the folder's chat template {reason}; use --template v1 or plain")
+
+    def _places_image(self, *messages: Dict[str, Any]) -> bool:
+        try:
+            text = self._render(list(messages), add_generation_prompt=True)
+        except SampleError:
+            return False
+        return text.count(self._image_token) == 1 and _PROBE in text
 
     def _probe_frame(self) -> _Frame:
         """What the template writes around an answer."""
@@ -326,10 +388,8 @@ class ChatTemplate:
                 f"--template {self.name}: the folder's chat template can't be split into turns (what it "
                 "writes before an answer changes with the answer); use --template v1 or plain"
             )
-        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        # The first; of two that begin there, the longer.
-        ends = sorted((suffix.index(token), -len(token), token) for token in special if token in suffix)
-        end_token = ends[0][2] if ends else ""
+        added = {str(token): token.special for token in self._tokenizer.added_tokens_decoder.values()}
+        end_token = find_end_token(suffix, added, self._tokenizer.eos_token)
         trained = suffix[: suffix.index(end_token) + len(end_token)] if end_token else suffix
         prompt = prompted[len(question) :] if prompted.startswith(question) else prompted
         return _Frame(prompt, prefix, trained, end_token)

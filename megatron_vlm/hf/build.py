@@ -26,7 +26,14 @@ from megatron_vlm.hf.parts import Part, Vocabulary, check_sources, projector_sou
 from megatron_vlm.hf.projector import read_projector
 from megatron_vlm.hf.streaming import Meter, Progress, check_free_space, dtype_name
 from megatron_vlm.hf.target import check_apart, check_target
-from megatron_vlm.hf.tokenizer import IMAGE_TOKEN, add_tokens, chat_template, load_tokenizer
+from megatron_vlm.hf.tokenizer import (
+    IMAGE_TOKEN,
+    add_tokens,
+    answer_end,
+    chat_template,
+    drop_appended_end,
+    load_tokenizer,
+)
 
 MODEL_TYPES = ("llava", "llava_next")
 VOCAB_MULTIPLE = 128
@@ -150,6 +157,7 @@ def build_llava(
     with appearing_folder(target, replace=force) as output:
         for part in (config, processor, generation_config):
             part.save_pretrained(output)
+        drop_appended_end(output)
         metadata = {file: {"format": "pt"} for file in files}
 
         def read(name: str) -> Tensor:
@@ -325,8 +333,9 @@ def _generation_config(text: _Given, tokenizer: Any) -> Any:
             values.pop(key, None)
     ends = values.get("eos_token_id", text.config.eos_token_id)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id not in ends:
-        ends.insert(0, tokenizer.eos_token_id)
+    for end in (tokenizer.eos_token_id, answer_end(tokenizer)):
+        if end not in (None, *ends):
+            ends.insert(0, end)
     values.update(
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,

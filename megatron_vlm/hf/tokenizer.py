@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.config.end_tokens import end_tokens, find_end_token, with_end_token
 from megatron_vlm.hf.spm import fast_tokenizer, is_llama
 
 IMAGE_TOKEN = "<image>"
@@ -24,6 +25,7 @@ _FILES = (
     "*.model",
     "chat_template*",
 )
+_QUESTION = [{"type": "image"}, {"type": "text", "text": "?"}]
 _SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -165,6 +167,20 @@ def chat_template(tokenizer: Any, lang: str) -> str:
     return template
 
 
+def answer_end(tokenizer: Any) -> int | None:
+    """The token that the tokenizer's chat template, one that places images, writes behind an answer."""
+    answer = "\ue000"
+    for content in ([{"type": "text", "text": answer}], answer):
+        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": content}]
+        with suppress(Exception):  # a template may raise anything on content that is not for it
+            _, found, suffix = tokenizer.apply_chat_template(turns, tokenize=False).partition(answer)
+            if found:
+                added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+                end = find_end_token(suffix, added, tokenizer.eos_token)
+                return tokenizer.convert_tokens_to_ids(end) if end else None
+    return None
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that make up its tokenizer, relative to it.
 
@@ -219,11 +235,21 @@ def own_chat_template(folder: Path) -> str | None:
 def replace_chat_template(folder: Path, template: str, end_token_id: int | None) -> None:
     """Give a model folder another chat template, and let generation end where that ends an answer.
 
-    Files are replaced, not written into, since other folders may share them. One whose template is that
-    already stays as it is.
+    Files are replaced, not written into, since other folders may share them. One that says the same already
+    stays as it is.
     """
-    if own_chat_template(folder) == template:
-        return
+    if own_chat_template(folder) != template:
+        _write_chat_template(folder, template)
+    known = end_tokens(folder)
+    ends = with_end_token(known, end_token_id)
+    if ends != known:
+        path = folder / "generation_config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        _replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write_chat_template(folder: Path, template: str) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = folder / name
@@ -231,12 +257,27 @@ def replace_chat_template(folder: Path, template: str, end_token_id: int | None)
         if values.pop("chat_template", None) is not None:
             _replace(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / "chat_template.jinja", template)
-    ends = end_tokens(folder)
-    if end_token_id not in (None, *ends):
-        path = folder / "generation_config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        values["eos_token_id"] = [*ends, end_token_id] if ends else end_token_id
-        _replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def drop_appended_end(folder: Path) -> None:
+    """Let a folder's tokenizer put nothing behind a text, for a prompt with an end token is not answered.
+
+    Nothing changes where it puts nothing there. Files are replaced, as by :func:`replace_chat_template`.
+    """
+    settings = _settings(folder / "tokenizer_config.json")
+    if settings.pop("add_eos_token", None):  # without the key, tokenizer.json alone decides
+        _replace(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    content = _settings(folder / "tokenizer.json")
+    processor = content.get("post_processor") or {}
+    changed = False
+    for step in [processor, *processor.get("processors", [])]:
+        for key in ("single", "pair"):
+            pieces = step.get(key) if step.get("type") == "TemplateProcessing" else None
+            while pieces and "SpecialToken" in pieces[-1]:
+                pieces.pop()
+                changed = True
+    if changed:
+        _replace(folder / "tokenizer.json", json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -252,27 +293,11 @@ def _replace(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def end_tokens(folder: Path, default: int | None = None) -> list[int]:
-    """Ids that end an answer: the generation config's, as transformers reads them, else ``default``."""
-    for name, key in (
-        ("generation_config.json", None),
-        ("config.json", None),
-        ("config.json", "text_config"),
-    ):
-        file = folder / name
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ids = (values.get(key) or {} if key else values).get("eos_token_id")
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return [] if default is None else [default]
-
-
 def _places_images(tokenizer: Any, template: str) -> bool:
     """Whether content in parts, as transformers' processors have it, leaves one token for an image."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+            [{"role": "user", "content": _QUESTION}], chat_template=template, tokenize=False
         )
     except Exception:  # a template may raise anything on content that is not for it
         return False

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from megatron_vlm.config.checkpoint import HF_FOLDER, RUN_CONFIG
+from megatron_vlm.config.end_tokens import end_tokens, with_end_token
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
-from megatron_vlm.hf.tokenizer import end_tokens
 from megatron_vlm.inference.generator import Prompt
 
 _KEYS = {"prompt", "image"}
@@ -103,10 +103,8 @@ class Questions:
             self.positions = min(self.positions, model.language.sliding_window)
         run = _training_config(config, checkpoint, self.positions)
         self.processing = build_processing(run, model, str(checkpoint / HF_FOLDER))
-        self.end_tokens = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer.eos_token_id)
-        own_end = self.processing.template.end_token_id
-        if own_end is not None and own_end not in self.end_tokens:  # of a template that isn't the folder's
-            self.end_tokens.append(own_end)
+        named = end_tokens(checkpoint / HF_FOLDER, self.processing.tokenizer.eos_token_id)
+        self.end_tokens = with_end_token(named, self.processing.template.end_token_id)
         self.questions = read_questions(config.prompts)
         self.input_ids = [self._encode(question) for question in self.questions]
         self.max_new_tokens = self._max_new_tokens(config.sampling.max_new_tokens)
@@ -123,7 +121,8 @@ class Questions:
         return [self._prompt(n, self.questions[n]) for n in numbers]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """An answer's text."""
+        """An answer's text, without what ends it, which the tokenizer may not know for a special token."""
+        tokens = tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens
         text: str = self.processing.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 

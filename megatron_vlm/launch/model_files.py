@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.anyres import NO_TILES
+from megatron_vlm.config.end_tokens import end_tokens
 from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, is_mixture
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -38,6 +40,14 @@ def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> It
     added = _added_tokens(folder, settings)
     yield from _special_tokens(folder, added, settings, model, config)
     yield from _template(folder, added, settings, config)
+
+
+def end_token_problems(folder: str) -> Iterator[str]:
+    """What keeps a run from telling an exported model where to stop: files that don't say it now."""
+    try:
+        end_tokens(Path(folder))
+    except ValueError as error:
+        yield str(error)
 
 
 def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:

@@ -273,6 +273,9 @@ def _flags(found: Inspection) -> None:
 def _tokenizer(found: Inspection) -> None:
     if found.model is not None and found.hf_folders:
         found.errors += model_files.tokenizer_problems(found.hf_folders[0], found.model, found.config)
+        found.errors += model_files.end_token_problems(
+            found.hf_folders[-1]
+        )  # the checkpoint's, if it is there
     elif found.model is not None and found.config.model.tokenizer_load_dir is None:
         found.errors.append("no tokenizer: give --tokenizer-load-dir, the Hugging Face folder of the model")
 

@@ -40,7 +40,7 @@ from megatron_vlm.config.checkpoint import (
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.templates import ChatTemplate
 from megatron_vlm.hf.native import LayeredReader, read_metadata
-from megatron_vlm.hf.tokenizer import replace_chat_template
+from megatron_vlm.hf.tokenizer import drop_appended_end, replace_chat_template
 from megatron_vlm.models.scaling import scaling_state
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
@@ -144,6 +144,8 @@ def save_checkpoint(
         _link_folder(hf_source, staging / HF_FOLDER)
         if template is not None and template.for_folder is not None:
             replace_chat_template(staging / HF_FOLDER, template.for_folder, template.end_token_id)
+        if template is not None and template.appended:
+            drop_appended_end(staging / HF_FOLDER)
         config.save(str(staging / RUN_CONFIG))
         _write_json(staging / RUN_STATE, asdict(state))
         if optimizer is not None:

@@ -40,6 +40,7 @@ from megatron_vlm.training import checkpoint
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.debugging import Debugger
+from megatron_vlm.training.ends import describe_ends
 from megatron_vlm.training.evaluate import Evaluator, note_evaluation, stops_early, without_evaluations
 from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
@@ -139,12 +140,14 @@ class Trainer:
 
     def _build_data(self, start: Start) -> None:
         self.processing = processing = build_processing(self.config, self.model_config, str(self.hf_source))
+        path = str(self.config.data.data_path)
+        self.say(parallel.on_first_rank(lambda: describe_ends(path, processing, self.hf_source)))
         if self.layout.loads_data:
             self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
             if start.with_position:
                 self.loader.load_state_dict(checkpoint.load_data_state(start.checkpoint))
             self._show_first_sample(self.loader, processing)
-        names = parallel.on_first_rank(lambda: trained_sources(str(self.config.data.data_path)))
+        names = parallel.on_first_rank(lambda: trained_sources(path))
         self.sources = SourceTotals(names, self.layout) if names else None
         multiple = self.config.sequence_multiple
         if self.config.training.eval_interval is not None:

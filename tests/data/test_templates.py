@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,3 +250,133 @@ def test_reading_a_folder_says_what_is_wrong(
     assert processing_for("qwen", folders, models).pad_token_id == processing_for(
         "qwen", folders, models
     ).tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+CHATML_BY_HAND = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+
+
+def changed(folder: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a model folder with another tokenizer.json."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
+    edit(content)
+    (target / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return target
+
+
+def with_chatml(content: dict[str, Any], **flags: Any) -> None:
+    first = 1 + max(token["id"] for token in content["added_tokens"])
+    for number, token in enumerate(("<|im_start|>", "<|im_end|>"), start=first):
+        content["added_tokens"].append({"id": number, "content": token, **CHATML_BY_HAND, **flags})
+
+
+def with_appended_end(content: dict[str, Any]) -> None:
+    processor = content["post_processor"]
+    processor["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    processor["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+
+
+@pytest.mark.parametrize("template", ["chatml", "chat"])
+def test_an_end_token_that_is_not_flagged_special(
+    folders: dict[str, Path], models: dict[str, ModelConfig], tmp_path: Path, template: str
+) -> None:
+    folder = changed(folders["bare"], tmp_path / "hf", with_chatml)
+    (folder / "chat_template.jinja").write_text(CHATML_TEMPLATE)
+    processing = load_processing(str(folder), models["bare"], seq_length=200, template=template)
+    end = processing.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processing.template.end_token_id == end
+    assert processing.template.check_end() == f"answers end with '<|im_end|>' ({end})"
+    trained = trained_ids(processing.encode("key", asked("q", "a"), []))
+    assert processing.tokenizer.convert_ids_to_tokens(trained)[-2:] == ["a", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("name, template", [("llava", "chat"), ("llava", "v1"), ("llama2", "chat")])
+def test_a_tokenizer_that_appends_an_end_token(
+    folders: dict[str, Path], models: dict[str, ModelConfig], tmp_path: Path, name: str, template: str
+) -> None:
+    """What it appends is left out, so that all is as with a tokenizer that doesn't; its start token stays."""
+    folder = changed(folders[name], tmp_path / "hf", with_appended_end)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("a").input_ids[-1] == 2
+    appending = load_processing(str(folder), models[name], seq_length=1024, template=template)
+    ordinary = processing_for(name, folders, models, template=template)
+    assert appending.template.appended == [2] and ordinary.template.appended == []
+    for question in QUESTIONS:
+        turns = [*asked(question, "A cat."), *asked("And?", "No.")]
+        sample, expected = (made.encode("key", turns, [jpeg(1)]) for made in (appending, ordinary))
+        assert (sample.input_ids, sample.labels) == (expected.input_ids, expected.labels)
+        assert (
+            sample.input_ids[0] == 1 and sample.input_ids[-2:].count(2) == 1 and trained_ids(sample)[-1] == 2
+        )
+        for raw in (False, True):
+            prompt, wanted = (made.encode_prompt(question, [], raw) for made in (appending, ordinary))
+            assert prompt == wanted and prompt[-1] != 2
+    appending.template.check_end()
+
+
+def test_the_end_of_an_answer_is_said(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
+    for name, template, line in (
+        ("llava", "chat", "answers end with '</s>' (2)"),
+        ("qwen", "chat", "answers end with '<|im_end|>' (401)"),
+        ("llama2", "chat", "answers end with '</s>' (2)"),
+        ("bare", "plain", "answers end with a line break and no end token: LLaVA's plain template has none"),
+    ):
+        assert processing_for(name, folders, models, template=template).template.check_end().startswith(line)
+
+
+@pytest.mark.parametrize("flags", [{"single_word": True}, {"normalized": True}])
+def test_an_end_token_that_is_not_trained_is_refused(
+    folders: dict[str, Path], models: dict[str, ModelConfig], tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    """Behind a letter the tokenizer reads it as pieces, as Llama's of old with a normalizer do."""
+
+    def edit(content: dict[str, Any]) -> None:
+        with_chatml(content, **flags)
+        content["pre_tokenizer"] = None
+        content["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+
+    folder = changed(folders["bare"], tmp_path / "hf", edit)
+    template = load_processing(str(folder), models["bare"], seq_length=200, template="chatml").template
+    with pytest.raises(
+        ValueError,
+        match=r"^--template chatml: an answer should end with '<\|im_end\|>' \(422\), but .* never stop",
+    ):
+        template.check_end()
+
+
+def test_a_template_whose_prompts_end_with_the_end_token_is_refused() -> None:
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    template = ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
+    with pytest.raises(
+        ValueError, match=r"^--template chat: prompts end with '</s>' \(2\), .*generation_prompt"
+    ):
+        template.check_end()
+
+
+def test_nothing_that_ends_an_answer_is_refused() -> None:
+    tokenizer = llama_tokenizer()
+    tokenizer.eos_token = None
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    template = ChatTemplate(tokenizer, "chat", "<image>", jinja)
+    assert template.end_token_id is None
+    with pytest.raises(ValueError, match=r"^--template chat: nothing ends an answer: .* has no eos_token"):
+        template.check_end()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["m.content + ''", "m.content | map(attribute='text', default='<image>') | join"],
+    ids=["text", "parts"],
+)
+def test_a_template_that_wants_a_system_turn_says_so(text: str) -> None:
+    jinja = "{% if messages[0].role != 'system' %}{{ raise_exception('need system') }}{% endif %}"
+    jinja += "{% for m in messages %}{{ m.role + ': ' + (" + text + ") + eos_token }}{% endfor %}"
+    with pytest.raises(
+        ValueError, match=r"^--template chat: .* wants a system turn in every conversation; use "
+    ):
+        ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)

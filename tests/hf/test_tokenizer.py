@@ -16,6 +16,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_vlm.hf.build import build_llava
+from megatron_vlm.hf.tokenizer import replace_chat_template
 from tests.hf.test_build import make_text, make_tower
 
 
@@ -291,3 +292,38 @@ def test_sentencepiece_is_not_installed(tmp_path: Path, tower: Path, monkeypatch
     with pytest.raises(ModuleNotFoundError) as error:  # cli.run says what to do
         build_llava(tmp_path / "llava", str(text), str(tower))
     assert error.value.name == "sentencepiece"
+
+
+def test_a_tokenizer_that_appends_its_end_token(tmp_path: Path, tower: Path) -> None:
+    """The built one doesn't: transformers' prompts don't end before they are answered."""
+    text = make_text(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    tokenizer.save_pretrained(text)
+    assert AutoTokenizer.from_pretrained(text)("a").input_ids[-1] == 1
+    processor = AutoProcessor.from_pretrained(build_llava(tmp_path / "llava", str(text), str(tower)))
+    plain = processor.tokenizer("a", add_special_tokens=False).input_ids
+    assert processor.tokenizer("a").input_ids == [0, *plain]
+
+
+def test_the_end_of_the_text_models_own_template(tmp_path: Path, text: Path, tower: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(text)
+    built = build_llava(tmp_path / "llava", str(text), str(tower))
+    end = AutoTokenizer.from_pretrained(built).convert_tokens_to_ids("<|im_end|>")
+    assert transformers.GenerationConfig.from_pretrained(built).eos_token_id == [end, 1]
+
+
+def test_generation_stops_where_a_template_that_was_there_already_ends_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("as it was")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "do_sample": true}')
+    replace_chat_template(tmp_path, "as it was", 6)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [5, 6]
+    replace_chat_template(tmp_path, "as it was", 7)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [5, 6, 7], "do_sample": True}

@@ -12,10 +12,10 @@ import transformers
 from PIL import Image
 
 from megatron_vlm.config.checkpoint import RUN_CONFIG
+from megatron_vlm.config.end_tokens import end_tokens
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.tokenizer import end_tokens
 from megatron_vlm.inference.questions import Questions
 from tests.data.tiny_data import asked, jpeg
 from tests.tiny import save_llava
@@ -104,6 +104,19 @@ def test_a_templates_own_end_token_ends_an_answer(checkpoint: Path, tmp_path: Pa
     (trained / "hf" / "generation_config.json").write_text('{"eos_token_id": 7}')
     questions = ask(trained, "--prompt", "Hello", "--template", "v1")
     assert questions.end_tokens == [7, questions.processing.tokenizer.eos_token_id]
+
+
+def test_an_end_token_that_is_not_special_is_not_printed(checkpoint: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "iter_0000001"
+    shutil.copytree(checkpoint, trained)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "hf")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save_pretrained(trained / "hf")
+    questions = ask(trained, "--prompt", "Hello", "--template", "chatml")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert questions.end_tokens == [2, end]
+    said = tokenizer.encode("A cat.", add_special_tokens=False)
+    assert questions.decode([*said, end]) == questions.decode(said) == "A cat."
 
 
 def test_raw_prompts_get_nothing_but_the_start_token(checkpoint: Path) -> None:

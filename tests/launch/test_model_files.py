@@ -74,6 +74,13 @@ def test_another_models_tokenizer(llava) -> None:
     assert "embeds only" in problem and training_refuses(llava, smaller)
 
 
+def test_a_folder_that_does_not_tell_where_generation_stops(llava) -> None:
+    assert list(model_files.end_token_problems(str(llava))) == []
+    (llava / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    (problem,) = model_files.end_token_problems(str(llava))
+    assert "generation_config.json: its eos_token_id is '</s>'" in problem
+
+
 def test_the_image_token_of_a_flag(llava) -> None:
     (problem,) = problems(llava, None, "--image-token-id", "3")
     assert problem.startswith("--image-token-id 3: ") and training_refuses(

@@ -115,6 +115,7 @@ def test_a_run_and_its_second_start(trainables: dict[str, Trainable], tmp_path: 
     first = script("train/run.py", *weights_only)
     assert first.returncode == 0, first.stderr
     assert "iteration 2/2 (100.0%) | loss " in first.stdout
+    assert "\nanswers end with '</s>' (2)\n" in first.stdout
     log = next((tmp_path / "weights" / "logs").iterdir()).read_text()
     assert log.startswith(
         f"starting {tmp_path / 'weights'} from the weights of {one.checkpoint / 'release'}\n"
@@ -263,6 +264,26 @@ def test_another_model(pool: Pool, trainables: dict[str, Trainable], tmp_path: P
     flags = trainables["untied"].flags(tmp_path, "run", "--train-iters", "1")
     message = failure(pool, 1, [*flags, "--tokenizer-load-dir", str(trainables["tied"].hf)])
     assert "another model" in message and "tie_word_embeddings is True there and False here" in message
+
+
+def test_an_end_token_that_would_not_be_learnt(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """Nor one that an export couldn't name: both end the run before anything is trained."""
+    one = trainables["untied"]
+    hf = shutil.copytree(one.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    end = transformers.AddedToken("<|im_end|>", single_word=True)
+    tokenizer.add_tokens(["<|im_start|>", end])
+    tokenizer.save_pretrained(hf)
+    flags = one.flags(tmp_path, "run", "--train-iters", "1", "--tokenizer-load-dir", str(hf))
+    message = failure(pool, 1, [*flags, "--template", "chatml"])
+    assert message.startswith("--template chatml: an answer should end with '<|im_end|>' (422), but")
+    checkpoint = shutil.copytree(one.checkpoint, tmp_path / "checkpoint")
+    (folder,) = checkpoint.glob("*/hf")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    message = failure(pool, 1, [*flags, "--megatron-load-dir", str(checkpoint)])
+    assert "generation_config.json: its eos_token_id is '</s>'" in message
 
 
 def test_other_parts_trained(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""What a run says of the token that ends an answer, and when it can't begin for want of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_vlm.config.end_tokens import end_tokens, with_end_token
+from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.data.processing import Processing
+
+
+def describe_ends(data_path: str, processing: Processing, hf_folder: Path) -> str:
+    """Check that the model learns where an answer ends, and that what is exported stops there.
+
+    Args:
+        data_path: dataset or mixture; a mixture's datasets may have templates of their own.
+        processing: as the run's flags say.
+        hf_folder: the Hugging Face files that the run's checkpoints carry on.
+
+    Returns:
+        What ends an answer, a line for each template and for what was found on the way.
+
+    Raises:
+        ValueError: an end token is missing, not trained, or at the end of prompts; or the folder doesn't tell
+            what generation stops at.
+    """
+    template = processing.template
+    line = template.check_end()
+    named = end_tokens(hf_folder)
+    others = [
+        token for token in with_end_token(named, template.end_token_id) if token != template.end_token_id
+    ]
+    if others and template.end_token_id is not None:
+        listed = ", ".join(
+            f"{processing.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in others
+        )
+        line += f"; an exported model stops at {listed} too, as its files say"
+    lines = [line]
+    mixture = Mixture.open(data_path, "train")
+    for source, own in zip(mixture.sources, mixture.processings(processing), strict=True):
+        if own.template.name != template.name:
+            try:
+                lines.append(f"dataset {source.name}: {own.template.check_end()}")
+            except ValueError as error:
+                raise ValueError(f"--data-path {data_path}: dataset {source.name}: {error}") from None
+    if template.appended:
+        put = " ".join(processing.tokenizer.convert_ids_to_tokens(template.appended))
+        lines.append(f"the tokenizer puts {put} behind every text; here and in an exported model it doesn't")
+    return "\n".join(lines)
