@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Sizes and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -9,3 +9,16 @@ def size_text(size: float) -> str:
         if size >= (1 << shift) / 10:
             return f"{size / (1 << shift):,.1f} {unit}"
     return f"{size / (1 << 10):,.1f} KiB"
+
+
+def count_text(number: int, noun: str) -> str:
+    """``1 sample``, ``12,000 samples``, ``2 processes``, ``3 passes``, ``2 copies``."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = noun + "es" if noun.endswith("s") else noun[:-1] + "ies" if noun.endswith("py") else noun + "s"
+    return f"{number:,} {plural}"
+
+
+def times_text(number: int) -> str:
+    """``once``, ``twice``, ``3 times``."""
+    return {1: "once", 2: "twice"}.get(number, f"{number:,} times")

@@ -13,10 +13,10 @@ from megatron.energon import SkipSample, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
 from PIL import Image
 
+from megatron_vlm.config.packing import LengthGroups, Packing
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
 from megatron_vlm.data.dataset import RAW_COOKER, RawSample
 from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.packing import LengthGroups, Packing
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.shuffle import EpochShuffle
 from megatron_vlm.data.templates import SampleError

@@ -21,6 +21,7 @@ from megatron_vlm.config.fp8 import unsupported
 from megatron_vlm.config.memory import GIB, StageMemory, estimate, suggestions
 from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture, one_pass
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing import Packing
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import (
     Start,
@@ -30,6 +31,7 @@ from megatron_vlm.config.start import (
     own_checkpoint,
     with_adapters,
 )
+from megatron_vlm.config.token_lengths import PackingEstimate, estimate_packing
 from megatron_vlm.config.units import size_text
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
@@ -97,11 +99,23 @@ class Inspection:
             start,
             self.model,
             self.train_samples,
+            self._packing,
             self.mixture,
             tuple(self.memory),
             self.gpu_memory,
             self.disk,
         )
+
+    @property
+    def _packing(self) -> Optional[PackingEstimate]:
+        """How many samples share a sequence, as each loader worker packs them."""
+        config, path = self.config, self.config.data.data_path
+        if not config.data.packing or path is None or self.contradictions or self.train_samples is None:
+            return None
+        workers = config.data_workers(self.plan.world_size)
+        packing = Packing(config.data.packing_buffer_size, config.data.seq_length)
+        share = packing.buffer_within(self.train_samples // workers)
+        return estimate_packing(path, dataclasses.replace(packing, buffer_size=share), config.data.overlong)
 
     @property
     def hf_folders(self) -> List[str]:

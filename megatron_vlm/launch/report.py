@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from megatron_vlm.config.dataset import REPORT
 from megatron_vlm.config.flops import Work, causal_pairs, training_flops
 from megatron_vlm.config.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.token_lengths import PackingEstimate
+from megatron_vlm.config.units import count_text
 from megatron_vlm.launch.plan import LaunchPlan
 
 _WIDTH = 100  # of the lists of groups
@@ -25,6 +28,7 @@ class Facts:
         start: one line: where the run begins.
         model: the architecture, with the adapters that the flags ask for.
         train_samples: of the training split.
+        packing: how many samples share a sequence with ``--packing``; None where that isn't known.
         mixture: a line for each of its datasets; empty where ``--data-path`` is a folder.
         memory: estimate for each pipeline rank.
         gpu_memory: of one GPU, in GiB.
@@ -34,6 +38,7 @@ class Facts:
     start: str
     model: Optional[ModelConfig] = None
     train_samples: Optional[int] = None
+    packing: Optional[PackingEstimate] = None
     mixture: Sequence[str] = ()
     memory: Tuple[StageMemory, ...] = ()
     gpu_memory: Optional[float] = None
@@ -80,7 +85,11 @@ def _layout(plan: LaunchPlan, model: Optional[ModelConfig]) -> List[str]:
     config, world_size = plan.config, plan.world_size
     tp, pp, vpp = config.parallel.tp, config.parallel.pp, config.parallel.vpp
     dp, nodes = config.dp(world_size), config.launch.node or 1
-    what = _count(world_size, "GPU") if plan.device == "cuda" else _count(world_size, "process") + " on CPUs"
+    what = (
+        count_text(world_size, "GPU")
+        if plan.device == "cuda"
+        else count_text(world_size, "process") + " on CPUs"
+    )
     where = f", {plan.processes} on each of {nodes} nodes" if nodes > 1 else ""
     stages = f"PP {pp}" + (f" (VPP {vpp})" if vpp > 1 else "")
     how = ", ".join(filter(None, (_precision(config, model), _options(config))))
@@ -95,7 +104,7 @@ def _layout(plan: LaunchPlan, model: Optional[ModelConfig]) -> List[str]:
         spans = (
             "" if nodes == 1 else ", each within a node" if over == {1} else f", each over {max(over)} nodes"
         )
-        lines.append(_line(f"  {name}", f"{_some(groups)}  ({_count(len(groups), 'group')}{spans})"))
+        lines.append(_line(f"  {name}", f"{_some(groups)}  ({count_text(len(groups), 'group')}{spans})"))
     return lines
 
 
@@ -137,7 +146,7 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
         _line(
             "batch",
             f"micro batch {config.training.micro_batch_size} x DP {dp} x {accumulated} accumulated = "
-            f"{_count(batch, 'sample')} an iteration",
+            f"{count_text(batch, _unit(config))} an iteration",
         )
     ]
     lines += [_line("" if number else "mixture", text) for number, text in enumerate(facts.mixture)]
@@ -146,17 +155,44 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
     if iterations is None:
         passes = "one pass" if epochs is None else f"{epochs:g} passes"
         return [*lines, _line("length", f"{passes} over the training split")]
-    text = f"{_count(iterations, 'iteration')}, {_count(iterations * batch, 'sample')}"
+    text = f"{count_text(iterations, 'iteration')}, {count_text(iterations * batch, _unit(config))}"
+    if config.data.packing:
+        return [*lines, _line("length", text + ":"), *_packed_length(iterations * batch, batch, facts)]
     if samples:
         text += f", {iterations * batch / samples:,.2f} epochs of {samples:,}"
     return [*lines, _line("length", text)]
 
 
+def _unit(config: RunConfig) -> str:
+    """What batch sizes count."""
+    return "sequence" if config.data.packing else "sample"
+
+
+def _packed_length(sequences: int, batch: int, facts: Facts) -> List[str]:
+    """How many samples are in packed sequences, and how many passes over the data that is."""
+    if facts.packing is None:
+        return [
+            f"{_INDENT}how many samples they hold is not known: scripts/data/prepare.py with",
+            f"{_INDENT}--tokenizer-load-dir counts their tokens",
+        ]
+    each = facts.packing.samples_per_sequence
+    text = f"about {count_text(round(sequences * each), 'sample')}, {each:.2g} in a sequence"
+    if facts.train_samples:
+        passes = sequences * each / facts.train_samples
+        one = max(1, round(facts.train_samples / each / batch))
+        text += f", {passes:,.2f} epochs of {facts.train_samples:,}; one takes {count_text(one, 'iteration')}"
+    folders = " and ".join(facts.packing.counted_with)
+    return [_INDENT + text, f"{_INDENT}estimated from the lengths in {REPORT}, counted with {folders}"]
+
+
 def _work(config: RunConfig, model: ModelConfig) -> List[str]:
     """Tokens and operations of an iteration, at most."""
     batch, length, image = config.training.global_batch_size, config.data.seq_length, model.image_tokens
-    text, tiles = model.text_tokens(length), model.image_tiles
-    work = Work(batch * length, batch * text, causal_pairs([length]) * batch, batch * tiles)
+    images = max(1, length // image) if config.data.packing else 1
+    text = length if config.data.packing else model.text_tokens(length)
+    work = Work(
+        batch * length, batch * text, causal_pairs([length]) * batch, batch * images * model.image_tiles
+    )
     flops = training_flops(model, work, config.trains(model))
     parts = [
         ("vision tower", flops.vision),
@@ -164,16 +200,20 @@ def _work(config: RunConfig, model: ModelConfig) -> List[str]:
         ("language model", flops.language),
     ]
     shares = ", ".join(f"{name} {_percent(part, flops.total)}" for name, part in parts)
+    takes = f"{_image(model)} takes {image:,} of --seq-length {length:,} ({_percent(image, length)})"
+    tokens = f"{batch * length:,} an iteration at most"
+    if config.data.packing:
+        takes += f": {count_text(images, 'image')} in a sequence at most"
+        every = "sequence one long sample, and had it as many images as that"
+    else:
+        tokens += f": {batch * (length - text):,} of images, {batch * text:,} of text"
+        takes += f" and leaves {text:,} for text"
+        every = "sample an image and text, as long as --seq-length"
     return [
-        _line(
-            "tokens",
-            f"{batch * length:,} an iteration at most: {batch * (length - text):,} of images, "
-            f"{batch * text:,} of text",
-        ),
-        f"{_INDENT}{_image(model)} takes {image:,} of --seq-length {length:,} ({_percent(image, length)}) "
-        f"and leaves {text:,} for text",
+        _line("tokens", tokens),
+        _INDENT + takes,
         _line("FLOPs", f"{flops.total:.2e} an iteration at most: {shares}"),
-        f"{_INDENT}at most: were every sample an image and text, as long as --seq-length",
+        f"{_INDENT}at most: were every {every}",
     ]
 
 
@@ -210,11 +250,6 @@ def _memory(facts: Facts, on_gpus: bool) -> List[str]:
 
 def _line(name: str, text: str) -> str:
     return f"{name:<{len(_INDENT) - 1}} {text}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -1,4 +1,4 @@
-from megatron_vlm.config.units import size_text
+from megatron_vlm.config.units import count_text, size_text, times_text
 
 
 def test_no_size_reads_as_nothing() -> None:
@@ -12,3 +12,10 @@ def test_no_size_reads_as_nothing() -> None:
         0: "0.0 KiB",
     }
     assert {size: size_text(size) for size in texts} == texts
+
+
+def test_numbers_of_things() -> None:
+    counts = [(1, "sample"), (1200, "sample"), (2, "process"), (2, "pass"), (2, "copy"), (0, "run")]
+    told = ["1 sample", "1,200 samples", "2 processes", "2 passes", "2 copies", "0 runs"]
+    assert [count_text(*count) for count in counts] == told
+    assert [times_text(number) for number in (1, 2, 3)] == ["once", "twice", "3 times"]

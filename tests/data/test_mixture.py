@@ -19,11 +19,11 @@ import pytest
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.mixture import one_pass
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing import Packing
 from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.loader import TrainLoader, ValidationLoader
 from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.packing import Packing
 from megatron_vlm.data.preview import show
 from megatron_vlm.data.processing import Processing, load_processing
 from tests.data.tiny_data import content, make_conversations, make_samples, prepare, write_shards

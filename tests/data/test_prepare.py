@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 
 from megatron_vlm.config.dataset import split_samples
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing import Packing
+from megatron_vlm.config.token_lengths import estimate_packing
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
@@ -325,6 +327,30 @@ def test_lengths_in_tokens(tmp_path: Path, folders: dict[str, Path], models: dic
     refused = Rendering(str(folders["bare"]), "chat", "jp")
     with pytest.raises(ValueError, match="--template chat: the tokenizer folder has no chat template"):
         Lengths(refused)
+
+
+def test_packed_sequences_hold_as_many_samples_as_the_plan_says(
+    tmp_path: Path, folders: dict[str, Path], models: dict[str, ModelConfig], open_loader: Any
+) -> None:
+    """The estimate from the report's histogram, against what a loader gives."""
+    for i in range(9):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    records = []
+    for i in range(400):
+        records.append(llava(i, f"{i % 9}.jpg" if i % 3 else None))
+        records[-1]["conversations"][1]["value"] = "Two dogs. " * (1 + i * i % 17)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data, hf = str(tmp_path / "out"), str(folders["qwen"])
+    prepare(Options(input=(str(tmp_path / "a.jsonl"),), save_dir=data, split=(1.0,), tokenizer_load_dir=hf))
+    packing = Packing(buffer_size=50, capacity=256)
+    processing = load_processing(hf, models["qwen"], seq_length=256)
+    loader = open_loader(PreparedDataset.open(data), processing, 2, micro_batch_size=1, grouping=packing)
+    sequences = 120
+    for _ in range(sequences):
+        next(loader)
+    found = estimate_packing(data, packing, "truncate")
+    assert found is not None and found.counted_with == (hf,)
+    assert found.samples_per_sequence == pytest.approx(loader.counts["seen"] / sequences, rel=0.05)
 
 
 def test_images_are_made_smaller_where_asked(tmp_path: Path) -> None:

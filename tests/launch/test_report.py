@@ -13,6 +13,7 @@ from megatron.core.parallel_state import RankGenerator
 from megatron_vlm.config.checkpoint import write_tracker
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.token_lengths import PackingEstimate
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import make_plan
@@ -67,6 +68,22 @@ def test_the_length_in_epochs() -> None:
     argv = ["-g", "2", "--global-batch-size", "6", "--epochs", "2.5"]
     assert "length   6 iterations, 36 samples, 2.40 epochs of 15\n" in shown(*argv, samples=15)
     assert "length   2.5 passes over the training split\n" in shown(*argv)
+
+
+def test_packed_sequences_are_not_samples() -> None:
+    argv = ["-g", "4", "--packing", "--global-batch-size", "4", "--seq-length", "1200", "--train-iters", "40"]
+    facts = Facts("", MODEL, 1000, PackingEstimate(4.96875, ("hf",)))
+    text = screen(make_plan(RunConfig.from_flags([*BASE, *argv]), {"CUDA_VISIBLE_DEVICES": ""}, []), facts)
+    assert "accumulated = 4 sequences an iteration\n" in text
+    length, *_ = re.findall(r"length.*\n.*\n.*\n", text)
+    assert length == (
+        "length   40 iterations, 160 sequences:\n"
+        "         about 795 samples, 5 in a sequence, 0.80 epochs of 1,000; one takes 50 iterations\n"
+        "         estimated from the lengths in report.json, counted with hf\n"
+    )
+    # Two images of 576 tokens fit into 1,200.
+    assert "tokens   4,800 an iteration at most\n" in text and "2 images in a sequence at most\n" in text
+    assert "how many samples they hold is not known" in shown(*argv, samples=1000)
 
 
 def test_512_ranks_take_a_screen_too() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlm.data.packing import LengthGroups, Packing
+from megatron_vlm.config.packing import LengthGroups, Packing
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 

@@ -1,0 +1,126 @@
+"""How many samples share a sequence with ``--packing``, estimated from lengths that prepare.py counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from typing import Any, List, Mapping, Optional, Tuple
+
+from megatron_vlm.config.dataset import REPORT, split_samples
+from megatron_vlm.config.mixture import MixtureConfig, is_mixture
+from megatron_vlm.config.packing import Packing
+
+_TOKENS = "tokens"  # the histogram of a report
+_DRAWN = 4000  # samples, at least: enough that the estimate changes by less than 1 % with the seed
+
+
+@dataclass(frozen=True)
+class TokenLengths:
+    """Lengths of a dataset's samples, as the histogram of a report has them.
+
+    Attributes:
+        counted_with: the Hugging Face folder that ``prepare.py --tokenizer-load-dir`` named.
+        shortest: tokens of the shortest sample.
+        bins: first and last length of each bin, and its samples.
+        skew: values of a bin lie at ``first + (last - first) * u ** skew`` for u from 0 to 1, so that their
+            sum over all bins is that of the samples.
+    """
+
+    counted_with: str
+    shortest: int
+    bins: Tuple[Tuple[int, int, int], ...]
+    skew: float
+
+    @classmethod
+    def read(cls, folder: str) -> Optional[TokenLengths]:
+        """Of a prepared dataset; None where its tokens weren't counted, or its report is damaged."""
+        try:
+            with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
+                report = json.load(file)
+            histogram = report["histograms"].get(_TOKENS)
+            with_folder = str(report["settings"]["tokenizer_load_dir"])
+            return None if histogram is None else cls._of(histogram, with_folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return None
+
+    @classmethod
+    def _of(cls, histogram: Mapping[str, Any], counted_with: str) -> Optional[TokenLengths]:
+        low, high, total = (int(histogram[name]) for name in ("min", "max", "total"))
+        bins = []
+        for name, samples in histogram["bins"].items():
+            top = int(name)
+            # A bin ends at its name, and begins behind half of that, or is a single value up to 8.
+            first = top if top <= 8 else top // 2 + 1
+            bins.append((max(first, low), min(top, high), int(samples)))
+        if not bins:
+            return None
+        least = sum(first * samples for first, _, samples in bins)
+        span = sum((last - first) * samples for first, last, samples in bins)
+        part = min(max((total - least) / span, 0.01), 1.0) if span else 1.0
+        return cls(counted_with, low, tuple(bins), 1 / part - 1)
+
+    def draw(self, number: int, numbers: random.Random) -> List[int]:
+        """Lengths of ``number`` samples."""
+        chosen = numbers.choices(self.bins, [samples for _, _, samples in self.bins], k=number)
+        return [first + round((last - first) * numbers.random() ** self.skew) for first, last, _ in chosen]
+
+
+@dataclass(frozen=True)
+class PackingEstimate:
+    """How many samples share a sequence, and the folders by whose tokenizers these were counted."""
+
+    samples_per_sequence: float
+    counted_with: Tuple[str, ...]
+
+
+def estimate_packing(path: str, packing: Packing, overlong: str) -> Optional[PackingEstimate]:
+    """Pack samples of the lengths that reports tell.
+
+    Args:
+        path: ``--data-path``.
+        packing: of a loader worker.
+        overlong: what becomes of samples that are longer than a sequence, ``truncate`` or ``drop``.
+
+    Returns:
+        None where the tokens of a dataset weren't counted, or none fits.
+
+    Raises:
+        ValueError: as :meth:`MixtureConfig.load`.
+    """
+    parts: List[Tuple[TokenLengths, float, str]] = []  # lengths, share of the samples, overlong
+    for folder, share, own in _shares(path):
+        lengths = TokenLengths.read(folder)
+        if lengths is None or share is None:
+            return None
+        parts.append((lengths, share, own or overlong))
+    numbers = random.Random(0)
+    samples = sequences = 0
+    while samples < _DRAWN:
+        drawn: List[int] = []
+        while len(drawn) < packing.buffer_size:
+            chosen = numbers.choices(parts, [share for _, share, _ in parts])[0]
+            (length,) = chosen[0].draw(1, numbers)
+            samples += 1
+            if length <= packing.capacity or chosen[2] == "truncate":
+                drawn.append(min(length, packing.capacity))
+            elif samples > 10 * max(_DRAWN, packing.buffer_size):
+                return None
+        sequences += len(packing.select(drawn, [False] * len(drawn), 0))
+    counted_with = tuple(dict.fromkeys(lengths.counted_with for lengths, _, _ in parts))
+    return PackingEstimate(samples / sequences, counted_with)
+
+
+def _shares(path: str) -> List[Tuple[str, Optional[float], Optional[str]]]:
+    """Each dataset that is trained on, its share of the samples (None: not known), and its ``overlong``."""
+    if not is_mixture(path):
+        return [(path, 1.0, None)]
+    found: List[Tuple[str, Optional[float], Optional[str]]] = []
+    for source in MixtureConfig.load(path).of_split("train"):
+        share, samples = source.weight, split_samples(source.path)
+        if share is None and samples is not None:
+            start, end = source.subset.bounds(samples)
+            share = float((end - start) * source.passes)
+        found.append((source.path, share, source.options.get("overlong")))
+    return found
