@@ -167,13 +167,18 @@ def chat_template(tokenizer: Any, lang: str) -> str:
     return template
 
 
-def answer_end(tokenizer: Any) -> int | None:
-    """The token that the tokenizer's chat template, one that places images, writes behind an answer."""
+def answer_end(tokenizer: Any, template: str | None = None) -> int | None:
+    """The token that a chat template writes behind an answer; None where it writes none.
+
+    Args:
+        template: the tokenizer's own if not given.
+    """
     answer = "\ue000"
     for content in ([{"type": "text", "text": answer}], answer):
         turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": content}]
         with suppress(Exception):  # a template may raise anything on content that is not for it
-            _, found, suffix = tokenizer.apply_chat_template(turns, tokenize=False).partition(answer)
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            _, found, suffix = text.partition(answer)
             if found:
                 added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
                 end = find_end_token(suffix, added, tokenizer.eos_token)
@@ -196,6 +201,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def take_tokenizer(folder: Path, source: Path) -> None:
     """Give a model folder another folder's tokenizer and, where that has one, its chat template.
 
+    Generation then stops where the template ends an answer, too.
+
     Raises:
         ValueError: the other folder has no tokenizer.
     """
@@ -206,8 +213,12 @@ def take_tokenizer(folder: Path, source: Path) -> None:
             path.unlink()
     for file in files:
         shutil.copyfile(source / file, folder / file)
+    drop_appended_end(folder)
     if kept is not None:
-        replace_chat_template(folder, kept, None)
+        end = None
+        with suppress(ValueError, ModuleNotFoundError):  # whoever loads the tokenizer is told
+            end = answer_end(load_tokenizer(folder), kept)
+        replace_chat_template(folder, kept, end)
 
 
 def own_chat_template(folder: Path) -> str | None:

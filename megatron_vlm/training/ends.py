@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vlm.config.end_tokens import end_tokens, with_end_token
-from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.data.processing import Processing
 
 
@@ -36,13 +36,14 @@ def describe_ends(data_path: str, processing: Processing, hf_folder: Path) -> st
         )
         line += f"; an exported model stops at {listed} too, as its files say"
     lines = [line]
-    mixture = Mixture.open(data_path, "train")
-    for source, own in zip(mixture.sources, mixture.processings(processing), strict=True):
-        if own.template.name != template.name:
-            try:
-                lines.append(f"dataset {source.name}: {own.template.check_end()}")
-            except ValueError as error:
-                raise ValueError(f"--data-path {data_path}: dataset {source.name}: {error}") from None
+    sources = MixtureConfig.load(data_path).of_split("train") if is_mixture(data_path) else ()
+    for source in sources:
+        try:
+            own = processing.varied(**source.options).template
+            if own.name != template.name:
+                lines.append(f"dataset {source.name}: {own.check_end()}")
+        except ValueError as error:
+            raise ValueError(f"--data-path {data_path}: dataset {source.name}: {error}") from None
     if template.appended:
         put = " ".join(processing.tokenizer.convert_ids_to_tokens(template.appended))
         lines.append(f"the tokenizer puts {put} behind every text; here and in an exported model it doesn't")

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
 from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
 from megatron_vlm.hf import streaming
@@ -254,6 +254,15 @@ def test_another_tokenizer_takes_the_whole_place(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "bare")
     back = export_hf(tmp_path / "megatron", tmp_path / "again", tokenizer_dir=tmp_path / "bare")
     assert AutoProcessor.from_pretrained(back).chat_template == processor.chat_template
+    # Generation stops where the template that came with it ends an answer.
+    other.chat_template = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}"
+        "{{ '<more>\n' }}{% endfor %}"
+    )
+    other.save_pretrained(tmp_path / "ended")
+    back = export_hf(tmp_path / "megatron", tmp_path / "stops", tokenizer_dir=tmp_path / "ended")
+    ends = GenerationConfig.from_pretrained(back).eos_token_id
+    assert ends == [2, other.convert_tokens_to_ids("<more>")]
 
 
 KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
