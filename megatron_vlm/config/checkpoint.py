@@ -14,10 +14,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Union
+
+from megatron_vlm.config.families import other_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -111,18 +114,20 @@ def write_best(root: PathLike, iteration: int, loss: float) -> None:
     _write_atomically(Path(root) / BEST_LOSS, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
-def resolve_checkpoint(path: PathLike) -> Path:
+def resolve_checkpoint(path: PathLike, flag: str = "") -> Path:
     """The folder of the checkpoint that ``path`` means.
 
     Args:
         path: a checkpoint folder, a root with a tracker file, or a run folder.
+        flag: names it in messages.
 
     Raises:
         ValueError: ``path`` is none of these, or the checkpoint named by the tracker is not there.
     """
     path = Path(path)
+    where = f"{flag} {path}".lstrip()
     if not path.is_dir():
-        raise ValueError(f"{path}: no such checkpoint folder")
+        raise ValueError(f"{where}: no such checkpoint folder")
     if (path / MANIFEST).is_file():
         return path
     for root in (path, path / CHECKPOINTS):
@@ -137,10 +142,21 @@ def resolve_checkpoint(path: PathLike) -> Path:
             names = ", ".join(str(folder) for folder in found)
             raise ValueError(f"{root}: no {TRACKER}; name the checkpoint itself: {names}")
     _refuse_megatron_lms(path)
-    raise ValueError(
-        f"{path}: not a checkpoint of this project (no {MANIFEST}, no {TRACKER}); "
-        "make one with scripts/convert/convert_hf_to_megatron.py"
-    )
+    raise ValueError(f"{where}: not a checkpoint of this project{_what_instead(path)}")
+
+
+def _what_instead(path: Path) -> str:
+    """What a folder is that is no checkpoint, and what makes one of it."""
+    script = "scripts/convert/convert_hf_to_megatron.py"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        return f" (no {MANIFEST}, no {TRACKER}); make one with {script}"
+    other = other_model(config, str(path))
+    flags = f"--hf-dir {shlex.quote(str(path))} --megatron-dir <checkpoint>"
+    return ", but a Hugging Face model; " + (other or f"convert it: {script} {flags}")
 
 
 def is_checkpoint(path: PathLike) -> bool:
@@ -181,7 +197,7 @@ def _refuse_megatron_lms(folder: Path) -> None:
         )
 
 
-def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[Path]:
+def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None, flag: str = "") -> List[Path]:
     """The folders that make up the checkpoint that ``path`` means, the one with all weights first.
 
     A checkpoint of trained weights only names the one that it lies over, its base, which may be such a
@@ -189,13 +205,14 @@ def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None) -> List[P
 
     Args:
         base: the checkpoint with all weights, in place of the recorded one.
+        flag: names ``path`` in messages.
 
     Raises:
         ValueError: there is no such checkpoint, or a base isn't where it was.
     """
-    layers = [resolve_checkpoint(path)]
+    layers = [resolve_checkpoint(path, flag)]
     if base is not None:
-        resolve_checkpoint(base)  # said even where it isn't needed
+        resolve_checkpoint(base, "--base")  # said even where it isn't needed
     while BASE in read_manifest(layers[0]):
         try:
             recorded = Path(read_manifest(layers[0])[BASE]["path"])

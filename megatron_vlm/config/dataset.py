@@ -14,6 +14,8 @@ from typing import Dict, List, Optional, Tuple
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 PREPARED = "prepare.json"  # in .nv-meta: of each shard what prepare.py knows, samples, bytes and hashes
 REPORT = "report.json"  # of prepare.py: what has become of the records
+# Of files of records, which scripts/data/prepare.py reads; each may end in .gz besides.
+RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tgz")
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 _END = 1 << 16  # bytes
 
@@ -38,10 +40,43 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
 
 
 def not_prepared(path: str) -> str:
-    """What is said of a folder that ``energon prepare`` was never run on."""
+    """What is said of a path that is no folder on which ``energon prepare`` was run: what makes one of it."""
+    records = _records(path)
+    if records is not None:
+        made = re.sub(r"(?<=[^/])(\.\w+)?(\.gz)?/*$", "", path, count=1) + "-prepared"
+        command = (
+            f"python scripts/data/prepare.py --input {shlex.quote(records)} --save-dir {shlex.quote(made)}"
+        )
+        return (
+            f"--data-path {path}: its records are not prepared; run: {command}, and give {shlex.quote(made)}"
+        )
+    if not os.path.isdir(path):
+        what = "no folder" if os.path.exists(path) else "no such folder"
+        return f"--data-path {path}: {what}; give one that scripts/data/prepare.py or `energon prepare` made"
     if not any(name.endswith(".tar") for _, _, names in os.walk(path) for name in names):
         return f"--data-path {path}: it holds no .tar shards; make a dataset with scripts/data/prepare.py"
     return f"--data-path {path}: not prepared; run: {prepare_command(path)}"
+
+
+def _records(path: str) -> Optional[str]:
+    """What scripts/data/prepare.py is to read where ``path`` is people's own data: a file of records, or a
+    folder of such that are no shards. None where it is neither."""
+    if not os.path.isdir(path):
+        return path if os.path.isfile(path) and _is_records(path) else None
+    try:  # what datasets' save_to_disk writes: a folder of one split, or of several
+        with open(os.path.join(path, "dataset_dict.json"), encoding="utf-8") as file:
+            splits = json.load(file)["splits"]
+        return os.path.join(path, "train" if "train" in splits else splits[0])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    names = [name for _, _, files in os.walk(path) for name in files if not name.startswith(".")]
+    if any(name.endswith(".tar") for name in names) or not any(map(_is_records, names)):
+        return None
+    return path
+
+
+def _is_records(name: str) -> bool:
+    return (name[:-3] if name.endswith(".gz") else name).endswith(RECORD_SUFFIXES)
 
 
 def holds_conversations(path: str) -> bool:

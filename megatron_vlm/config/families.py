@@ -7,6 +7,7 @@ and with what works instead, before anything is read but config.json.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
@@ -224,6 +225,27 @@ _REFUSED_ROPE: Dict[str, str] = {
     "longrope": "it has a factor for each frequency and scales attention",
     "yarn": f"it scales attention, too; {_WITHOUT}",
 }
+_BUILDER = "scripts/convert/build_llava_jp.py"
+# Releases of LLaVA in the format of LLaVA's own repository, by their image_aspect_ratio: their names, the
+# script of transformers that converts them, and what it has made of one.
+_ORIGINAL_TYPES = tuple(
+    f"llava_{text}" for text in ("llama", "mpt", "mistral", "mixtral", "gemma", "qwen", "qwen_moe")
+)
+_ORIGINALS: Tuple[Tuple[str, str, str, str], ...] = (
+    (
+        "anyres_max",
+        "LLaVA-OneVision",
+        "convert_llava_onevision_weights_to_hf.py",
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    ),
+    (
+        "anyres",
+        "LLaVA-NeXT (LLaVA-1.6)",
+        "convert_llava_next_weights_to_hf.py",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+    ),
+    ("", "LLaVA-1.5", "convert_llava_weights_to_hf.py", "llava-hf/llava-1.5-7b-hf"),
+)
 # Keys that change what a model computes, wherever they stand.
 _REFUSED_KEYS: Dict[str, str] = {
     "attn_logit_softcapping": "attention here has no soft cap on its scores",
@@ -253,18 +275,55 @@ def check_tower(vision: Mapping[str, Any], where: str = "config.json: vision_con
     _check_type(where, vision.get("model_type", "clip_vision_model"), TOWERS, _REFUSED_TOWERS)
 
 
+def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
+    """What a model is that is none of transformers' LLaVAs, and what makes one of it; else empty.
+
+    Args:
+        config: its ``config.json``.
+        folder: where that lies.
+    """
+    original = original_llava(config)
+    if original:
+        return original
+    kind = config.get("model_type")
+    if kind in LLAVA_FAMILIES:
+        return ""
+    folder = folder if folder.startswith("<") else shlex.quote(folder)
+    if kind in TEXT_FAMILIES:
+        command = f"{_BUILDER} --text-model {folder} --vision-model <tower> --save-dir <llava>"
+        return f"model_type is {kind!r}, a text model; join it with a tower: {command}"
+    if kind in TOWERS or _REFUSED_TOWERS.get(str(kind)) == _WHOLE:
+        command = f"{_BUILDER} --text-model <text model> --vision-model {folder} --save-dir <llava>"
+        return f"model_type is {kind!r}, a tower; join it with a text model: {command}"
+    because = _because(_REFUSED_TEXT.get(str(kind)))
+    supported = f"supported: {_quoted(LLAVA_FAMILIES)} (build one with {_BUILDER})"
+    return f"model_type is {kind!r}{because}; {supported}"
+
+
+def original_llava(config: Mapping[str, Any]) -> str:
+    """What a checkpoint of LLaVA's own repository is, and where its conversion is; empty for all others."""
+    kind, tower = config.get("model_type"), config.get("mm_vision_tower")
+    if config.get("vision_config") or not (kind in _ORIGINAL_TYPES or tower or "mm_hidden_size" in config):
+        return ""
+    ratio = str(config.get("image_aspect_ratio"))
+    name, script, example = next(row[1:] for row in _ORIGINALS if ratio.startswith(row[0]))
+    what = f"model_type is {kind!r} with mm_vision_tower {tower!r} and without vision_config"
+    return (
+        f"{what}: {name} in the format of LLaVA's own repository; give its conversion, such as {example} of "
+        f"the hub, or convert it with transformers' {script}"
+    )
+
+
 def llava_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     """A whole model's config, with what its ``model_type`` assumes where a key is left out.
 
     Raises:
         ValueError: the type is not supported.
     """
-    kind = config.get("model_type")
-    if kind not in LLAVA_FAMILIES:
-        raise ValueError(
-            f"config.json: model_type is {kind!r}; supported: {_quoted(LLAVA_FAMILIES)} (build one with "
-            "scripts/convert/build_llava_jp.py)"
-        )
+    problem = other_model(config)
+    if problem:
+        raise ValueError(f"config.json: {problem}")
+    kind: str = config["model_type"]
     given = {key: value for key, value in config.items() if value not in (None, {})}
     if kind == "vipllava":
         if "vision_feature_layers" in given:  # as older releases wrote it

@@ -20,6 +20,7 @@ from megatron_vlm.config.families import (
     check_keys,
     check_tower,
     llava_config,
+    other_model,
 )
 from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.language import LanguageConfig, RopeScaling, language_config
@@ -227,28 +228,34 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_hf_dir(cls, directory: str) -> ModelConfig:
+    def from_hf_dir(cls, directory: str, flag: str = "") -> ModelConfig:
         """Read ``config.json`` of a Hugging Face model folder.
+
+        Args:
+            flag: names the folder in messages.
 
         Raises:
             ValueError: there is no readable ``config.json``, or as :meth:`from_hf`.
         """
-        path = os.path.join(directory, "config.json")
+        where, path = f"{flag} {directory}".lstrip(), os.path.join(directory, "config.json")
         check_readable(path)
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
         except FileNotFoundError:
-            raise ValueError(f"{directory}: no config.json; give a Hugging Face LLaVA folder") from None
+            raise ValueError(f"{where}: no config.json; give a Hugging Face LLaVA folder") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
+        other = other_model(config, directory) if isinstance(config, dict) else ""
+        if other:
+            raise ValueError(f"{where}: {other}")
         try:
             model = cls.from_hf(config)
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
             raise ValueError(f"{path}: a value is not of its key's kind ({error})") from None
         except ValueError as error:
             if str(error).startswith("config.json"):
-                raise
+                raise ValueError(f"{flag} {path}{str(error)[len('config.json') :]}".lstrip()) from None
             raise ValueError(f"{path}: a value is not of its key's kind ({error})") from None
         _check_numbers(path, model)
         return model

@@ -15,6 +15,7 @@ from megatron_vlm.config.checkpoint import (
     read_manifest,
     resolve_checkpoint,
 )
+from megatron_vlm.config.families import LLAVA_FAMILIES
 from megatron_vlm.config.flags import flag_name, negative_flag_name
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -157,7 +158,7 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
 def _is_llava(folder: Path) -> bool:
     """A tokenizer may also come from a folder of its own, or from the text model's."""
     try:
-        return json.loads((folder / "config.json").read_text())["model_type"] == "llava"
+        return json.loads((folder / "config.json").read_text())["model_type"] in LLAVA_FAMILIES
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -84,8 +84,6 @@ class PreparedDataset:
             ValueError: the folder is missing, not prepared or damaged, or the split is empty; the
                 message says what to run.
         """
-        if not os.path.isdir(path):
-            raise ValueError(f"--data-path {path}: no such folder")
         meta = os.path.join(path, ".nv-meta")
         if not os.path.isfile(os.path.join(meta, ".info.json")):
             if os.path.isdir(meta):

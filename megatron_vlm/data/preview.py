@@ -366,13 +366,15 @@ def _named(source: Source, key: str) -> Sequence[RawSample]:
 def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
     """The model that is trained, and the Hugging Face files that its checkpoint carries."""
     if config.model.megatron_load_dir is not None:
-        folder = checkpoint_layers(config.model.megatron_load_dir, config.model.base)[-1]
+        folder = checkpoint_layers(config.model.megatron_load_dir, config.model.base, "--megatron-load-dir")[
+            -1
+        ]
         return ModelConfig.from_dict(read_manifest(folder)["model"]), str(folder / HF_FOLDER)
     if config.model.tokenizer_load_dir is None:
         raise ValueError(
             "--tokenizer-load-dir is missing: the Hugging Face folder of the model, or a checkpoint"
         )
-    return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir), None
+    return ModelConfig.from_hf_dir(config.model.tokenizer_load_dir, "--tokenizer-load-dir"), None
 
 
 def _about(config: RunConfig, processings: Sequence[Processing], views: Sequence[View]) -> dict[str, str]:

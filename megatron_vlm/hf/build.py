@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import appearing_folder
-from megatron_vlm.config.families import TEXT_FAMILIES, TOWERS, check_keys, check_text, check_tower
+from megatron_vlm.config.families import (
+    TEXT_FAMILIES,
+    TOWERS,
+    check_keys,
+    check_text,
+    check_tower,
+    original_llava,
+)
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import write_conversion, write_weights
 from megatron_vlm.hf.folder import HFFolder, small_files, split_into_shards, write_index
@@ -184,6 +191,9 @@ def _given(flag: str, name: str, part: str) -> _Given:
         kind, tied = own.get("model_type"), bool(raw.get("tie_word_embeddings"))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{where}its config.json cannot be read ({error})") from None
+    original = original_llava(raw)
+    if original:
+        raise ValueError(f"{where}{original}")
     if kind in (TOWERS if part == "text_config" else TEXT_FAMILIES):
         other = "--vision-model" if part == "text_config" else "--text-model"
         raise ValueError(f"{where}model_type is {kind!r}; it belongs behind {other}")

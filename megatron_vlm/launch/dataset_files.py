@@ -38,9 +38,6 @@ def dataset_problems(path: str) -> Iterator[str]:
 
 
 def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
-    if not os.path.isdir(path):
-        yield f"--data-path {path}: no such folder; give one on which `energon prepare` was run"
-        return
     if not os.path.isfile(os.path.join(path, ".nv-meta", ".info.json")):
         yield not_prepared(path)
         return

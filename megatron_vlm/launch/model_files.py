@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.anyres import NO_TILES
 from megatron_vlm.config.end_tokens import end_tokens
+from megatron_vlm.config.families import TEXT_FAMILIES
 from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, is_mixture
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -34,7 +35,7 @@ _BUILDER = "scripts/convert/build_llava_jp.py"
 def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> Iterator[str]:
     """What is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
     if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
-        yield f"{folder}: holds no tokenizer; give the Hugging Face folder of the model"
+        yield f"{_named(folder, config)}: holds no tokenizer; give the Hugging Face folder of the model"
         return
     settings = _read(folder, "tokenizer_config.json")
     added = _added_tokens(folder, settings)
@@ -152,13 +153,15 @@ def _special_tokens(
     if added and wanted not in added:  # a tokenizer.model alone doesn't tell
         own = [number for number, text in added.items() if text == "<image>"]
         hint = f"its <image> is token {own[0]}" if own else "it has no <image>"
+        kind = _read(folder, "config.json").get("model_type")
+        hint += f", and is that of a text model, {kind!r}" if kind in TEXT_FAMILIES else ""
         yield (
-            f"{flag}{folder}: the model's image token is {wanted}, and no added token of this tokenizer "
-            f"({hint}); give the Hugging Face folder that {_BUILDER} made"
+            f"{flag}{_named(folder, config)}: the model's image token is {wanted}, and no added token of "
+            f"this tokenizer ({hint}); give the Hugging Face folder that {_BUILDER} made"
         )
     if added and max(added) >= model.language.vocab_size:
         yield (
-            f"{folder}: the tokenizer has a token {max(added)}, and the model embeds only "
+            f"{_named(folder, config)}: the tokenizer has a token {max(added)}, and the model embeds only "
             f"{model.language.vocab_size}; give the folder of the model being trained"
         )
     if config.model.pad_token_id is not None:
@@ -194,6 +197,11 @@ def _template(
         problem = unfit(name, added.values(), bos, eos) if name else ""
         if problem and (added or name == "v1"):  # a tokenizer.model alone doesn't tell
             yield f"{where}{problem} ({folder})"
+
+
+def _named(folder: str, config: RunConfig) -> str:
+    """A folder, and the flag that gave it."""
+    return f"--tokenizer-load-dir {folder}" if folder == config.model.tokenizer_load_dir else folder
 
 
 def _sources(config: RunConfig) -> Tuple[SourceConfig, ...]:

@@ -248,7 +248,9 @@ def _checkpoint(found: Inspection) -> None:
         source = start.checkpoint if start is not None else config.model.megatron_load_dir
         if source is None:
             return  # a rule of the flags
-        found.layers = checkpoint_layers(source, config.model.base)
+        found.layers = checkpoint_layers(
+            source, config.model.base, "--megatron-load-dir" if start is None else ""
+        )
         found.resumes = start is not None
         manifest = read_manifest(found.layers[-1])
         model = ModelConfig.from_dict(manifest["model"])
@@ -259,7 +261,7 @@ def _checkpoint(found: Inspection) -> None:
             found.errors.append(f"--load-optim: {source} has no optimizer state; leave the flag out")
         _fits_start(found, start or Start(found.layers[-1], where.load_optim, ""), model)
     elif folder is not None and os.path.isdir(folder):
-        model = ModelConfig.from_hf_dir(folder)
+        model = ModelConfig.from_hf_dir(folder, "--tokenizer-load-dir")
         found.model = dataclasses.replace(model, lora=config.lora.adapters)
 
 

@@ -64,7 +64,7 @@ def choose_start(config: RunConfig, run: Path) -> Start:
         return _random_start(config, run)
     if config.model.megatron_load_dir is None:
         raise ValueError("--megatron-load-dir: give the checkpoint to start from")
-    source = resolve_checkpoint(config.model.megatron_load_dir)
+    source = resolve_checkpoint(config.model.megatron_load_dir, "--megatron-load-dir")
     if not config.checkpoint.load_optim:
         return Start(source, False, f"starting {run} from the weights of {source}")
     if not read_manifest(source)["has_optimizer"]:

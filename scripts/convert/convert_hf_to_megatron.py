@@ -39,7 +39,7 @@ def main(argv: List[str]) -> int:
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import import_hf
 
-    layers = ModelConfig.from_hf_dir(args.hf_dir).language.num_layers
+    layers = ModelConfig.from_hf_dir(args.hf_dir, "--hf-dir").language.num_layers
     classic = ClassicLayout.from_flags(args, layers)
     dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:

@@ -65,7 +65,9 @@ def main(argv: List[str]) -> int:
 
     checkpoint = find_checkpoint(args.megatron_dir, args.hf_config)
     hf_folder = args.hf_config or str(checkpoint / HF_FOLDER)
-    ModelConfig.from_hf_dir(hf_folder).check_layout(args.tp or 1, args.pp or 1)
+    ModelConfig.from_hf_dir(hf_folder, "--hf-config" if args.hf_config else "").check_layout(
+        args.tp or 1, args.pp or 1
+    )
     print(f"converting {checkpoint}", flush=True)
     if args.adapter_only:
         if args.tokenizer_dir or args.max_shard_size or args.dtype or args.verify:

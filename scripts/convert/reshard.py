@@ -51,7 +51,7 @@ def main(argv: List[str]) -> int:
     from megatron_vlm.hf.convert import reshard
 
     if args.hf_config:
-        model = ModelConfig.from_hf_dir(args.hf_config)
+        model = ModelConfig.from_hf_dir(args.hf_config, "--hf-config")
     else:
         model = ModelConfig.from_dict(read_manifest(args.megatron_dir)["model"])
     classic = ClassicLayout.from_flags(args, model.language.num_layers)

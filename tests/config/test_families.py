@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import transformers
 
 from megatron_vlm.config import families
+from megatron_vlm.config.checkpoint import resolve_checkpoint
 from megatron_vlm.config.model import ModelConfig
 
 
@@ -89,6 +91,96 @@ def check_keys_are_the_configs(message: str, config: dict[str, Any]) -> None:
 )
 def test_what_is_said(text: dict[str, Any], words: str) -> None:
     assert words in refusal(text=text)
+
+
+# As configs of LLaVA's own repository have it: of liuhaotian/llava-v1.5-7b, liuhaotian/llava-v1.6-mistral-7b
+# and lmms-lab/llava-onevision-qwen2-7b-ov.
+ORIGINAL = {"mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
+ORIGINALS = [
+    (
+        {"model_type": "llava", "image_aspect_ratio": "pad", "image_grid_pinpoints": None},
+        "LLaVA-1.5 in the format of LLaVA's own repository; give its conversion, such as llava-hf/llava-1.5",
+        "convert_llava_weights_to_hf.py",
+    ),
+    (
+        {
+            "model_type": "llava_mistral",
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+        },
+        "LLaVA-NeXT (LLaVA-1.6) in the format of LLaVA's own",
+        "convert_llava_next_weights_to_hf.py",
+    ),
+    (
+        {"model_type": "llava_qwen", "image_aspect_ratio": "anyres_max_9"},
+        "LLaVA-OneVision in the format of LLaVA's own",
+        "convert_llava_onevision_weights_to_hf.py",
+    ),
+    ({"model_type": "llava_llama"}, "LLaVA-1.5 in the format of", "convert_llava_weights_to_hf.py"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "script"), ORIGINALS, ids=[c["model_type"] for c, *_ in ORIGINALS]
+)
+def test_llavas_own_format_is_named(config: dict[str, Any], words: str, script: str, tmp_path: Path) -> None:
+    tower = "openai/clip-vit-large-patch14-336"
+    config = {**ORIGINAL, **config, "mm_vision_tower": tower, "hidden_size": 64, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf_dir(str(tmp_path), "--hf-dir")
+    message = str(caught.value)
+    named = f"model_type is '{config['model_type']}' with mm_vision_tower '{tower}'"
+    assert message.startswith(f"--hf-dir {tmp_path}: {named} and without vision_config: {words}")
+    assert message.endswith(f"transformers' {script}") and "\n" not in message
+
+
+def test_a_config_of_transformers_is_no_original() -> None:
+    """Keys that a folder made here has too."""
+    config = config_of("llava", image_token_index=7)
+    assert ModelConfig.from_hf({**config, "mm_projector_type": "mlp2x_gelu"})
+    assert ModelConfig.from_hf({**config, **ORIGINAL, "mm_vision_tower": "openai/clip-vit-large-patch14-336"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen2", "a text model; join it with a tower: scripts/convert/build_llava_jp.py --text-model {}"),
+        ("clip_vision_model", "a tower; join it with a text model: scripts/convert/build_llava_jp.py --text"),
+        ("clip", "a tower; join it with a text model: scripts/convert/build_llava_jp.py --text-model"),
+        ("gemma2", "(it soft-caps attention scores and logits"),
+        ("qwen2_vl", "supported: 'llava', 'llava_next', 'llava_onevision', 'vipllava' (build one with"),
+    ],
+)
+def test_a_folder_of_another_model(kind: str, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    expected = words.format(f"'{folder}'")
+    for flag in ("--tokenizer-load-dir", ""):
+        with pytest.raises(ValueError) as caught:
+            ModelConfig.from_hf_dir(str(folder), flag)
+        assert str(caught.value).startswith(f"{flag} {folder}: model_type is '{kind}'".lstrip())
+        assert expected in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        resolve_checkpoint(folder, "--megatron-load-dir")
+    begins = f"--megatron-load-dir {folder}: not a checkpoint of this project, but a Hugging Face model; "
+    assert str(caught.value).startswith(f"{begins}model_type is '{kind}'")
+    assert expected in str(caught.value)
+
+
+def test_a_llava_that_is_not_converted_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(
+        ValueError, match=rf"convert it: .*convert_hf_to_megatron.py --hf-dir {tmp_path} --meg"
+    ):
+        resolve_checkpoint(tmp_path)
+
+
+def test_what_is_wrong_in_a_folder_names_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_feature_layer": []}))
+    with pytest.raises(ValueError, match=rf"^--hf-dir {tmp_path}/config.json: vision_feature_layer is empty"):
+        ModelConfig.from_hf_dir(str(tmp_path), "--hf-dir")
 
 
 def test_quantised_weights_are_refused_wherever_the_config_says_so() -> None:

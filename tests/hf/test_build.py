@@ -375,6 +375,12 @@ def test_errors(tmp_path: Path, text: Path, tower: Path) -> None:
     edit_json(changed / "config.json", model_type="gemma2")
     refused(r"--text-model .*copy1: model_type is 'gemma2' \(it soft-caps .*; supported: 'llama'", changed)
     refused(r"--vision-model .*copy1: model_type is 'gemma2'; supported: 'clip_vis", text, changed)
+    edit_json(changed / "config.json", model_type="llava_llama", mm_vision_tower="openai/clip")
+    refused(
+        r"--text-model .*copy1: model_type is 'llava_llama' with mm_vision_tower .*LLaVA-1.5 in the", changed
+    )
+    refused(r"--vision-model .*copy1: .*convert_llava_weights_to_hf.py", text, changed)
+    shutil.copyfile(text / "config.json", changed / "config.json")
     edit_json(changed / "config.json", model_type="unheard-of")
     refused(r"--text-model .*model_type is 'unheard-of'; supported", changed)
     (changed / "config.json").write_text("{}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import struct
 
 import pytest
 
 from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.launch import dataset_files
 from tests.data.tiny_data import make_samples, prepare, write_shards
 
@@ -49,6 +51,40 @@ def test_a_dataset_that_is_missing_empty_or_not_prepared(dataset, tmp_path) -> N
     assert "no .tar shards" in message()
     shard.touch()
     assert f"not prepared; run: {prepare_command(str(dataset))}" in message()
+
+
+@pytest.mark.parametrize("name", ["a b.json", "x.jsonl", "x.jsonl.gz", "x.parquet", "x.arrow", "x.tar"])
+def test_records_that_are_not_prepared(tmp_path, name) -> None:
+    """The command is the one that prepares them, and the folder that it makes is no other."""
+    (tmp_path / name).write_text("[]")
+    (problem,) = dataset_files.dataset_problems(str(tmp_path / name))
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        PreparedDataset.open(str(tmp_path / name))
+    command, made = re.search(r"run: python (.*), and give (.*)", problem).groups()
+    script, *flags = shlex.split(command)
+    assert (script, flags[:3]) == ("scripts/data/prepare.py", ["--input", str(tmp_path / name), "--save-dir"])
+    assert flags[3:] == shlex.split(made) == [str(tmp_path / name.partition(".")[0]) + "-prepared"]
+
+
+def test_folders_of_records_that_are_not_prepared(tmp_path) -> None:
+    def command() -> list[str]:
+        (problem,) = dataset_files.dataset_problems(f"{tmp_path}/")
+        return shlex.split(re.search(r"run: python (.*), and give ", problem)[1])
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "train.json").write_text("[]")
+    assert command() == f"scripts/data/prepare.py --input {tmp_path}/ --save-dir {tmp_path}-prepared".split()
+    (tmp_path / "more" / "train.json").unlink()
+    for split in ("test", "train"):  # as save_to_disk of Hugging Face's datasets writes them
+        (tmp_path / split).mkdir()
+        for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
+            (tmp_path / split / name).write_text("{}")
+    assert command()[2] == f"{tmp_path}/"
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    assert command()[1:] == ["--input", f"{tmp_path}/train", "--save-dir", f"{tmp_path}-prepared"]
+    (tmp_path / "text.txt").write_text("a")
+    (problem,) = dataset_files.dataset_problems(str(tmp_path / "text.txt"))
+    assert "text.txt: no folder; give one that scripts/data/prepare.py" in problem
 
 
 def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:

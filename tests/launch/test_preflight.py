@@ -156,6 +156,20 @@ def test_no_tokenizer_anywhere(workplace) -> None:
     assert "no tokenizer: give --tokenizer-load-dir" in problem()
 
 
+def test_a_text_models_folder_in_place_of_a_llava(workplace) -> None:
+    (workplace / "text").mkdir()
+    (workplace / "text/config.json").write_text('{"model_type": "qwen2"}')
+    words = "model_type is 'qwen2', a text model; join it with a tower: scripts/convert/build_llava_jp.py"
+    told = problem("--megatron-load-dir", "text")
+    assert (
+        told.startswith("--megatron-load-dir text: not a checkpoint of this project, but") and words in told
+    )
+    base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--train-iters", "9"]
+    config = RunConfig.from_flags([*base, "--init", "--tokenizer-load-dir", "text"])
+    (told, *_) = preflight.inspect(make_plan(config, {"CUDA_VISIBLE_DEVICES": ""}, [])).errors
+    assert told.startswith(f"--tokenizer-load-dir text: {words} --text-model text ")
+
+
 def test_an_epoch_shorter_than_a_batch(workplace) -> None:
     base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
     plan = make_plan(RunConfig.from_flags(base), {"CUDA_VISIBLE_DEVICES": ""}, [])

@@ -24,7 +24,7 @@ class Lengths:
 
     def __init__(self, rendering: Rendering) -> None:
         folder = rendering.tokenizer_load_dir
-        model = ModelConfig.from_hf_dir(folder)
+        model = ModelConfig.from_hf_dir(folder, "--tokenizer-load-dir")
         self._processing = load_processing(
             folder, model, seq_length=_LONGEST, template=rendering.template, lang=rendering.lang
         )

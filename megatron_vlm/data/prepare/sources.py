@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from megatron_vlm.config.dataset import TEXT_ONLY_KEY
+from megatron_vlm.config.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
 from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
 from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 
@@ -21,7 +21,6 @@ _ROWS = 64  # of a table, in memory at a time
 _CHUNK = 1 << 20
 _LONGEST_RECORD = 1 << 28
 _SPACE = re.compile(r"[\s,]*")
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tgz")
 _IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # as webdataset and energon cut a name
 
@@ -137,7 +136,7 @@ def _files(path: str) -> list[str]:
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
         for name in names
-        if name.removesuffix(".gz").endswith(_SUFFIXES) and not name.startswith(".")
+        if name.removesuffix(".gz").endswith(RECORD_SUFFIXES) and not name.startswith(".")
     ]
     found = sorted(name for name in found if "/." not in name[len(path) :])
     # A folder of tables or tars has JSON files that describe it.
@@ -145,7 +144,7 @@ def _files(path: str) -> list[str]:
         name for name in found if name.removesuffix(".gz").endswith((".parquet", ".arrow", ".tar", ".tgz"))
     ]
     if not found:
-        raise ValueError(f"--input {path}: no {', '.join(_SUFFIXES)} in it")
+        raise ValueError(f"--input {path}: no {', '.join(RECORD_SUFFIXES)} in it")
     others = [name for name in found if name not in data and _has_conversations(name)] if data else []
     if others:
         raise ValueError(
