@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 from megatron_vlm.config.checks import between, not_negative, positive
 from megatron_vlm.config.flags import flag
 from megatron_vlm.config.headings import DATA, TRAINING
+from megatron_vlm.config.images import ALPHAS, LOADED, ORIENTATIONS, ImageRule
 from megatron_vlm.config.templates import TEMPLATES
 
 
@@ -33,6 +34,20 @@ class DataSection:
         shown_default="chat where the tokenizer has one, else plain in --stage 1 and v1 otherwise",
     )
     mask_thinking: bool = flag(DATA, False, "leave the <think>...</think> of answers out of the loss")
+    image_orientation: Optional[str] = flag(
+        DATA,
+        None,
+        "turn images as their EXIF data says, as transformers loads a file, or take them as they are stored",
+        choices=ORIENTATIONS,
+        shown_default="exif; stored in a run that was begun without this flag",
+    )
+    image_alpha: Optional[str] = flag(
+        DATA,
+        None,
+        "drop an image's alpha channel, as transformers loads a file, or lay it on white",
+        choices=ALPHAS,
+        shown_default="drop; white in a run that was begun without this flag",
+    )
     lang: str = flag(TRAINING, "jp", "language of the prompts", choices=("jp", "en"))
     data_workers: Optional[int] = flag(
         DATA,
@@ -66,3 +81,12 @@ class DataSection:
         between(self, "max_corrupt_rate", 0.0, 1.0)
         if self.packing and self.group_by_length:
             raise ValueError("--group-by-length has no padding to save with --packing; drop one of them")
+
+    def image_rule(self, otherwise: ImageRule = LOADED) -> ImageRule:
+        """How image files are read, as the flags say; what they leave out is as in ``otherwise``."""
+        return otherwise.but(self.image_orientation, self.image_alpha)
+
+    def with_image_rule(self, otherwise: ImageRule = LOADED) -> DataSection:
+        """The same, with that rule written out."""
+        rule = self.image_rule(otherwise)
+        return replace(self, image_orientation=rule.orientation, image_alpha=rule.alpha)

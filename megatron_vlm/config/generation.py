@@ -13,6 +13,7 @@ from typing import Dict, Optional, Sequence, Tuple
 from megatron_vlm.config.checkpoint import checkpoint_layers
 from megatron_vlm.config.checks import between, not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
+from megatron_vlm.config.images import ALPHAS, ORIENTATIONS
 from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import ParallelSection
@@ -58,6 +59,20 @@ class SourceSection:
         "language of the prompts",
         choices=("jp", "en"),
         shown_default="the training run's, else jp",
+    )
+    image_orientation: Optional[str] = flag(
+        MODEL,
+        None,
+        "turn images as their EXIF data says, or take them as they are stored",
+        choices=ORIENTATIONS,
+        shown_default="the training run's, else exif",
+    )
+    image_alpha: Optional[str] = flag(
+        MODEL,
+        None,
+        "drop an image's alpha channel, or lay it on white",
+        choices=ALPHAS,
+        shown_default="the training run's, else drop",
     )
     precision: Optional[str] = flag(
         MODEL,

@@ -20,7 +20,17 @@ from megatron_vlm.config.run import SECTIONS, RunConfig
 PREVIEW = "What is shown"
 _OF_RUN = (  # those that say how a sample is read; shown in --help with run.py's own words
     *("data_path", "tokenizer_load_dir", "megatron_load_dir", "base", "template", "lang", "stage"),
-    *("seq_length", "overlong", "mask_thinking", "image_token_id", "pad_token_id", "sif_path", "bind"),
+    *(
+        "seq_length",
+        "overlong",
+        "mask_thinking",
+        "image_orientation",
+        "image_alpha",
+        "image_token_id",
+        "pad_token_id",
+        "sif_path",
+        "bind",
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from megatron_vlm.config.checkpoint import (
 )
 from megatron_vlm.config.families import LLAVA_FAMILIES
 from megatron_vlm.config.flags import flag_name, negative_flag_name
+from megatron_vlm.config.images import FIRST_RULE, LOADED, ImageRule
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 
@@ -76,6 +77,25 @@ def own_checkpoint(run: Path) -> Optional[Start]:
     return None
 
 
+def saved_config(checkpoint: Path) -> RunConfig:
+    """The config that a run saved with a checkpoint; one from before there were rules for images has theirs.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    saved = RunConfig.load(str(checkpoint / RUN_CONFIG))
+    return replace(saved, data=saved.data.with_image_rule(FIRST_RULE))
+
+
+def first_image_rule(config: RunConfig) -> ImageRule:
+    """How the run of these flags began to read image files, as its newest checkpoint says; else as a new one
+    does."""
+    checkpoint = config.checkpoint
+    named = checkpoint.save_dir is not None and checkpoint.name is not None
+    saved = list_checkpoints(Path(checkpoint.run_dir) / CHECKPOINTS) if named else []
+    return saved_config(saved[-1]).data.image_rule() if saved else LOADED
+
+
 def check_same_run(config: RunConfig, start: Start) -> str:
     """Compare the flags with those that the checkpoint was saved with, where the run goes on from it.
 
@@ -88,7 +108,8 @@ def check_same_run(config: RunConfig, start: Start) -> str:
     Raises:
         ValueError: other parts would be trained, other samples drawn, or in another precision.
     """
-    saved = RunConfig.load(str(start.checkpoint / RUN_CONFIG))
+    saved = saved_config(start.checkpoint)
+    config = replace(config, data=config.data.with_image_rule(saved.data.image_rule()))
     then, now = _training_flags(saved), _training_flags(config)
     changed = {name: (then[name], now[name]) for name in now if now[name] != then[name]}
     instead = f"start a new run from its weights: another --name, and --megatron-load-dir {start.checkpoint}"
@@ -100,7 +121,9 @@ def check_same_run(config: RunConfig, start: Start) -> str:
                 f"{_show(name, new)} trains other parts of the model than {_show(name, old)}, with which "
                 f"{start.checkpoint} was trained; go on with that, or {instead}"
             )
-    for name in _DATA_ORDER:
+    grouped = saved.data.packing or saved.data.group_by_length
+    # A turned image may be cut into other tiles, and so be put together with other samples.
+    for name in (*_DATA_ORDER, "image_orientation") if grouped else _DATA_ORDER:
         if name in changed:
             old, new = changed[name]
             raise ValueError(

@@ -16,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.config.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
+from megatron_vlm.config.images import LOADED, ImageRule
+from megatron_vlm.data import decoding
 from megatron_vlm.data.templates import SampleError
 
 _PLAIN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "LlavaImageProcessorPil")
@@ -60,8 +62,8 @@ class Steps:
         )
 
     def apply(self, image: Image.Image) -> Optional[Tensor]:
-        """uint8 ``[3, H, W]``; None of an image that takes other steps."""
-        if image.mode != "RGB" or image.info.get("transparency") is not None:
+        """uint8 ``[3, H, W]`` of an RGB image; None of one that takes other steps."""
+        if image.info.get("transparency") is not None:  # a colour, which the processor makes white
             return None
         if self.shortest_edge is not None:
             short, long = sorted((image.height, image.width))
@@ -92,6 +94,7 @@ class ImageTransform:
         mean, std: one per channel, after rescaling.
         anyres: how images are cut into tiles; None: each is one tile.
         steps: what the processor does, where that is known: a shorter way to the same pixels.
+        rule: how image files are read before.
     """
 
     processor: Any
@@ -101,10 +104,16 @@ class ImageTransform:
     std: Tuple[float, ...]
     anyres: Optional[AnyRes] = None
     steps: Optional[Steps] = None
+    rule: ImageRule = LOADED
 
     @classmethod
     def from_dir(
-        cls, directory: str, image_size: int, num_channels: int, anyres: AnyRes | None = None
+        cls,
+        directory: str,
+        image_size: int,
+        num_channels: int,
+        anyres: AnyRes | None = None,
+        rule: ImageRule = LOADED,
     ) -> ImageTransform:
         """Read the image processor of a Hugging Face folder.
 
@@ -112,6 +121,7 @@ class ImageTransform:
             directory: holds ``preprocessor_config.json`` or ``processor_config.json``.
             image_size, num_channels: what the vision tower takes.
             anyres: how the model has images cut.
+            rule: how image files are read.
 
         Raises:
             ValueError: there is no usable processor, or its images are not what the model takes.
@@ -134,6 +144,7 @@ class ImageTransform:
             std=_per_channel(processor.image_std if processor.do_normalize else 1.0, num_channels),
             anyres=anyres,
             steps=Steps.of(processor) if anyres is None else None,
+            rule=rule,
         )
         transform._check(directory)
         return transform
@@ -176,7 +187,11 @@ class ImageTransform:
         """What tells how each image of a sample is cut: its height and width, or ``UNCUT``."""
         if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
             return [UNCUT] * len(images)
-        return [(image.height, image.width) for image in images]
+        return [self.size(image) for image in images]
+
+    def size(self, image: Image.Image) -> Size:
+        """Height and width of an opened image, once it is turned as the rule says."""
+        return decoding.size(image, self.rule)
 
     def tiles(self, images: Sequence[Image.Image]) -> List[Tensor]:
         """Decode, resize, crop and cut the images of a sample.
@@ -191,12 +206,13 @@ class ImageTransform:
         if self.anyres is None:
             self._check_growth(images)
         with _decoding():
+            decoded = (decoding.rgb(image, self.rule) for image in images)  # one after the other
             if self.anyres is None:
-                return [self._tile(image) for image in images]
+                return [self._tile(image) for image in decoded]
             if self.anyres.several_uncut and len(images) > 1:
-                tiles = [pixels[0] for pixels in self._several(images)]
+                tiles = [pixels[0] for pixels in self._several(list(decoded))]
             else:
-                tiles = [tile for image in images for tile in self._pixels(image)]
+                tiles = [tile for image in decoded for tile in self._pixels(image)]
         return [_tensor(tile) for tile in tiles]
 
     def _check_growth(self, images: Sequence[Image.Image]) -> None:
@@ -268,7 +284,7 @@ def _decoding() -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         raise SampleError("its image is in no format that PIL knows", kind="corrupt") from None
-    except MemoryError:
+    except (MemoryError, SampleError):
         raise
     except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...
         raise SampleError(f"its image can't be decoded ({error})", kind="corrupt") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -15,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers, read_manifest
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.start import first_image_rule
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.mixture import Mixture, Source
@@ -103,7 +102,8 @@ def show(config: PreviewConfig) -> int:
     if config.run.data.data_path is None:
         raise ValueError("--data-path is missing: a folder prepared by energon")
     model, hf_dir = _model(config.run)
-    processing = build_processing(config.run, model, hf_dir)
+    data = config.run.data.with_image_rule(first_image_rule(config.run))
+    processing = build_processing(dataclasses.replace(config.run, data=data), model, hf_dir)
     mixture = Mixture.open(config.run.data.data_path, config.preview.split)
     processings = mixture.processings(processing)
     views = []
@@ -323,8 +323,8 @@ def _texts(ids: Sequence[int], tokenizer: Any, image_token_id: int) -> list[str]
 def _pictures(processing: Processing, sample: Sample, images: Sequence[bytes]) -> list[Picture]:
     pictures, first = [], 0
     for data, size in zip(images, sample.image_sizes, strict=True):
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+        (image,) = processing.images.open([data])
+        height, width = processing.images.size(image)
         model = processing.model
         rows, columns = (0, 0) if model.anyres is None else model.tiling(size).grid
         tiles = sample.pixels[first : first + 1 + rows * columns]
@@ -392,6 +392,7 @@ def _about(config: RunConfig, processings: Sequence[Processing], views: Sequence
         "template": ", ".join(dict.fromkeys(each.template.name for each in processings)),
         "tokenizer": processings[0].tokenizer.name_or_path,
         "data": str(config.data.data_path),
+        "images": str(processings[0].images.rule),
         "--seq-length": f"{config.data.seq_length}",
     }
 

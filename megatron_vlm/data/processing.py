@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, List, Sequence
 
 from megatron_vlm.config.anyres import Size
+from megatron_vlm.config.images import LOADED, ImageRule
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
@@ -197,6 +198,7 @@ def build_processing(config: RunConfig, model: ModelConfig, hf_dir: str | None =
         lang=config.data.lang,
         overlong=config.data.overlong,
         mask_thinking=config.data.mask_thinking,
+        image_rule=config.data.image_rule(),
         image_token_id=config.model.image_token_id,
         pad_token_id=config.model.pad_token_id,
     )
@@ -213,6 +215,7 @@ def load_processing(
     lang: str = "jp",
     overlong: str = "truncate",
     mask_thinking: bool = False,
+    image_rule: ImageRule = LOADED,
     image_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> Processing:
@@ -224,6 +227,7 @@ def load_processing(
         template: one of ``config.templates.TEMPLATES``. If not given: ``chat`` where the folder has a chat
             template, else ``plain`` in stage 1 and ``v1`` otherwise.
         mask_thinking: see :class:`ChatTemplate`.
+        image_rule: how image files are read.
         image_token_id, pad_token_id: override the model's and the tokenizer's.
     """
     from transformers import AutoTokenizer
@@ -259,6 +263,7 @@ def load_processing(
             model.vision.image_size,
             model.vision.num_channels,
             model.anyres,
+            image_rule,
         ),
         model=model,
         image_token_id=image_token_id,

@@ -10,6 +10,7 @@ from functools import partial
 from megatron_vlm import rank
 from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
 from megatron_vlm.config.generation import GenerationConfig
+from megatron_vlm.config.images import LOADED
 from megatron_vlm.config.model import ModelConfig
 
 
@@ -36,6 +37,9 @@ def _answer(config: GenerationConfig) -> None:
 
     def prepare() -> tuple[int, list[int], int]:
         held.append(Questions(config, checkpoint, model))
+        rule = held[0].processing.images.rule
+        if any(question.images for question in held[0].questions) and rule != LOADED:
+            print(f"image files are read with {rule}", file=sys.stderr)
         return len(held[0]), held[0].end_tokens, held[0].max_new_tokens
 
     def encode(numbers: range) -> list[Prompt]:

@@ -16,6 +16,7 @@ from megatron_vlm.config.end_tokens import end_tokens, with_end_token
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.start import saved_config
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
@@ -172,8 +173,8 @@ class Questions:
 
 def _training_config(config: GenerationConfig, checkpoint: Path, positions: int) -> RunConfig:
     """What training was told about its text, where the checkpoint is of a run, and what the flags say."""
-    file, source = checkpoint / RUN_CONFIG, config.source
-    run = RunConfig.load(str(file)) if file.is_file() else RunConfig.from_dict({})
+    source, of_a_run = config.source, (checkpoint / RUN_CONFIG).is_file()
+    run = saved_config(checkpoint) if of_a_run else RunConfig.from_dict({})
     tokenizer_dir = source.tokenizer_load_dir or run.model.tokenizer_load_dir
     if source.tokenizer_load_dir is None and not Path(tokenizer_dir or "").is_dir():
         tokenizer_dir = None  # the run's own is gone; the checkpoint carries one
@@ -184,6 +185,8 @@ def _training_config(config: GenerationConfig, checkpoint: Path, positions: int)
             run.data,
             template=source.template or run.data.template,
             lang=source.lang or run.data.lang,
+            image_orientation=source.image_orientation or run.data.image_orientation,
+            image_alpha=source.image_alpha or run.data.image_alpha,
             seq_length=positions,
         ),
     )

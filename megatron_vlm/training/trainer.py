@@ -12,7 +12,6 @@ from megatron_vlm.config.checkpoint import (
     BEST,
     CHECKPOINTS,
     HF_FOLDER,
-    RUN_CONFIG,
     checkpoint_name,
     keep_last,
     note_user,
@@ -20,11 +19,18 @@ from megatron_vlm.config.checkpoint import (
     write_best,
 )
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
+from megatron_vlm.config.images import LOADED
 from megatron_vlm.config.mixture import trained_sources
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, check_same_model, check_same_run, with_adapters
+from megatron_vlm.config.start import (
+    Start,
+    check_same_model,
+    check_same_run,
+    saved_config,
+    with_adapters,
+)
 from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
@@ -142,6 +148,9 @@ class Trainer:
         self.processing = processing = build_processing(self.config, self.model_config, str(self.hf_source))
         path = str(self.config.data.data_path)
         self.say(parallel.on_first_rank(lambda: describe_ends(path, processing, self.hf_source)))
+        if processing.images.rule != LOADED:
+            began = ", as in the checkpoint's run" if start.with_position else ""
+            self.say(f"image files are read with {processing.images.rule}{began}")
         if self.layout.loads_data:
             self.loader = build_train_loader(self.config, processing, self.layout.dp_rank, self.layout.dp)
             if start.with_position:
@@ -457,8 +466,8 @@ class Trainer:
 
 
 def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:
-    """Fill in what the flags leave to checkpoint and data: length, precision and loader workers; a
-    collective call.
+    """Fill in what the flags leave to checkpoint and data: length, precision, loader workers and how images
+    are read; a collective call.
 
     Raises:
         ValueError: the flags don't fit the model, the data or the number of ranks.
@@ -466,11 +475,14 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     path = str(config.data.data_path)  # a look at each shard, which is much for all ranks at once
     samples = parallel.on_first_rank(lambda: Mixture.open(path, "train").num_samples)
     config = config.with_length(samples)
-    workers = config.data.data_workers
-    if start.with_position and workers is None and config.launch.num_workers is None:
-        # The order of the data depends on it, so a run that goes on at another layout keeps it.
-        workers = RunConfig.load(str(start.checkpoint / RUN_CONFIG)).data.data_workers
-        config = replace(config, data=replace(config.data, data_workers=workers))
+    workers, rule = config.data.data_workers, LOADED
+    if start.with_position:
+        saved = saved_config(start.checkpoint).data
+        rule = saved.image_rule()
+        if workers is None and config.launch.num_workers is None:
+            # The order of the data depends on it, so a run that goes on at another layout keeps it.
+            config = replace(config, data=replace(config.data, data_workers=saved.data_workers))
+    config = replace(config, data=config.data.with_image_rule(rule))
     config.validate(world_size, model)
     # float16 weights don't fit bfloat16, which has fewer digits.
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")

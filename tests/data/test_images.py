@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from megatron_vlm.config.images import FIRST_RULE, LOADED, ImageRule
 from megatron_vlm.data.images import ImageTransform, Steps
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import jpeg
@@ -52,15 +54,19 @@ def pictures() -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", [LOADED, FIRST_RULE], ids=str)
+def test_pixels_equal_transformers(name: str, rule: ImageRule, tmp_path: Path) -> None:
+    """Those of a file that it is told to load, or of an image that it is given."""
     processor = PROCESSORS[name]
     processor.save_pretrained(tmp_path)
-    transform = ImageTransform.from_dir(str(tmp_path), image_size=28, num_channels=3)
+    transform = ImageTransform.from_dir(str(tmp_path), image_size=28, num_channels=3, rule=rule)
     mean, std = (torch.tensor(values)[:, None, None] for values in (transform.mean, transform.std))
     for data in pictures():
         (pixels,) = transform.tiles(transform.open([data]))
         assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == transform.shape == (3, 28, 28)
-        expected = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
+        (tmp_path / "file").write_bytes(data)
+        image = Image.open(io.BytesIO(data)) if rule == FIRST_RULE else load_image(str(tmp_path / "file"))
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
         finished = (pixels * transform.rescale - mean) / std
         # One uint8 level is at least 1e-2 where there is normalisation; what is left is rounding.
         torch.testing.assert_close(finished, expected.float(), rtol=0, atol=2e-6)

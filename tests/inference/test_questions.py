@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +97,37 @@ def test_what_training_was_told_is_the_default(checkpoint: Path, tmp_path: Path)
     assert ids == ask(checkpoint, *said, "--template", "v1", "--lang", "en").input_ids
     assert ids != ask(checkpoint, *said).input_ids
     assert ask(trained, *said, "--template", "chat").input_ids == ask(checkpoint, *said).input_ids
+
+
+def test_images_are_read_as_in_training(checkpoint: Path, tmp_path: Path) -> None:
+    """As transformers loads a path, or as before there was a choice where the run's config has none."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(io.BytesIO(jpeg(1, 60, 40)))
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    said = ["--image", str(tmp_path / "turned.jpg"), "--prompt", "Hello"]
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint / "hf", backend="pil")
+
+    def pixels(folder: Path, *flags: str) -> torch.Tensor:
+        return ask(folder, *said, *flags).encode([0])[0].pixel_values
+
+    def expected(image: Any) -> torch.Tensor:
+        return processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+
+    turned, stored = expected(str(tmp_path / "turned.jpg")), expected(Image.open(tmp_path / "turned.jpg"))
+    assert not torch.allclose(turned, stored, rtol=0, atol=1e-2)
+    trained = tmp_path / "iter_0000001"
+    shutil.copytree(checkpoint, trained)
+    for folder, flags, right in (
+        (checkpoint, [], turned),
+        (checkpoint, ["--image-orientation", "stored"], stored),
+        (trained, [], stored),
+        (trained, ["--image-orientation", "exif"], turned),
+    ):
+        values = RunConfig.from_flags([]).to_dict()
+        del values["data"]["image_orientation"], values["data"]["image_alpha"]
+        (trained / RUN_CONFIG).write_text(json.dumps(values))
+        torch.testing.assert_close(pixels(folder, *flags), right, rtol=0, atol=1e-5)
 
 
 def test_a_templates_own_end_token_ends_an_answer(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_vlm.config.checkpoint import RUN_CONFIG
+from megatron_vlm.config.images import FIRST_RULE
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, check_same_run
+from megatron_vlm.config.start import Start, check_same_run, first_image_rule
 from megatron_vlm.launch import preflight
 from megatron_vlm.launch.plan import make_plan
 from tests.distributed import Pool
@@ -79,6 +82,22 @@ def test_what_a_run_may_change(tmp_path: Path) -> None:
     )
 
 
+def test_how_a_run_reads_images(tmp_path: Path) -> None:
+    """One that was begun before there was a choice goes on as it began, unless the flags say otherwise."""
+    assert compare(tmp_path, [], []) == ""
+    assert compare(tmp_path, [], ["--image-orientation", "stored", "--image-alpha", "white"]) == ""
+    turned = ["--image-orientation", "exif"]
+    assert compare(tmp_path, [], turned) == (
+        "changed since the checkpoint: --image-orientation stored -> exif"
+    )
+    assert compare(tmp_path, turned, ["--image-alpha", "drop"]) == (
+        "changed since the checkpoint: --image-alpha white -> drop"
+    )
+    packing = ["--packing", "--train-iters", "10"]
+    with pytest.raises(ValueError, match="--image-orientation exif would change the order of the data"):
+        compare(tmp_path, packing, [*packing, *turned])
+
+
 def test_a_run_outlives_what_it_started_from(
     pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
 ) -> None:
@@ -87,10 +106,18 @@ def test_a_run_outlives_what_it_started_from(
     flags = one.flags(tmp_path, "run", "--save-optim", "--megatron-load-dir", str(tmp_path / "source"))
     pool.run(1, train, [*flags, "--train-iters", "1"])
     shutil.rmtree(tmp_path / "source")
+    # A run of before there was a choice of how images are read, which it keeps.
+    saved_config = next((tmp_path / "run").glob(f"checkpoints/*/{RUN_CONFIG}"))
+    values = json.loads(saved_config.read_text())
+    assert values["data"].pop("image_orientation") == "exif" and values["data"].pop("image_alpha") == "drop"
+    saved_config.write_text(json.dumps(values))
     config = RunConfig.from_flags([*flags, "--train-iters", "2"])
     assert preflight.inspect(make_plan(config, {"CUDA_VISIBLE_DEVICES": ""})).problems == []
     pool.run(1, train, config.to_flags())
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2]
+    data = RunConfig.load(str(tmp_path / "run" / "config.json")).data
+    assert (data.image_orientation, data.image_alpha) == ("stored", "white")
+    assert first_image_rule(config) == FIRST_RULE  # what a preview of it shows
     message = failure(pool, 1, [*flags, "--train-iters", "2", "--restart"])
     assert message == f"{tmp_path / 'source'}: no such checkpoint folder"
     restart = RunConfig.from_flags([*flags, "--restart"])

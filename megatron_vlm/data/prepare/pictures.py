@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from megatron_vlm.config.images import LOADED, ImageRule
+from megatron_vlm.data import decoding
 from megatron_vlm.data.prepare.values import Rejected
+from megatron_vlm.data.templates import SampleError
 
 SUFFIXES = {
     "JPEG": "jpg",
@@ -48,7 +52,8 @@ class Encoding:
     def __call__(self, data: bytes) -> Picture:
         """Decode an image in full, and encode it anew only where these settings ask for it.
 
-        Pixels are the loader's, which ignores an EXIF orientation; so an encoded image has none.
+        Of an image's EXIF data its orientation is kept, and its pixels stay as they lie: how they are turned
+        is the loader's affair.
 
         Raises:
             Rejected: it can't be decoded.
@@ -57,9 +62,13 @@ class Encoding:
             with Image.open(io.BytesIO(data)) as image:
                 suffix = SUFFIXES.get(image.format or "", (image.format or "").lower())
                 image.load()
+                if image.mode not in decoding.PLAIN_MODES:
+                    decoding.rgb(image, LOADED)
                 return self._encoded(image, data, suffix)
         except UnidentifiedImageError:
             raise Rejected("corrupt image", "in no format that PIL knows") from None
+        except SampleError as error:
+            raise Rejected("corrupt image", str(error)) from None
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...
@@ -71,12 +80,26 @@ class Encoding:
         if not too_long and self.format in (None, suffix):
             return Picture(data, suffix, *image.size)
         target = self.format or (suffix if suffix in ENCODINGS else "png")
-        pixels = image if target != "jpg" and image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+        pixels = _pixels(image, with_alpha=target != "jpg")
         if too_long:
             assert self.max_side is not None
             size = [max(1, round(side * self.max_side / longest)) for side in image.size]
             pixels = pixels.resize((size[0], size[1]), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        options = {} if target == "png" else {"quality": self.quality}
+        options: dict[str, Any] = {} if target == "png" else {"quality": self.quality}
+        orientation = decoding.orientation(image)
+        if orientation != 1:
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            options["exif"] = exif
         pixels.save(buffer, ENCODINGS[target], **options)
         return Picture(buffer.getvalue(), target, *pixels.size)
+
+
+def _pixels(image: Image.Image, with_alpha: bool) -> Image.Image:
+    """An image in a mode that can be encoded, its pixels where they lie."""
+    if with_alpha and image.mode in ("L", "RGB", "RGBA"):
+        return image
+    if with_alpha and image.mode in ("LA", "PA"):
+        return image.convert("RGBA")
+    return decoding.rgb(image, ImageRule("stored", "drop"))
