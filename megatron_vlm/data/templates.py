@@ -233,11 +233,10 @@ class ChatTemplate:
 
     def _added_around(self) -> Tuple[List[int], List[int]]:
         """Ids that the tokenizer puts before every text, and behind it."""
-        whole, text = (
-            list(self._tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False)
-        )
-        begin = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
-        return whole[:begin], whole[begin + len(text) :]
+        text = self._image_token  # which every tokenizer here knows
+        whole, own = (list(self._tokenizer(text, add_special_tokens=x)["input_ids"]) for x in (True, False))
+        begin = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
+        return whole[:begin], whole[begin + len(own) :]
 
     def _check_images(self, ids: List[int], num_images: int) -> None:
         found = ids.count(self._tokenizer.convert_tokens_to_ids(self._image_token))
@@ -354,24 +353,25 @@ class ChatTemplate:
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         string, said = f"{self._image_token}\n{_PROBE}", [{"type": "text", "text": "."}]
         for content in (parts, string):
-            if self._places_image({"role": "user", "content": content}):
+            reason = self._refusal({"role": "user", "content": content})
+            if not reason:
                 return content is parts
         for system, content in ((said, parts), (".", string), (".", parts)):
-            if self._places_image(
-                {"role": "system", "content": system}, {"role": "user", "content": content}
-            ):
-                reason = "wants a system turn in every conversation"
+            turns = ({"role": "system", "content": system}, {"role": "user", "content": content})
+            if not self._refusal(*turns):
+                reason = f"the chat template wants a system turn in every conversation: {reason}"
                 break
-        else:
-            reason = f"loses the image token {self._image_token}"
-        raise ValueError(f"--template chat: the folder's chat template {reason}; use --template v1 or plain")
+        raise ValueError(f"--template chat: {reason}; use --template v1 or plain")
 
-    def _places_image(self, *messages: Dict[str, Any]) -> bool:
+    def _refusal(self, *messages: Dict[str, Any]) -> str:
+        """Why the template can't write a question with an image; empty if it can."""
         try:
             text = self._render(list(messages), add_generation_prompt=True)
-        except SampleError:
-            return False
-        return text.count(self._image_token) == 1 and _PROBE in text
+        except SampleError as error:
+            return str(error)
+        if text.count(self._image_token) == 1 and _PROBE in text:
+            return ""
+        return f"the folder's chat template loses the image token {self._image_token}"
 
     def _probe_frame(self) -> _Frame:
         """What the template writes around an answer."""

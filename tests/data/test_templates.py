@@ -377,6 +377,7 @@ def test_a_template_that_wants_a_system_turn_says_so(text: str) -> None:
     jinja = "{% if messages[0].role != 'system' %}{{ raise_exception('need system') }}{% endif %}"
     jinja += "{% for m in messages %}{{ m.role + ': ' + (" + text + ") + eos_token }}{% endfor %}"
     with pytest.raises(
-        ValueError, match=r"^--template chat: .* wants a system turn in every conversation; use "
+        ValueError,
+        match=r"^--template chat: .* wants a system turn in every conversation: .*need system.*; use ",
     ):
         ChatTemplate(llama_tokenizer(), "chat", "<image>", jinja)
