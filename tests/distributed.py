@@ -15,6 +15,7 @@ import pickle
 import queue
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,12 +23,16 @@ from typing import Any
 
 import pytest
 
+from tests.patience import HANG, cpu_seconds
+
 DEVICE = os.environ.get("DEVICE", "cpu")  # of the pool's ranks: "cpu" or "cuda"
 # How far fp32 results are apart beside those on a CPU: torch's fp32 attention on a GPU is three products in
 # TF32, which leave out 2^-22, four times fp32's rounding.
 ROUNDING = {"cpu": 1.0, "cuda": 4.0}[DEVICE]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-TIMEOUT = 240  # seconds; far above any test here, so that a hang ends as a failure
+# Ranks that wait for each other in a collective use no CPU. However many others want it, a rank that can go
+# on gets more than this within IDLE seconds.
+IDLE, _IDLE_CPU = 120.0, 0.5
 
 
 class _ByValue(pickle.Pickler):
@@ -63,7 +68,7 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
                 store=dist.FileStore(store, world),
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=HANG),
             )
             # Pickled here: what can't be is this task's error, and tensors travel by value.
             answer = io.BytesIO()
@@ -114,17 +119,33 @@ class Pool:
         for rank in range(world):
             self.tasks[rank].put((function, args, world, store))
         answers: list[Any] = [None] * world
-        for _ in range(world):
-            try:
-                rank, answer, error = self.results.get(timeout=TIMEOUT)
-            except queue.Empty:
-                error, rank = f"no answer after {TIMEOUT} s", None
+        missing = set(range(world))
+        while missing:
+            rank, answer, error = self._next(missing)
             if error is not None:
                 self.stop()
                 self._start()  # the other ranks may hang in a collective
                 raise AssertionError(f"rank {rank} of {world}: {error}")
             answers[rank] = pickle.loads(answer)
+            missing.remove(rank)
         return answers
+
+    def _next(self, missing: set[int]) -> tuple[int, bytes, str | None]:
+        """Wait for a rank's answer, or a sign that none will come: a rank is gone, or all stand still."""
+        seconds, since = -1.0, time.monotonic()
+        while True:
+            gone = [rank for rank in sorted(missing) if not self.processes[rank].is_alive()]
+            try:
+                return self.results.get(timeout=1.0)
+            except queue.Empty:
+                pass
+            if gone:
+                return gone[0], b"", f"its process has ended, exit code {self.processes[gone[0]].exitcode}"
+            now = cpu_seconds(self.processes[rank].pid for rank in missing)
+            if now > seconds + _IDLE_CPU:
+                seconds, since = now, time.monotonic()
+            elif time.monotonic() > since + IDLE:
+                return min(missing), b"", f"no rank has gone on for {IDLE:.0f} s"
 
     def stop(self) -> None:
         """End the processes."""

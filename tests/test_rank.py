@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm import rank
+from tests.patience import HANG
 
 
 def raising(error: Exception) -> Callable[[], int]:
@@ -64,14 +65,16 @@ def lose_another(number: int, store: str, how: str, said: Path, codes: multiproc
 
     def work() -> None:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=number, world_size=2, timeout=timedelta(seconds=3)
+            "gloo", init_method=f"file://{store}", rank=number, world_size=2, timeout=timedelta(seconds=HANG)
         )
         dist.barrier()
         if number == 1:
             if how == "hangs":
                 codes.get()  # nothing comes before rank 0 has ended
             os._exit(0)
-        dist.all_reduce(torch.ones(1))
+        patience = dist.AllreduceOptions()
+        patience.timeout = timedelta(seconds=1) if how == "hangs" else timedelta(seconds=HANG)
+        dist.group.WORLD.allreduce([torch.ones(1)], patience).wait()
 
     codes.put(rank.run(work, "cpu"))
 
@@ -86,7 +89,7 @@ def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
     ]
     for process in ranks:
         process.start()
-    ranks[0].join(120)
+    ranks[0].join(HANG)
     ranks[1].kill()
     said = (tmp_path / "0").read_text()
     assert ranks[0].exitcode == 0

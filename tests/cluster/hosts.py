@@ -14,11 +14,12 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.patience import HANG
 
 NODES = ("node1", "node2")
 INTERFACE = "ib0"
@@ -68,7 +69,7 @@ class Host:
         return subprocess.Popen(self.command(*argv, cwd=cwd), text=True, **options)
 
     def run(
-        self, *argv: object, cwd: Path | None = None, timeout: float = 60, check: bool = True
+        self, *argv: object, cwd: Path | None = None, timeout: float = HANG, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run ``argv`` on this host; its exit code has to be 0 unless ``check`` is off."""
         command = self.command(*argv, cwd=cwd)
@@ -142,16 +143,6 @@ def start_site(folder: Path) -> Iterator[Site]:
             _on_network(node, "address", "add", f"{ADDRESSES[node.name]}/24", "dev", INTERFACE)
             _on_network(node, "link", "set", INTERFACE, "up")
         yield Site(folder, login, tuple(nodes))
-
-
-def wait_until(
-    done: Callable[[], bool], what: str, timeout: float = 30, seen: Callable[[], str] = lambda: ""
-) -> None:
-    """Wait until ``done``; else fail with ``what`` it was that did not come, and ``seen()``."""
-    deadline = time.monotonic() + timeout
-    while not done():
-        assert time.monotonic() < deadline, f"{timeout:.0f} s over before {what}\n{seen()}"
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

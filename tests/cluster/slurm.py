@@ -9,7 +9,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.hosts import ADDRESSES, Host, Site, wait_until
+from tests.cluster.hosts import ADDRESSES, Host, Site
+from tests.patience import wait_until
 
 TOOLS = (
     "munged",
@@ -25,6 +26,7 @@ TOOLS = (
 )
 GPUS = 4
 # Credentials that expire soon, and short intervals: a requeued job starts again in seconds, not minutes.
+# Nothing is given up for being late, since the machine may be busy: a test says itself that a node is down.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=login({login})
@@ -36,9 +38,9 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmdTimeout=5
-MessageTimeout=5
-TCPTimeout=1
+SlurmdTimeout=1800
+MessageTimeout=100
+TCPTimeout=100
 MailProg=/bin/true
 GresTypes=gpu
 ProctrackType=proctrack/linuxproc
@@ -118,14 +120,18 @@ class Slurm:
                 os.kill(pid, 9)
         self._daemons.pop(f"slurmd.{node.name}").wait()
 
-    def wait_for_nodes(self, timeout: float = 60) -> None:
+    def give_up_node(self, node: Host) -> None:
+        """Tell the controller that a node is down, as it finds out by itself after ``SlurmdTimeout``."""
+        self.login.run("scontrol", "update", f"nodename={node.name}", "state=down", "reason=silent")
+
+    def wait_for_nodes(self) -> None:
         """Wait until all nodes are idle."""
 
         def idle() -> bool:
             shown = self.login.run("sinfo", "--noheader", "--states=idle", "--format=%D", check=False).stdout
             return shown.strip() == str(len(self.site.nodes))
 
-        wait_until(idle, "all nodes are idle", timeout, lambda: self.logs())
+        wait_until(idle, "all nodes are idle", self.logs)
 
     def submit(self, script: Path) -> str:
         """Hand a batch script to ``sbatch`` on the login host.
@@ -139,7 +145,7 @@ class Slurm:
         """What ``scontrol show job`` tells."""
         return dict(re.findall(r"(\w+)=(\S*)", self.login.run("scontrol", "show", "job", job).stdout))
 
-    def wait_for(self, job: str, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str) -> dict[str, str]:
         """Wait until the job is in one of these states (by default, has ended).
 
         Returns:
@@ -152,17 +158,17 @@ class Slurm:
             found.update(self.job(job))
             return found["JobState"] in wanted
 
-        wait_until(there, f"job {job} is {' or '.join(wanted)}", timeout, lambda: self._seen(found))
+        wait_until(there, f"job {job} is {' or '.join(wanted)}", lambda: self._seen(found))
         return found
 
-    def wait_while_it_runs(self, job: str, done: Callable[[], bool], timeout: float = 240) -> None:
+    def wait_while_it_runs(self, job: str, done: Callable[[], bool]) -> None:
         """Wait until the job runs and ``done``; fail when it ends before."""
         self.wait_for(job, "RUNNING")
 
         def ended_or_done() -> bool:
             return done() or self.job(job)["JobState"] in ENDED
 
-        wait_until(ended_or_done, f"job {job} is there", timeout, lambda: self._seen(self.job(job)))
+        wait_until(ended_or_done, f"job {job} is there", lambda: self._seen(self.job(job)))
         assert done(), self._seen(self.job(job))
 
     def _seen(self, job: dict[str, str]) -> str:
@@ -182,7 +188,7 @@ class Slurm:
         """Cancel what a test has left."""
         if self.jobs():
             self.login.run("scancel", "--user=root")
-            wait_until(lambda: not self.jobs(), "no job is left", 60, self.logs)
+            wait_until(lambda: not self.jobs(), "no job is left", self.logs)
 
     def _start(self, host: Host, program: str, *argv: str) -> None:
         name = f"{program}.{host.name}"

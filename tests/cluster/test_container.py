@@ -21,6 +21,7 @@ from megatron_vlm.launch.storage import image_problems
 from tests.cluster import apptainer
 from tests.cluster.apptainer import GPU_RECIPE, environment, find_apptainer, why_not
 from tests.cluster.demo import CHECKOUT, RUN, Demo, losses
+from tests.patience import HANG
 
 pytestmark = pytest.mark.cluster
 
@@ -32,7 +33,7 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
 
 
@@ -157,7 +158,7 @@ def test_exit_codes_and_signals_pass(cpu_image: Path, site: dict[str, str]) -> N
         ) as process:
             assert process.stdout is not None and process.stdout.readline() == "up\n"
             process.send_signal(number)
-            assert process.wait(timeout=30) == code
+            assert process.wait(timeout=HANG) == code
 
 
 @pytest.mark.parametrize("runtime", ["apptainer", "singularity"])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.demo import ITERATIONS, SAVE_INTERVAL, Demo, logged, losses, output, submit
-from tests.cluster.hosts import Host, wait_until
+from tests.cluster.hosts import Host
 from tests.cluster.slurm import ENDED, Slurm
+from tests.patience import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -69,6 +70,7 @@ def test_a_node_that_stands_still(cluster: Slurm, demo: Demo, expected: list[flo
     frozen = [pid for pid in node.processes() if pid != node.pid]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
+    cluster.give_up_node(node)
     cluster.wait_for(job, "PENDING")
     for pid in frozen:  # it boots
         os.kill(pid, signal.SIGKILL)

@@ -24,6 +24,7 @@ from tests.cluster.demo import (
     submit,
 )
 from tests.cluster.slurm import GPUS, Slurm
+from tests.patience import HANG
 
 pytestmark = pytest.mark.cluster
 
@@ -90,7 +91,7 @@ def test_a_chain(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Pa
 def test_typed_inside_salloc(cluster: Slurm, demo: Demo, expected: list[float], tmp_path: Path) -> None:
     """On the login node, with an allocation: run.py finds the nodes and starts itself there."""
     command = ["salloc", "--nodes", 2, sys.executable, RUN, *demo.flags(tmp_path, "run")]
-    done = cluster.login.run(*command, cwd=tmp_path, timeout=300, check=False)
+    done = cluster.login.run(*command, cwd=tmp_path, timeout=HANG, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == expected
 

@@ -19,6 +19,7 @@ from megatron_vlm.hf import cli
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.launch.container import CHECKOUT
 from tests.data.tiny_data import jpeg
+from tests.patience import HANG
 from tests.tiny import save_llava
 
 SCRIPT = CHECKOUT / "scripts" / "inference" / "generate.py"
@@ -73,7 +74,7 @@ def start(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-I", str(SCRIPT), *flags, "--max-new-tokens", str(TOKENS)]
     return subprocess.run(
-        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=HANG, check=False
     )
 
 

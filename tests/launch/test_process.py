@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_vlm.launch.container import CHECKOUT
+from tests.patience import HANG, alive, wait_until
 
 LAUNCHER = """
 import sys
@@ -23,10 +23,10 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="p
 # Starts a grandchild in a session of its own, as torchrun does with its ranks; both sleep.
 FAMILY = """
 import os, subprocess, sys, time
-sleeper = "import time; time.sleep(60)"
+sleeper = "import time; time.sleep(3600)"
 child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True)
 print(os.getpid(), child.pid, flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -40,29 +40,19 @@ def launcher(log: Path, *command: str) -> subprocess.Popen[str]:
     )
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_until_dead(*pids: int) -> None:
-    for _ in range(200):
-        if not any(map(alive, pids)):
-            return
-        time.sleep(0.05)
-    still = [pid for pid in pids if alive(pid)]
-    for pid in still:
-        os.kill(pid, signal.SIGKILL)
-    raise AssertionError(f"still alive: {still}")
+    try:
+        wait_until(lambda: not any(map(alive, pids)), f"the end of {pids}")
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_output_is_streamed_and_logged_and_the_exit_code_handed_on(tmp_path) -> None:
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(2)"
     (tmp_path / "log").write_text("earlier\n")
     run = launcher(tmp_path / "log", sys.executable, "-c", code)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=HANG)
     assert (run.returncode, out, err) == (2, "out\n", "err\n")
     assert sorted((tmp_path / "log").read_text().split()) == ["earlier", "err", "out"]
 
@@ -71,13 +61,13 @@ def test_output_that_was_closed_before(tmp_path) -> None:
     code = "print('to the log'); raise SystemExit(5)"
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "log"), sys.executable, "-c", code]
     shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", *command]
-    assert subprocess.run(shell, cwd=CHECKOUT, timeout=60, check=False).returncode == 5
+    assert subprocess.run(shell, cwd=CHECKOUT, timeout=HANG, check=False).returncode == 5
     assert (tmp_path / "log").read_text() == "to the log\n"
 
 
 def test_a_program_that_is_not_there(tmp_path) -> None:
     run = launcher(tmp_path / "log", "no-such-program")
-    assert "ValueError: no-such-program: No such file" in run.communicate(timeout=60)[1]
+    assert "ValueError: no-such-program: No such file" in run.communicate(timeout=HANG)[1]
 
 
 @needs_linux
@@ -86,7 +76,7 @@ def test_signals_are_handed_on_and_nobody_stays(tmp_path, number) -> None:
     run = launcher(tmp_path / "log", sys.executable, "-c", FAMILY)
     pids = [int(pid) for pid in run.stdout.readline().split()]
     run.send_signal(number)
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANG)
     assert run.returncode == 128 + number
     wait_until_dead(*pids)
 
@@ -94,7 +84,7 @@ def test_signals_are_handed_on_and_nobody_stays(tmp_path, number) -> None:
 def test_what_nohup_ignores_is_not_handed_on(tmp_path) -> None:
     """The child takes both signals, as torchrun does."""
     code = "import signal, time\nfor number in (1, 10): signal.signal(number, lambda n, _: exit(n))\n"
-    code = code.replace("exit(n)", "__import__('os')._exit(n)") + "print('up', flush=True); time.sleep(60)"
+    code = code.replace("exit(n)", "__import__('os')._exit(n)") + "print('up', flush=True); time.sleep(3600)"
     command = ["-c", LAUNCHER, str(tmp_path / "log"), sys.executable, "-c", code]
     nohup = "import os, signal, sys; signal.signal(1, signal.SIG_IGN); os.execv(sys.executable, sys.argv)"
     run = subprocess.Popen(
@@ -103,7 +93,7 @@ def test_what_nohup_ignores_is_not_handed_on(tmp_path) -> None:
     assert run.stdout is not None and run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGHUP)
     run.send_signal(signal.SIGUSR1)
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANG)
     assert run.returncode == signal.SIGUSR1
 
 
@@ -117,7 +107,7 @@ def test_a_child_that_ignores_the_first_interrupt_dies_of_the_second(tmp_path) -
     run.send_signal(signal.SIGINT)
     assert run.stdout.readline() == "no\n"
     run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60)[1] == "a second Ctrl-C; ended at once\n"
+    assert run.communicate(timeout=HANG)[1] == "a second Ctrl-C; ended at once\n"
     assert run.returncode == 128 + signal.SIGINT
 
 
@@ -126,7 +116,7 @@ def test_when_the_child_is_killed_what_it_started_dies_too(tmp_path) -> None:
     run = launcher(tmp_path / "log", sys.executable, "-c", FAMILY)
     child, grandchild = map(int, run.stdout.readline().split())
     os.kill(child, signal.SIGKILL)
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANG)
     assert run.returncode == 128 + signal.SIGKILL
     wait_until_dead(grandchild)
 
@@ -137,11 +127,11 @@ def test_when_the_launcher_is_killed_its_child_dies_too(tmp_path) -> None:
         tmp_path / "log",
         sys.executable,
         "-c",
-        "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+        "import os, time; print(os.getpid(), flush=True); time.sleep(3600)",
     )
     child = int(run.stdout.readline())
     run.kill()
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANG)
     wait_until_dead(child)
 
 
@@ -151,7 +141,7 @@ def test_torchrun_dies_with_its_launcher_through_a_container_runtime(tmp_path) -
     script = tmp_path / "rank.py"
     script.write_text(
         "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\n"
-        "print(os.getppid(), os.getpid(), flush=True)\ntime.sleep(60)\n"
+        "print(os.getppid(), os.getpid(), flush=True)\ntime.sleep(3600)\n"
     )
     wrapper = (
         "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -160,7 +150,7 @@ def test_torchrun_dies_with_its_launcher_through_a_container_runtime(tmp_path) -
     run = launcher(tmp_path / "log", sys.executable, "-c", wrapper, *torchrun)
     pids = [int(pid) for pid in run.stdout.readline().split()]
     run.kill()
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANG)
     wait_until_dead(*pids)
 
 
@@ -182,21 +172,23 @@ def test_torchrun_ends_with_the_code_of_the_rank_that_failed(tmp_path, action, c
         f"if os.environ['RANK'] == '1':\n    {action}\nsignal.sigwait([signal.SIGTERM])\n"
     )
     command = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=HANG, check=False)
     assert result.returncode == code, result.stderr
     assert result.stderr.splitlines() == words
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path) -> None:
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch/__init__.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    (tmp_path / "torch/__init__.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(3600)"
+    )
     command = [sys.executable, "-m", "megatron_vlm.launch.torchrun", "script.py"]
     environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}"}
     run = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None and run.stdout.readline() == "importing\n"
     run.send_signal(signal.SIGINT)
     said = "ended by a signal before the ranks began; the same command begins again\n"
-    assert run.communicate(timeout=60)[1] == said
+    assert run.communicate(timeout=HANG)[1] == said
     assert run.returncode == 128 + signal.SIGINT
 
 
@@ -210,6 +202,6 @@ def test_nodes_that_do_not_meet(tmp_path) -> None:
     )
     environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}"}
     command = [sys.executable, "-m", "megatron_vlm.launch.torchrun"]
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=HANG, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: the nodes do not reach each other; look at --master-addr")

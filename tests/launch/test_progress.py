@@ -16,6 +16,7 @@ from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, write_best, write_
 from megatron_vlm.launch import status
 from megatron_vlm.launch.container import CHECKOUT
 from tests.launch.test_run_script import find_python39
+from tests.patience import HANG
 
 STATUS_SCRIPT = str(CHECKOUT / "scripts" / "train" / "status.py")
 
@@ -25,7 +26,7 @@ def ask(
 ) -> subprocess.CompletedProcess[str]:
     command = [python, "-I", "-S", STATUS_SCRIPT, *map(str, argv)]
     environment = {**os.environ, "PATH": path}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def found(run: Path, **options: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.container import CHECKOUT
+from tests.patience import HANG
 
 RUN = str(CHECKOUT / "scripts" / "train" / "run.py")
 FOLDERS = [CHECKOUT / "megatron_vlm" / name for name in ("config", "launch")]
@@ -50,7 +51,7 @@ def start(python: str, *argv: str, cwd: Path, **environ: str) -> subprocess.Comp
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
     command = [python, "-I", "-S", RUN, *argv]
     return subprocess.run(
-        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=HANG, check=False
     )
 
 
@@ -128,7 +129,7 @@ def test_ctrl_c_before_the_ranks_begin(workplace) -> None:
         assert run.stdout is not None
         assert any("waiting for it to end" in line for line in run.stdout)
         run.send_signal(signal.SIGINT)
-        told = run.communicate(timeout=60)[1].splitlines()
+        told = run.communicate(timeout=HANG)[1].splitlines()
     assert run.returncode == 128 + signal.SIGINT
     assert told[-1] == "ended by SIGINT" and "Traceback" not in "".join(told)
 

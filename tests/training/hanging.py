@@ -17,11 +17,11 @@ from megatron_vlm.training.batch import BatchReader
 
 
 def stuck_in_python() -> None:
-    time.sleep(600)
+    time.sleep(3600)
 
 
 def stuck_in_the_interpreter() -> None:
-    ctypes.PyDLL(None).sleep(600)  # unlike CDLL, it keeps the lock that every thread needs
+    ctypes.PyDLL(None).sleep(3600)  # unlike CDLL, it keeps the lock that every thread needs
 
 
 def main(how: str, rank: str, argv: list[str]) -> int:

@@ -26,6 +26,7 @@ from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.guards import HUNG, LossGuard
 from megatron_vlm.training.step import StepResult
 from tests.distributed import Pool
+from tests.patience import HANG
 from tests.training.conftest import Trainable
 from tests.training.test_layouts import layout_flags
 from tests.training.test_run import CHECKOUT, failure, metrics
@@ -176,7 +177,7 @@ def test_a_rank_that_hangs(trainables: dict[str, Trainable], tmp_path: Path, how
     torchrun += ["--master-port", str(port), "-m", "--", "tests.training.hanging", how, "0"]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "GLOO_SOCKET_IFNAME": "lo"}
     ended = subprocess.run(
-        [*torchrun, *flags], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=240
+        [*torchrun, *flags], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=HANG
     )
     stacks = tmp_path / "run" / "logs" / "stacks"
     waiting = (stacks / "rank_1.txt").read_text()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.hf.native import NativeReader
+from tests.patience import HANG
 from tests.training.conftest import Trainable
 from tests.training.test_evaluate import without_times
 
@@ -80,12 +81,12 @@ def changed(folder: Path) -> float:
 
 def wait_for(moment: str, started: subprocess.Popen[bytes], run: Path) -> None:
     """Until the run is saving, has trained a little, or has merely been started."""
-    deadline, begun = time.monotonic() + 120, time.time()
+    begun = time.time()
     before = lines(run)
     if moment == "starting":
         time.sleep(random.uniform(0.5, 8.0))
         return
-    while started.poll() is None and time.monotonic() < deadline:
+    while started.poll() is None:
         # An earlier kill may have left a folder behind; one of this start is newer.
         folders = run.glob("checkpoints/.iter_*.incomplete")
         if moment == "saving" and any(changed(folder) > begun for folder in folders):
@@ -121,7 +122,7 @@ def test_killed_runs_go_on_exactly(trainables: dict[str, Trainable], tmp_path: P
             time.sleep(0.01)  # not started yet
         os.kill(victim, signal.SIGKILL)
         print(f"kill {number + 1}: {target} while {moment}, {lines(run)} iterations logged", flush=True)
-        started.wait(timeout=60)
+        started.wait(timeout=HANG)
         assert started.returncode != 0
     assert lines(run) < ITERATIONS
     ended = subprocess.run(again, check=True, capture_output=True, text=True)

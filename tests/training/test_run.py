@@ -27,6 +27,7 @@ from megatron_vlm.hf.native import NativeReader
 from megatron_vlm.hf.verify import verify
 from megatron_vlm.launch import storage
 from tests.distributed import Pool
+from tests.patience import HANG
 from tests.training.conftest import Trainable
 from tests.workers import train
 
@@ -36,7 +37,7 @@ CHECKOUT = Path(__file__).parents[2]
 def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
     """Run one of the project's scripts as a user would."""
     command = [sys.executable, str(CHECKOUT / "scripts" / name), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG)
 
 
 def failure(pool: Pool, world: int, argv: list[str]) -> str:

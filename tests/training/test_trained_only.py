@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool
+from tests.patience import wait_until
 from tests.tiny import save_llava
 from tests.training.conftest import Trainable
 from tests.training.test_kill import lines
@@ -39,9 +39,7 @@ def test_stage_1_is_killed_and_resumed(pool: Pool, trainables: dict[str, Trainab
     flags = one.flags(tmp_path, "killed", *STAGE_1, *length, "--save-trained-only")
     command = [sys.executable, "-m", "megatron_vlm.training", *flags]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=CHECKOUT) as started:
-        deadline = time.monotonic() + 120
-        while lines(run) < 6 and started.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: lines(run) >= 6 or started.poll() is not None, "6 iterations")
         started.kill()
     assert 6 <= lines(run) < 40
     left = max((run / "checkpoints").glob("iter_*"))

@@ -1,0 +1,67 @@
+"""The pool of ranks: a rank that lives is waited for, and one that is lost or hangs ends the wait for all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import distributed
+from tests.distributed import Pool
+
+
+def sum_of_ranks() -> float:
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total)
+    return float(total)
+
+
+def lose_rank_1(how: str) -> float:
+    if dist.get_rank() == 1:
+        if how == "raises":
+            raise RuntimeError("rank 1 can't go on")
+        if how == "ends":
+            os._exit(7)
+        time.sleep(3600)
+    return sum_of_ranks()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    """A pool of this file's own, since it is started again after each loss."""
+    pool = Pool(2)
+    yield pool
+    pool.stop()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", "rank 1 of 2: (.|\n)*rank 1 can't go on"),
+        ("ends", "rank 1 of 2: its process has ended, exit code 7|rank 0 of 2: (.|\n)*Connection"),
+        ("hangs", "rank 0 of 2: no rank has gone on for 2 s"),
+    ],
+)
+def test_a_lost_rank_ends_the_others_at_once(pair: Pool, how: str, words: str, monkeypatch) -> None:
+    """And the pool serves the next test. The wait of a hanging test is shortened where that is tested."""
+    monkeypatch.setattr(distributed, "IDLE", 2.0 if how == "hangs" else distributed.IDLE)
+    with pytest.raises(AssertionError, match=words):
+        pair.run(2, lose_rank_1, how)
+    assert pair.run(2, sum_of_ranks) == [1.0, 1.0]
+
+
+def work_slowly() -> float:
+    """As a rank beside many others does, with a group whose every message is late."""
+    end = time.monotonic() + 6.0
+    while dist.get_rank() == 1 and time.monotonic() < end:
+        pass
+    return sum_of_ranks()
+
+
+def test_a_slow_rank_is_waited_for(pair: Pool, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "IDLE", 5.0)
+    assert pair.run(2, work_slowly) == [1.0, 1.0]
