@@ -6,14 +6,15 @@
 Reads LLaVA's and ShareGPT's conversations, OpenAI's messages, Alpaca and question-answer records from JSON,
 JSON lines, Parquet, Arrow, Hugging Face datasets on disk and tars of jpg, txt and json. The same command goes
 on where it was killed. The exit code is 0; 1 where the dataset is there but more records than --max-dropped
-allows were lost; 2 where something is wrong and it isn't. With ``--sif-path`` the script runs itself inside
-that container image.
+allows were lost; 2 where something is wrong and it isn't; 130 after Ctrl-C. With ``--sif-path`` the script
+runs itself inside that container image.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from typing import ClassVar, Dict, List, Tuple
 
@@ -32,7 +33,9 @@ def main(argv: List[str]) -> int:
         "--check", metavar="DIR", help="look through a prepared folder and name all that is wrong"
     )
     parser.add_argument(
-        "--image-root", help="where relative paths of images begin (default: beside the file)"
+        "--image-root",
+        help="folder that holds the images, where relative paths begin; / for images anywhere "
+        "(default: the folder of the file that names them)",
     )
     parser.add_argument(
         "--format",
@@ -121,12 +124,13 @@ def main(argv: List[str]) -> int:
         lang=args.lang or "jp",
         force=args.force,
     )
-    with _Bars() as bars:
-        try:
+    try:
+        with _Bars() as bars:
             report = prepare(options, bars)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return 130
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 128 + number
     print(to_markdown(report))
     print(f"{args.save_dir}: {summary(report)}; report.md says more", flush=True)
     if share_lost(report) <= args.max_dropped:

@@ -45,6 +45,11 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for more, message in (
         ({"split": (0.0, 1.0)}, "--split: give the shares"),
+        ({"split": (1.1, -0.1)}, "--split: give the shares"),
+        ({"split": (float("nan"),)}, "--split: give the shares"),
+        ({"split": (0.7, 0.1, 0.1, 0.1)}, "--split: give the shares"),
+        ({"split": (0.9, 0.2)}, r"--split 0\.9,0\.2: .* add up to 1\.1; give some that add up to 1"),
+        ({"split": (0.9,)}, r"--split 0\.9: .* add up to 0\.9"),
         ({"shard_samples": 10_000}, "--shard-samples 10000: give 1 to 9999"),
         ({"quality": 0}, "--quality 0: give 1 to 100"),
         ({"seed": -1}, "--seed -1: must not be negative"),
@@ -53,7 +58,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(ValueError, match=message):
             options(out, **more)
-    with pytest.raises(ValueError, match="the folder to make it in is not there"):
+    with pytest.raises(ValueError, match=r"the folder to make it in is not there; mkdir -p /.*none$"):
         prepare(options(tmp_path / "none/data"))
     out.mkdir()
     (out / "mine.txt").write_text("keep")

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import uuid
 from collections import Counter
@@ -41,6 +42,7 @@ from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measur
 
 VERSION = 2  # of what is written; a folder begun by another version is not gone on with
 MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for
+_ROUNDING = 0.005  # of shares, as in 0.333,0.333,0.333
 _SPARE = 1.05  # of the space that is needed: index, block sizes
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -51,9 +53,10 @@ class Options:
     """What :func:`prepare` is asked for. The flags of scripts/data/prepare.py are these, by name.
 
     Attributes:
-        image_root: where relative paths of images begin; None for the folder of the file that has them.
+        image_root: below which images lie, and where relative paths of them begin; None for the folder of the
+            file that names them.
         format: the only shape that records may have, of ``SHAPES``; None for any.
-        split: shares of train, val and test; those left out are 0.
+        split: shares of train, val and test, or their ratio in whole numbers; those left out are 0.
         duplicates: what is left out, see :func:`~megatron_vlm.data.prepare.plan.duplicates`.
         shard_samples, shard_bytes: the most in one shard.
         max_side, encode, quality: see :class:`~megatron_vlm.data.prepare.pictures.Encoding`.
@@ -84,8 +87,19 @@ class Options:
         _check_choice("--format", self.format, SHAPES)
         _check_choice("--duplicates", self.duplicates, DUPLICATES)
         _check_choice("--encode", self.encode, ENCODINGS)
-        if not 1 <= len(self.split) <= len(SPLITS) or min(self.split) < 0 or not self.split[0] > 0:
+        if (
+            not 1 <= len(self.split) <= len(SPLITS)
+            or not all(0 <= share < float("inf") for share in self.split)
+            or not self.split[0] > 0
+        ):
             raise ValueError("--split: give the shares of train, val and test, such as 0.98,0.01,0.01")
+        whole = all(float(share).is_integer() for share in self.split)  # a ratio, as energon takes it
+        if not whole and not abs(sum(self.split) - 1) < _ROUNDING:
+            shares = ",".join(f"{share:g}" for share in self.split)
+            raise ValueError(
+                f"--split {shares}: these shares of train, val and test add up to {sum(self.split):g}; give "
+                "some that add up to 1, such as 0.98,0.01,0.01, or a ratio of whole numbers, such as 98,1,1"
+            )
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must not be negative")
         if not 1 <= self.shard_samples < MOST_SAMPLES:
@@ -170,8 +184,11 @@ def _check_choice(flag: str, value: str | None, choices: Any) -> None:
 
 def _check_target(options: Options) -> None:
     target = options.save_dir
-    if not os.path.isdir(os.path.dirname(os.path.abspath(target))):
-        raise ValueError(f"--save-dir {target}: the folder to make it in is not there")
+    parent = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(parent):
+        raise ValueError(
+            f"--save-dir {target}: the folder to make it in is not there; mkdir -p {shlex.quote(parent)}"
+        )
     if not os.path.lexists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
     if not os.path.isdir(os.path.join(target, ".nv-meta")):

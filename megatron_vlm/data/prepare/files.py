@@ -1,10 +1,38 @@
-"""Small files that are there whole or not at all."""
+"""Small files that are there whole or not at all, and what is no file at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from typing import Any
+import stat
+from typing import IO, Any
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+def irregular(mode: int) -> str:
+    """What a path of this mode is if it is no file that can be read to its end; empty for one that can."""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "")
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open a file for reading, and nothing that would wait for a writer or never end.
+
+    Raises:
+        OSError: it can't be opened, or is no file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = irregular(os.fstat(descriptor).st_mode)
+    if kind:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, kind, path)
+    return open(descriptor, "rb")
 
 
 def write_json(path: str, value: Any, indent: int | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.data.prepare.files import open_regular, read_json, write_json
 from megatron_vlm.data.prepare.histogram import Histogram
 from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
@@ -202,14 +202,14 @@ class _Reader:
         """
         try:
             if isinstance(reference, str):
-                with open(reference, "rb") as file:
+                with open_regular(reference) as file:
                     return file.read()
             path, offset, size = reference
             data = self._part(path or os.path.join(self._units, f"{unit}.bin"), offset, size)
         except FileNotFoundError as error:
             raise Rejected("missing image", str(error.filename)) from None
-        except (PermissionError, IsADirectoryError) as error:
-            raise Rejected("unreadable image", f"{error.filename}: {error.strerror}") from None
+        except OSError as error:
+            raise Rejected("unreadable image", f"{error.filename or reference}: {error.strerror}") from None
         if len(data) != size:
             raise Rejected("corrupt image", f"{path} ends before it")
         return data

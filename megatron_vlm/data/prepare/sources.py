@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from megatron_vlm.config.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
+from megatron_vlm.data.prepare.files import irregular
 from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
 from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 
@@ -115,10 +116,8 @@ def kind_of(path: str) -> str:
 
 
 def _files(path: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
     if not os.path.isdir(path):
-        raise ValueError(f"--input {path}: no such file or folder")
+        return [_checked_file(path)]
     splits = _json_file(os.path.join(path, "dataset_dict.json")).get("splits")
     if splits:
         if len(splits) > 1:
@@ -139,6 +138,7 @@ def _files(path: str) -> list[str]:
         if name.removesuffix(".gz").endswith(RECORD_SUFFIXES) and not name.startswith(".")
     ]
     found = sorted(name for name in found if "/." not in name[len(path) :])
+    found = [_checked_file(name) for name in found]
     # A folder of tables or tars has JSON files that describe it.
     data = [
         name for name in found if name.removesuffix(".gz").endswith((".parquet", ".arrow", ".tar", ".tgz"))
@@ -152,6 +152,17 @@ def _files(path: str) -> list[str]:
             f"{others[0]}; name the files to read"
         )
     return data or found
+
+
+def _checked_file(path: str) -> str:
+    try:
+        kind = irregular(os.stat(path).st_mode)
+    except FileNotFoundError:
+        what = "a link to nothing" if os.path.islink(path) else "no such file or folder"
+        raise ValueError(f"--input {path}: {what}") from None
+    if kind:
+        raise ValueError(f"--input {path}: {kind}, and files are read in parts; write it to a file first")
+    return path
 
 
 def _has_conversations(path: str) -> bool:
@@ -286,21 +297,28 @@ def _read_tar(unit: Unit) -> Iterator[Raw]:
     """Samples of files that share a key: ``jpg``/``txt``/``json``, or conversations and images."""
     compressed = _is_gzip(unit.path)
     with _readable(unit.path), tarfile.open(unit.path, "r:*") as tar:
-        members = (member for member in tar if member.isreg())
+        members = (member for member in tar if not member.isdir())
         named = ((match, member) for member in members if (match := MEMBER.fullmatch(member.name)))
         groups = itertools.groupby(named, key=lambda item: item[0][1])
         for position, (key, group) in enumerate(groups, 1):
             parts: dict[str, bytes | TarPart] = {}
+            strange = ""
             for match, member in group:
                 done = member.offset / max(1, unit.size)
                 name = match[2]
-                if _suffix(name) in _IMAGE_SUFFIXES and not compressed:
+                if not member.isreg():
+                    kind = "a link" if member.issym() or member.islnk() else "a device or a pipe"
+                    strange = strange or f"{member.name} is {kind}"
+                elif _suffix(name) in _IMAGE_SUFFIXES and not compressed and not member.issparse():
                     parts[name] = TarPart(unit.path, member.offset_data, member.size)
                 else:
                     content = tar.extractfile(member)
                     assert content is not None
                     parts[name] = content.read()
-            yield _tar_sample(key, parts, position, min(1.0, done))
+            sample = _tar_sample(key, parts, position, min(1.0, done))
+            if strange:
+                sample.problem = Rejected("link or device in a tar", strange)
+            yield sample
         if not compressed:
             check_end(tar)
 

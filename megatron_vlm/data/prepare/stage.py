@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.data.prepare.files import read_json, write_json
+from megatron_vlm.config.units import size_text
+from megatron_vlm.data.prepare.files import irregular, read_json, write_json
 from megatron_vlm.data.prepare.ignored import IgnoredFields
 from megatron_vlm.data.prepare.losses import LossLog
 from megatron_vlm.data.prepare.records import Conversation, identity_of, to_conversation
@@ -34,12 +35,13 @@ INDEX = np.dtype(
         ("content", "<u8"),
     ]
 )
+MOST_IMAGE_BYTES = 1 << 30  # far beyond any picture: what is larger isn't read into memory
 _REPORT_EVERY = 64
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read: their shape (None: any), and where relative paths of images begin."""
+    """How records are read: their shape (None: any), and below which folder images lie (None: the file's)."""
 
     shape: str | None
     image_root: str | None
@@ -60,7 +62,7 @@ def stage_unit(
     notes, shapes, ignored = Counter[str](), Counter[str](), IgnoredFields()
     read = last = reported = 0
     rows: list[tuple[int, ...]] = []
-    root = reading.image_root or os.path.dirname(unit.path)
+    root = os.path.abspath(reading.image_root or os.path.dirname(unit.path))
     with (
         open(path + ".jsonl.tmp", "wb") as lines,
         open(path + ".bin.tmp", "wb") as images,
@@ -117,7 +119,7 @@ def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
     """How the second pass finds an image, its size, and what tells it from others.
 
     Raises:
-        Rejected: its file isn't there.
+        Rejected: its file isn't there, is none, or lies outside ``root``.
     """
     if isinstance(image, bytes):
         offset = images.tell()
@@ -126,11 +128,29 @@ def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
     if isinstance(image, TarPart):
         reference = [os.path.abspath(image.path), image.offset, image.size]
         return reference, image.size, repr(reference)
-    path = os.path.abspath(os.path.join(root, image))
+    path = _below(root, image)
     try:
-        return path, os.stat(path).st_size, path
-    except (OSError, ValueError):
-        raise Rejected("missing image", image[:200]) from None
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise Rejected("missing image", image) from None
+    except OSError as error:  # no permission, links that go round in a circle, a name that is too long
+        raise Rejected("unreadable image", f"{image}: {error.strerror}") from None
+    kind = irregular(facts.st_mode)
+    if kind or facts.st_size > MOST_IMAGE_BYTES:
+        raise Rejected("unreadable image", f"{image}: it is {kind or size_text(facts.st_size) + ' long'}")
+    return path, facts.st_size, path
+
+
+def _below(root: str, image: str) -> str:
+    """An image's path. Links are not looked through: whoever owns the folder has put them there.
+
+    Raises:
+        Rejected: it leads out of ``root``.
+    """
+    path = os.path.normpath(os.path.join(root, image))
+    if os.path.commonpath((root, path)) != root:
+        raise Rejected("image outside --image-root", f"{image}: not below {root}; --image-root / takes any")
+    return path
 
 
 def _line(conversation: Conversation, images: list[Any]) -> bytes:

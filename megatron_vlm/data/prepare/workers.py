@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -27,6 +28,7 @@ class Workers:
     """
 
     def __init__(self, number: int, rendering: Rendering | None = None) -> None:
+        self._others = multiprocessing.active_children()
         # Spawned, not forked: pyarrow and tokenizers have threads.
         context = multiprocessing.get_context("spawn")
         self._done = context.Value("q", 0)
@@ -34,7 +36,9 @@ class Workers:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's result, from one of the processes."""
-        return self._pool.submit(function, *arguments).result()
+        with _without_interrupts():
+            future = self._pool.submit(function, *arguments)
+        return future.result()
 
     def stage(self, tasks: Sequence[tuple[Any, ...]], begun: int, total: int, progress: Any) -> None:
         """:func:`stage_unit` with each task's arguments; ``begun`` of ``total`` bytes are done already."""
@@ -54,7 +58,8 @@ class Workers:
         progress: Any,
     ) -> None:
         self._done.value = begun
-        pending = {self._pool.submit(task, arguments) for arguments in tasks}
+        with _without_interrupts():
+            pending = {self._pool.submit(task, arguments) for arguments in tasks}
         try:
             while pending:
                 finished, pending = wait(pending, _SECONDS, FIRST_EXCEPTION)
@@ -71,7 +76,30 @@ class Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            _end_children(self._others)
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that begin here never see Ctrl-C, which a terminal sends to all of them.
+
+    This process gets it, behind the block, and ends them. They inherit the mask, which holds from their first
+    instruction on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_children(others: Collection[Any]) -> None:
+    """End this process's workers at once; what they were writing has another name until it is whole."""
+    for process in multiprocessing.active_children():
+        if process not in others:
+            process.kill()
 
 
 _counter: Any = None
@@ -84,15 +112,20 @@ def _start(counter: Any, parent: int, rendering: Rendering | None) -> None:
     global _counter, _rendering
     _counter, _rendering = counter, rendering
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
     """A function's result, from a process of its own that ends with this one."""
-    fork = multiprocessing.get_context("fork")
+    fork, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
     with ProcessPoolExecutor(1, fork, die_with_parent, (os.getpid(),)) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            with _without_interrupts():
+                future = pool.submit(function, *arguments)
+            return future.result()
+        except KeyboardInterrupt:
+            _end_children(others)
+            raise
 
 
 def die_with_parent(parent: int) -> None:
