@@ -119,6 +119,7 @@ def test_the_report_says_what_became_of_every_record(llava_json: Path, prepared:
     lost = Counter(json.loads(line)["reason"] for line in lines)
     assert lost == {reason: facts["count"] for reason, facts in report["dropped"].items()}
     text = (prepared / "report.md").read_text()
+    assert "has an image" not in text
     assert "200 records read, 191 samples kept." in text and f"`{path}:6 (id 5): 5.jpg`" in text
 
 

@@ -102,6 +102,17 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not out.exists()
 
 
+def test_an_object_that_holds_the_records_is_told_by_its_fields(tmp_path: Path) -> None:
+    """In one line, where it could be a record."""
+    (tmp_path / "a.json").write_text(json.dumps({"data": [llava(i, None) for i in range(9)], "version": 1}))
+    with pytest.raises(ValueError) as error:
+        prepare(Options(input=(str(tmp_path / "a.json"),), save_dir=str(tmp_path / "out")))
+    assert str(error.value) == (
+        f"nothing that can be used in {tmp_path}/a.json; 1 records read; 1 dropped: no conversation; "
+        f"the first is {tmp_path}/a.json:1: its fields are data (a list of 9), version"
+    )
+
+
 def test_what_was_lost_of_each_file_and_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +133,8 @@ def test_what_was_lost_of_each_file_and_the_exit_code(
         return code, told.out, told.err
 
     code, told, error = run("whole", "half", "twice", "nothing")
+    assert "No sample of the train split has an image" in told
+    assert "No sample of the train split has an image" in (out / "report.md").read_text()
     assert code == 0 and "error" not in error
     assert told.endswith(
         f"\n{out}: 14 of 24 records kept, 10 dropped (41.7%; 8 of them: duplicate id); report.md says more\n"

@@ -296,7 +296,7 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
         shutil.rmtree(options.partial)
         raise ValueError(
             f"nothing that can be used in {', '.join(options.input)}; {staged.read.total()} records read; "
-            f"{losses}"
+            f"{losses}" + (f"; the first is {losses.example}" if losses.example else "")
         )
     try:
         plans = plan_shards(

@@ -81,6 +81,12 @@ class Losses:
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in ordered}
 
+    @property
+    def example(self) -> str:
+        """The first record of the most frequent reason; empty without one."""
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return self.examples[ordered[0][0]][0] if ordered else ""
+
     def __str__(self) -> str:
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         return "; ".join(f"{count} dropped: {reason}" for reason, count in ordered[:5]) or "no records"

@@ -41,7 +41,7 @@ from megatron_vlm.data.prepare.places import (
     place_images,
     take_spellings,
 )
-from megatron_vlm.data.prepare.values import Image, Rejected, as_image, as_list, is_nothing
+from megatron_vlm.data.prepare.values import Image, Rejected, as_image, as_list, is_nothing, named_fields
 from megatron_vlm.data.templates import IMAGE_MARKER, Turn
 
 ROLES = {
@@ -166,7 +166,7 @@ def _shape_of(record: Mapping[str, Any]) -> str:
         return "query"
     if any(key in record for key in _CAPTIONS) or has_answer:
         return "caption"
-    raise Rejected("no conversation", f"its fields are {', '.join(map(str, record)) or 'none'}"[:200])
+    raise Rejected("no conversation", named_fields(record))
 
 
 def _turns(
@@ -220,7 +220,7 @@ def _question_and_answer(
     asked = next((key for key in _QUESTIONS if not _is_null(record.get(key))), "")
     answered = next((key for key in answers if not _is_null(record.get(key))), "")
     if not asked and not has_image:
-        raise Rejected("no conversation", f"its fields are {', '.join(map(str, record))}"[:200])
+        raise Rejected("no conversation", named_fields(record))
     return record.get(asked, ""), record.get(answered), (asked, answered)
 
 

@@ -73,6 +73,7 @@ def _split(split: str, shards: Sequence[ShardFacts]) -> dict[str, int]:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The report for a reader."""
     lines = ["# Prepared dataset", "", f"{report['read']} records read, {report['kept']} samples kept.", ""]
+    lines += [f"{line}." for line in without_images(report)] + [""] * len(without_images(report))
     lines += ["| split | samples | images | shards | MB |", "|---|---|---|---|---|"]
     for split, facts in report["splits"].items():
         row = (facts["samples"], facts["images"], facts["shards"], f"{facts['bytes'] / 1e6:.1f}")
@@ -123,6 +124,16 @@ def summary(report: Mapping[str, Any]) -> str:
     untrained = sum(facts["count"] for facts in report["untrained"].values())
     left_out = f", {untrained} of them left out by training" if untrained else ""
     return f"{kept} of {read} records kept{left_out}{dropped}"
+
+
+def without_images(report: Mapping[str, Any]) -> list[str]:
+    """A line where no sample that is trained on has an image; else none."""
+    if report["splits"]["train"]["images"]:
+        return []
+    return [
+        "No sample of the train split has an image: a run trains on text alone, and --stage 1, which trains "
+        "what leads from images to the language model, has nothing to train"
+    ]
 
 
 def share_lost(report: Mapping[str, Any]) -> float:

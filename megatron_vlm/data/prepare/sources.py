@@ -15,7 +15,7 @@ from typing import IO, Any
 from megatron_vlm.config.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
 from megatron_vlm.data.prepare.files import irregular
 from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
-from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
+from megatron_vlm.data.prepare.values import Image, Rejected, TarPart, named_fields
 
 UNIT_BYTES = 64 << 20  # of JSON lines, and of Parquet's row groups: what one worker reads in one go
 _ROWS = 64  # of a table, in memory at a time
@@ -108,11 +108,17 @@ def kind_of(path: str) -> str:
         if text.split(b"\n")[0].strip() == b"{" and len(text.strip()) > 1:
             raise ValueError(
                 f"--input {path}: one JSON object over several lines; give the list of records, or one "
-                "record a line"
+                f"record a line{_its_fields(path)}"
             )
         return "jsonl"
     what = "it is empty" if not head else f"it begins with {head[:8]!r}"
     raise ValueError(f"--input {path}: neither JSON, JSON lines, Parquet, Arrow nor tar; {what}")
+
+
+def _its_fields(path: str) -> str:
+    """The fields of a file's one object, for a message; empty where it is too long to look or damaged."""
+    found = _json_file(path) if os.path.getsize(path) < _LONGEST_RECORD else {}
+    return f"; {named_fields(found)}" if found else ""
 
 
 def _files(path: str) -> list[str]:
@@ -394,9 +400,9 @@ def _open(path: str) -> IO[bytes]:
 
 def _json_file(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (FileNotFoundError, ValueError):
+        with _open(path) as file:
+            found = json.loads(file.read().decode("utf-8-sig"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -46,6 +46,15 @@ def is_nothing(value: Any) -> bool:
     return isinstance(value, (bytes, bytearray)) and not value
 
 
+def named_fields(record: Mapping[str, Any]) -> str:
+    """A record's fields for a message, and how long those are that hold lists."""
+    names = [
+        f"{name} (a list of {len(value)})" if isinstance(value, (list, tuple)) else str(name)
+        for name, value in record.items()
+    ]
+    return f"its fields are {', '.join(names) or 'none'}"[:200]
+
+
 def as_list(value: Any) -> list[Any] | None:
     """A list, also one that a table's column holds as JSON; None for what is none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
