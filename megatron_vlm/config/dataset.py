@@ -9,7 +9,7 @@ import re
 import shlex
 import tarfile
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 PREPARED = "prepare.json"  # in .nv-meta: of each shard what prepare.py knows, samples, bytes and hashes
@@ -120,6 +120,46 @@ def shard_counts(path: str) -> Dict[str, int]:
         raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
 
 
+def meta_problems(path: str) -> Iterator[str]:
+    """What is wrong with the loader's files in ``.nv-meta``, as far as it can be seen without YAML."""
+    meta = os.path.join(path, ".nv-meta")
+    splits = [name for name in ("split.yaml", "split.json") if os.path.exists(os.path.join(meta, name))]
+    if not splits:
+        yield "split.yaml is missing"
+    elif split_parts(path) is None and "split_parts" not in _top_keys(os.path.join(meta, splits[0])):
+        yield f"{splits[0]} is damaged: it has no split_parts"
+    dataset = os.path.join(meta, "dataset.yaml")
+    if os.path.isfile(dataset) and os.path.getsize(dataset) and not _top_keys(dataset):
+        yield "dataset.yaml is damaged: it holds no keys"
+
+
+def index_problem(path: str) -> str:
+    """What is wrong with energon's index of a folder's samples, as far as its beginning tells; else empty."""
+    try:
+        with open(os.path.join(path, ".nv-meta", "index.sqlite"), "rb") as file:
+            is_database = file.read(16) == b"SQLite format 3\0"
+            return "" if is_database else "index.sqlite is damaged: it is no database"
+    except OSError:
+        return "index.sqlite is missing"
+
+
+def _top_keys(path: str) -> List[str]:
+    """Keys at the top of a YAML or JSON file; empty where it is no text, or has none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return []
+    if text.lstrip().startswith("{"):
+        try:
+            return list(json.loads(text))
+        except ValueError:
+            return re.findall(r"[{,]\s*[\"']?(\w+)[\"']?:", text) if text.rstrip().endswith("}") else []
+    if re.search(r"[\x00-\x08\x0e-\x1f]", text):
+        return []
+    return re.findall(r"^[\"']?(\w+)[\"']?:(?=\s|$)", text, re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class PreparedShard:
     """What scripts/data/prepare.py has noted of a shard: its bytes, and :func:`ends_hash`, None in a folder
@@ -201,6 +241,38 @@ def train_images(path: str) -> Optional[int]:
             return int(json.load(file)["splits"]["train"]["images"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a split: its name, its number of samples, its size in bytes."""
+
+    name: str
+    samples: int
+    size: int
+
+
+def shards_fingerprint(path: str, split: str, shards: Tuple[Shard, ...]) -> str:
+    """Changes with the shards of a split, in order, and with a new ``energon prepare``."""
+    try:
+        with open(os.path.join(path, ".nv-meta", "index.uuid"), encoding="utf-8") as file:
+            uuid = file.read().strip()
+    except FileNotFoundError:
+        uuid = ""
+    return hashlib.sha256(repr((uuid, split, shards)).encode()).hexdigest()[:16]
+
+
+def split_fingerprint(path: str, split: str = "train") -> Optional[str]:
+    """:func:`shards_fingerprint`; None where it can't be told without YAML, or files are gone."""
+    names = (split_parts(path) or {}).get(split)
+    try:
+        counts = shard_counts(path)
+        shards = [
+            Shard(name, counts[name], os.path.getsize(os.path.join(path, name))) for name in names or ()
+        ]
+    except (OSError, ValueError, KeyError):
+        return None
+    return shards_fingerprint(path, split, tuple(shards)) if shards else None
 
 
 # A key with or without an empty list, or an item: all that prepare writes.

@@ -124,3 +124,15 @@ def _shares(path: str) -> List[Tuple[str, Optional[float], Optional[str]]]:
             share = float((end - start) * source.passes)
         found.append((source.path, share, source.options.get("overlong")))
     return found
+
+
+def least_lengths(folder: str) -> Tuple[Optional[int], int]:
+    """Tokens of a dataset's shortest sample, None where they weren't counted, and the fewest
+    images of a sample, 0 where that isn't known."""
+    try:
+        with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
+            images = int(json.load(file)["histograms"]["images"]["min"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        images = 0
+    lengths = TokenLengths.read(folder)
+    return (None if lengths is None else lengths.shortest), images

@@ -7,7 +7,6 @@ says.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -27,10 +26,12 @@ from megatron_vlm.config.dataset import (
     FIELD_MAP,
     TEXT_ONLY_KEY,
     PreparedShard,
+    Shard,
     not_prepared,
     prepare_command,
     prepared_shards,
     shard_counts,
+    shards_fingerprint,
 )
 from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
 from megatron_vlm.data.shards import ShardReader
@@ -42,15 +43,6 @@ class RawSample(Sample):
     """A sample's files, not decoded: what waits in the shuffle buffer."""
 
     parts: Dict[str, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard of the split: its name, its number of samples, its size in bytes."""
-
-    name: str
-    samples: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -103,13 +95,7 @@ class PreparedDataset:
         prepared = prepared_shards(path)
         shards = tuple(_checked_shard(path, name, counts[name], prepared.get(name)) for name in names)
         _check_last_samples(path, names, list(counts))
-        uuid_file = os.path.join(meta, "index.uuid")
-        uuid = ""
-        if os.path.isfile(uuid_file):
-            with open(uuid_file, encoding="utf-8") as file:
-                uuid = file.read().strip()
-        digest = hashlib.sha256(repr((uuid, split, shards)).encode()).hexdigest()
-        return cls(path, split, shards, read_field_map(path), digest[:16])
+        return cls(path, split, shards, read_field_map(path), shards_fingerprint(path, split, shards))
 
     @staticmethod
     def lacks(path: str, split: str) -> bool:

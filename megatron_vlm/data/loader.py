@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping
 from megatron.energon import WorkerConfig
 from megatron.energon.errors import reraise_exception
 
+from megatron_vlm.config.data_order import check_same_data, grouping
 from megatron_vlm.config.packing import LengthGroups, Packing
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.encoder import VisionLanguageEncoder
-from megatron_vlm.data.mixture import Mixture, mixture_change
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.workers import Taken, Workers
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 SAMPLES_PER_SLICE = 100  # consecutive samples that are read in one go, before the shuffle buffer
 STATE_SECONDS = 1.0  # a worker tells its state this often: the most that a restore has to repeat
 TIMEOUT_SECONDS = 600.0
-_NO_GROUPING = "neither --packing nor --group-by-length"
 
 
 class TrainLoader(Iterator[Microbatch]):
@@ -172,7 +172,7 @@ class TrainLoader(Iterator[Microbatch]):
         for state in by_worker.values():
             _check_fields(state, self._fresh_state())
             _check_fields(state["identity"], self._identity)
-            self._check_identity(state["identity"])
+            check_same_data(state["identity"], self._identity)
         if set(by_worker) != set(range(self._identity["data_workers"])):
             raise ValueError(
                 f"the data loader state has {len(by_worker)} of {self._identity['data_workers']} workers; "
@@ -204,32 +204,6 @@ class TrainLoader(Iterator[Microbatch]):
             "since": 0,
         }
 
-    def _check_identity(self, saved: Mapping[str, Any]) -> None:
-        for name in ("data_workers", "micro_batch_size", "shuffle_buffer_size"):
-            flag = "--" + name.replace("_", "-")
-            if saved[name] != self._identity[name]:
-                raise ValueError(
-                    f"{flag} {self._identity[name]} differs from {saved[name]}, with which the data loader's "
-                    f"state was saved; go on with {flag} {saved[name]}, or start a new run"
-                )
-        before, now = saved["grouping"], self._identity["grouping"]
-        if before != now:
-            raise ValueError(
-                f"the data loader's state was saved with {before or _NO_GROUPING}, and this run has "
-                f"{now or _NO_GROUPING}; go on as it was, or start a new run"
-            )
-        changed = mixture_change(saved["mixture"], self._identity["mixture"])
-        if changed:
-            raise ValueError(
-                f"the mixture changed since the checkpoint: {changed}; go on with the old one, or start a "
-                "new run from the checkpoint's weights"
-            )
-        if saved["data"] != self._identity["data"]:
-            raise ValueError(
-                "the training data changed since the checkpoint (other shards, or prepared again); go on "
-                "with the old data, or start a new run from the checkpoint's weights"
-            )
-
 
 def _check_fields(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise where a state has other fields than this version's, which then mean something else."""
@@ -258,21 +232,10 @@ def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, 
         data_workers=workers,
         micro_batch_size=config.training.micro_batch_size,
         shuffle_buffer_size=config.data.shuffle_buffer_size,
-        grouping=_grouping(config, workers),
+        grouping=grouping(config, workers),
         seed=config.training.seed,
         max_corrupt_rate=config.data.max_corrupt_rate,
     )
-
-
-def _grouping(config: RunConfig, workers: int) -> Packing | LengthGroups | None:
-    if config.data.packing:
-        return Packing(config.data.packing_buffer_size, config.data.seq_length)
-    if config.data.group_by_length:
-        size = config.training.micro_batch_size
-        return LengthGroups(
-            config.data.packing_buffer_size, size, config.training.global_batch_size // size // workers
-        )
-    return None
 
 
 class ValidationLoader:

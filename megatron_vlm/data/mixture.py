@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Tuple
 
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.webdataset.structs import DatasetSubset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
+from megatron_vlm.config.data_order import mixture_fingerprint
 from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, Subset, is_mixture
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.processing import Processing
@@ -103,10 +103,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """Changes with the datasets and their parts, not with :attr:`description`."""
-        if not self.names:
-            return self.sources[0].dataset.fingerprint
-        parts = [(source.name, source.dataset.fingerprint) for source in self.sources]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return mixture_fingerprint({source.name: source.dataset.fingerprint for source in self.sources})
 
     @property
     def description(self) -> Dict[str, str]:
@@ -197,20 +194,3 @@ class Mixture:
             except ValueError as error:
                 raise ValueError(f"--data-path {self.path}: dataset {source.name}: {error}") from None
         return tuple(found)
-
-
-def mixture_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first difference between two :attr:`Mixture.description`; empty if there is none."""
-    if bool(before) != bool(now):
-        was, has = (f"of {', '.join(names)}" if names else "a single dataset" for names in (before, now))
-        return f"it was {was}, and is {has}"
-    for name in [*before, *now]:
-        if name not in now:
-            return f"dataset {name} ({before[name]}) is gone"
-        if name not in before:
-            return f"dataset {name} ({now[name]}) is new"
-        if before[name] != now[name]:
-            return f"dataset {name} had {before[name]}, and has {now[name]}"
-    if list(before) != list(now):
-        return f"its datasets stood in the order {', '.join(before)}, and now {', '.join(now)}"
-    return ""

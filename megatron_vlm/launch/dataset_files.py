@@ -7,6 +7,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 
 from megatron_vlm.config.dataset import (
     PreparedShard,
+    meta_problems,
     not_prepared,
     prepare_command,
     prepared_shards,
@@ -16,7 +17,9 @@ from megatron_vlm.config.dataset import (
     train_images,
 )
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
+from megatron_vlm.config.token_lengths import least_lengths
 from megatron_vlm.config.train_modules import TrainEntry
+from megatron_vlm.config.units import count_text
 
 
 def dataset_problems(path: str) -> Iterator[str]:
@@ -49,6 +52,11 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
             f"--data-path {path}: its train split is empty ({len(counts)} shards; energon splits by whole "
             f"shards); write more shards, or prepare again: {prepare_command(path, '1,0,0')}"
         )
+    for problem in meta_problems(path):
+        yield f"--data-path {path}: .nv-meta/{problem}; bring it back, or run: {prepare_command(path)}"
+    named = {name for names in (split_parts(path) or {}).values() for name in names}
+    for name in sorted(named - set(counts)) if counts else ():
+        yield f"--data-path {path}: {name} is of a split, and was never indexed; run: {prepare_command(path)}"
     found: Dict[str, List[str]] = {}
     prepared = prepared_shards(path)
     for name in counts:
@@ -58,6 +66,29 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
     for state, names in found.items():
         some = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
         yield f"--data-path {path}: shard {some} {state}; bring it back, or run: {prepare_command(path)}"
+
+
+def length_problems(path: str, seq_length: int, overlong: str, image_tokens: int) -> Iterator[str]:
+    """Datasets of which no sample fits, by the lengths in prepare.py's report.
+
+    Args:
+        image_tokens: of the smallest image.
+    """
+    sources = MixtureConfig.load(path).of_split("train") if is_mixture(path) else ()
+    folders = [(f"dataset {s.name}: ", s.path, s.options.get("overlong", overlong)) for s in sources]
+    for name, folder, rule in folders or [("", path, overlong)]:
+        shortest, images = least_lengths(folder)
+        if images * image_tokens >= seq_length:
+            yield (
+                f"--data-path {path}: {name}no sample fits into --seq-length {seq_length}: each has "
+                f"{count_text(images, 'image')} or more, of {image_tokens} tokens or more; give a larger one"
+            )
+        elif rule == "drop" and shortest is not None and shortest > seq_length:
+            yield (
+                f"--data-path {path}: {name}every sample is longer than --seq-length {seq_length}, and "
+                f"--overlong drop leaves them all out; the shortest has {shortest} tokens, as prepare.py "
+                "counted them: give as many, or --overlong truncate"
+            )
 
 
 def held_out_problems(path: str) -> Iterator[str]:
@@ -108,7 +139,7 @@ def _shard_state(path: str, prepared: Optional[PreparedShard]) -> str:
             file.seek(-8, os.SEEK_END)
             end = int.from_bytes(file.read(8), "little")  # where the last sample ends
     except OSError:
-        end = 0  # prepared without one
+        return "without its index, the .idx beside it, or with a damaged one"
     if size < end:
         return "cut off since it was prepared"
     return "not the file that was prepared" if prepared and prepared.difference(path) else ""

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.checkpoint import CHECKPOINTS, HF_FOLDER, checkpoint_layers, read_manifest
+from megatron_vlm.config.checkpoint import (
+    CHECKPOINTS,
+    DATA_STATE,
+    HF_FOLDER,
+    checkpoint_layers,
+    read_manifest,
+)
+from megatron_vlm.config.data_order import check_same_data, data_identity
 from megatron_vlm.config.dataset import shard_counts
 from megatron_vlm.config.engine import engine_problem
 from megatron_vlm.config.fp8 import unsupported
@@ -35,7 +43,12 @@ from megatron_vlm.config.token_lengths import PackingEstimate, estimate_packing
 from megatron_vlm.config.units import size_text
 from megatron_vlm.launch import machine, model_files, storage
 from megatron_vlm.launch.container import check_image
-from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems, image_problems
+from megatron_vlm.launch.dataset_files import (
+    dataset_problems,
+    held_out_problems,
+    image_problems,
+    length_problems,
+)
 from megatron_vlm.launch.plan import NODE_0, LaunchPlan
 from megatron_vlm.launch.report import Facts
 
@@ -273,6 +286,7 @@ def _fits_start(found: Inspection, start: Start, model: ModelConfig) -> None:
     ]
     if start.resumes:
         rules.append(lambda: check_same_run(found.config, start))
+        rules.append(lambda: _same_data(found, start))
     if found.config.checkpoint.restart:
         rules.append(lambda: check_restart(found.config, Path(found.config.checkpoint.run_dir)))
     for rule in rules:
@@ -280,6 +294,20 @@ def _fits_start(found: Inspection, start: Start, model: ModelConfig) -> None:
             rule()
         except ValueError as error:
             found.errors.append(str(error))
+
+
+def _same_data(found: Inspection, start: Start) -> None:
+    """The data loader's rules, where the run goes on in the middle of its data."""
+    config = found.config
+    try:
+        with open(start.checkpoint / DATA_STATE, encoding="utf-8") as file:
+            saved = next(iter(json.load(file).values()))["identity"]
+        workers = config.data.data_workers or (config.launch.num_workers or 0) * (config.launch.node or 1)
+        workers = workers or int(saved["data_workers"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return  # an older run's, or damaged: the ranks say which
+    if config.data.data_path is not None:
+        check_same_data(saved, data_identity(config, workers))
 
 
 def _flags(found: Inspection) -> None:
@@ -304,6 +332,10 @@ def _image_processor(found: Inspection) -> None:
 
 def _image_tokens(found: Inspection) -> None:
     if found.model is not None:
+        path, data = found.config.data.data_path, found.config.data
+        if path is not None and found.train_samples is not None:
+            least = found.model.min_image_tokens
+            found.errors += length_problems(path, data.seq_length, data.overlong, least)
         found.warnings += model_files.image_warnings(found.hf_folders, found.model)
         found.warnings += model_files.sequence_warnings(found.model, found.config.data.seq_length)
 

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 import megatron_vlm
 from megatron_vlm.config.checkpoint import (
     BASE,
+    DATA_STATE,
     HF_FOLDER,
     RUN_CONFIG,
     checkpoint_layers,
@@ -48,7 +49,6 @@ from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
 RUN_STATE = "run_state.json"
-DATA_STATE = "data_state.json"
 RNG_FOLDER = "rng"
 
 

@@ -16,16 +16,18 @@ from typing import Any
 
 import pytest
 
+from megatron_vlm.config.data_order import data_identity
 from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.config.mixture import one_pass
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.packing import Packing
 from megatron_vlm.config.preview import PreviewConfig
+from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.loader import TrainLoader, ValidationLoader
+from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview import show
-from megatron_vlm.data.processing import Processing, load_processing
+from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from tests.data.tiny_data import content, make_conversations, make_samples, prepare, write_shards
 
 WORKERS = (1, 2, 4)
@@ -375,3 +377,16 @@ def test_the_preview_shows_samples_of_each_dataset(
     assert [view["key"] for view in shown["views"]] == [f"x{keys[1]}", "p00001"]
     with pytest.raises(ValueError, match="there is no sample y"):
         show(PreviewConfig.from_flags([*flags, "--keys", "y"]))
+
+
+@pytest.mark.parametrize("flags", [[], ["--packing", "--train-iters", "3"], ["--group-by-length"]])
+def test_the_launcher_knows_what_a_loader_saves(
+    data: Path, folders: dict[str, Path], models: dict[str, ModelConfig], flags: list[str]
+) -> None:
+    for path in (write(data, **EPOCHS), write(data, **WEIGHTS), str(data / "pictures")):
+        argv = ["--data-path", path, "--tokenizer-load-dir", str(folders["llava"]), "--seq-length", "120"]
+        config = RunConfig.from_flags([*argv, "--global-batch-size", "8", *flags])
+        loader = build_train_loader(config, build_processing(config, models["llava"]), 0, 1)
+        state = loader.state_dict()
+        loader.close()
+        assert data_identity(config, len(state)) == state[0]["identity"]

@@ -284,3 +284,12 @@ def test_exit_codes(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     done = subprocess.run([sys.executable, SCRIPT, "--check", tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: --check {tmp_path}: not prepared, it has no .nv-meta\n"
+
+
+@pytest.mark.parametrize("name", ["split.yaml", "index.sqlite"])
+@pytest.mark.parametrize("content", [None, b"\0" * 4096, b"\xff" * 50, b"no: [such"])
+def test_destroyed_files_of_the_index(data: Path, name: str, content: bytes | None) -> None:
+    file = data / ".nv-meta" / name
+    file.write_bytes(content) if content is not None else file.unlink()
+    found = list(check(str(data)))
+    assert len(found) == 1 and found[0].startswith(f".nv-meta/{name} is ")

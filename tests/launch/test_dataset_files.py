@@ -21,9 +21,13 @@ def dataset(tmp_path):
     """A folder with one shard, prepared as far as the launcher looks."""
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "000.tar").touch()
+    (tmp_path / "shards" / "000.tar.idx").write_bytes(bytes(8))
     (tmp_path / ".nv-meta").mkdir()
     info = tmp_path / ".nv-meta" / ".info.json"
     info.write_text(json.dumps({"energon_version": "7", "shard_counts": {"shards/000.tar": 5}}))
+    (tmp_path / ".nv-meta" / "split.yaml").write_text(
+        "split_parts:\n  train:\n  - shards/000.tar\nexclude: []\n"
+    )
     return tmp_path
 
 
@@ -94,6 +98,8 @@ def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:
         (shards / f"00{number}.tar.idx").write_bytes(struct.pack("<QQ", 0, 100))
     counts = {f"shards/00{number}.tar": 5 for number in range(1, 5)}
     (dataset / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": counts}))
+    split = "split_parts:\n  train:\n  - shards/{001..004}.tar\nexclude: []\n"
+    (dataset / ".nv-meta" / "split.yaml").write_text(split)
     assert list(dataset_files.dataset_problems(str(dataset))) == []
     for number in (1, 3):
         (shards / f"00{number}.tar").write_bytes(b"x" * 99)
@@ -129,6 +135,33 @@ def test_a_real_dataset_cut_off(tmp_path) -> None:
     assert "shard 000001.tar is cut off" in problem
 
 
+def test_files_of_energon_that_are_gone_or_destroyed(tmp_path) -> None:
+    """What a loader refuses, the launcher does; each in a folder that energon itself prepared."""
+    write_shards(tmp_path, make_samples(6), shards=2)
+    prepare(prepare_command(str(tmp_path), ratio="1,0,0"))
+    meta = tmp_path / ".nv-meta"
+    zeros, cut = bytes(4096), (meta / "dataset.yaml").read_bytes()[:5]
+    cases = [(meta / name, content) for name in ("split.yaml", "dataset.yaml") for content in (zeros, b"{[")]
+    cases += [(meta / "dataset.yaml", cut), (meta / "split.yaml", None)]
+    cases += [(tmp_path / "000001.tar.idx", None), (tmp_path / "000001.tar.idx", b"123")]
+    cases += [(meta / "split.yaml", b"split_parts:\n  train:\n  - 7.tar\nexclude: []\n")]
+    for file, content in cases:
+        whole = file.read_bytes()
+        file.write_bytes(content) if content is not None else file.unlink()
+        with pytest.raises(ValueError):
+            PreparedDataset.open(str(tmp_path))
+        problems = list(dataset_files.dataset_problems(str(tmp_path)))
+        assert (problems and "7.tar" in problems[0]) or file.name.removesuffix(".idx") in problems[0]
+        file.write_bytes(whole)
+    # What a person may write is left to who can read it.
+    for name, text in (("split.yaml", "split_parts: {train: [000000.tar], val: []}"), ("dataset.yaml", "")):
+        whole = (meta / name).read_bytes()
+        (meta / name).write_text(text)
+        assert PreparedDataset.open(str(tmp_path)).num_samples
+        assert list(dataset_files.dataset_problems(str(tmp_path))) == []
+        (meta / name).write_bytes(whole)
+
+
 def test_an_empty_train_split(dataset) -> None:
     split = "split_parts:\n  train: []\n  val:\n  - shards/000.tar\nexclude: []\n"
     (dataset / ".nv-meta" / "split.yaml").write_text(split)
@@ -140,6 +173,7 @@ def test_a_dataset_without_held_out_samples(dataset) -> None:
     def problems() -> list[str]:
         return list(dataset_files.held_out_problems(str(dataset)))
 
+    (dataset / ".nv-meta" / "split.yaml").unlink()
     assert problems() == []  # no split to look at: told when training opens the data
     split = dataset / ".nv-meta" / "split.yaml"
     split.write_text("split_parts:\n  train:\n  - a.tar\n  val:\n  - b.tar\n  test: []\nexclude: []\n")

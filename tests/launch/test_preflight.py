@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.checkpoint import read_manifest, write_manifest, write_tracker
+from megatron_vlm.config.data_order import data_identity
 from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight, report, storage
@@ -536,3 +537,44 @@ def test_a_mixture(workplace, tmp_path_factory) -> None:
     mix.write_text("datasets:\n  one: {path: first, subset: [0, 41]}\n")
     assert "dataset one: subset [0, 41] reaches beyond its 40" in problem("--data-path", "sets/mix.yaml")
     assert "none.yaml: no such file" in problem("--data-path", "none.yaml")
+
+
+def test_a_run_that_goes_on_with_other_data(workplace) -> None:
+    """By the loader's state, which tests/data/test_mixture.py holds against a loader's own."""
+    folder = workplace / "runs/run/checkpoints/iter_0000010"
+    write_checkpoint(folder, iteration=10, has_optimizer=True)
+    write_tracker(folder.parent, 10)
+    mixture = workplace / "mix.yaml"
+    mixture.write_text("datasets:\n  a:\n    path: data\n    weight: 1\n")
+    argv = ["--data-path", str(mixture), "--packing", "--train-iters", "20"]
+    begun = RunConfig.from_flags([*BASE, *argv])
+    begun.save(str(folder / "run_config.json"))
+    write_json(folder / "data_state.json", {"0": {"identity": data_identity(begun, 1)}})
+    assert inspect(*argv).errors == []
+    assert "--seq-length 1024, and this run has" in problem(*argv, "--seq-length", "1100")
+    assert "neither --packing" in inspect(*argv, "--no-packing").problems[-1]
+    mixture.write_text("datasets:\n  a:\n    path: data\n    weight: 2\n")
+    assert "the mixture changed since the checkpoint: dataset a had weight 1, and has weight 2" in problem(
+        *argv
+    )
+    mixture.write_text("datasets:\n  a:\n    path: data\n    weight: 1\n")
+    (workplace / "data/.nv-meta/index.uuid").write_text("another")
+    assert "the training data changed since the checkpoint" in problem(*argv)
+
+
+def test_sequences_too_short_for_every_sample(workplace) -> None:
+    def report(tokens: int, images: int) -> None:
+        histograms = {"images": {"min": images, "max": 9}, "image tokens": {"min": images * 576}}
+        histograms["tokens"] = {"min": tokens, "max": tokens, "total": tokens, "bins": {"4096": 1}}
+        settings = {"tokenizer_load_dir": "hf", "template": None}
+        write_json(workplace / "data/report.json", {"histograms": histograms, "settings": settings})
+
+    report(tokens=3000, images=1)
+    assert inspect("--seq-length", "1024").problems == []
+    told = problem("--seq-length", "2999", "--overlong", "drop")
+    assert "every sample is longer than --seq-length 2999, and --overlong drop leaves them all out" in told
+    assert "the shortest has 3000 tokens" in told
+    assert inspect("--seq-length", "3000", "--overlong", "drop").problems == []
+    report(tokens=3000, images=2)
+    assert "no sample fits into --seq-length 1152: each has 2 images" in problem("--seq-length", "1152")
+    assert inspect("--seq-length", "1153").problems == []

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.config.dataset import PREPARED, shard_counts, split_parts
+from megatron_vlm.config.dataset import PREPARED, index_problem, meta_problems, shard_counts, split_parts
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows, read_field_map
 from megatron_vlm.data.prepare.files import read_json
@@ -68,6 +68,10 @@ def check(
 
 
 def _folder_problems(path: str, counted: set[str], listed: set[str] | None) -> Iterator[str]:
+    yield from (f".nv-meta/{problem}" for problem in meta_problems(path))
+    problem = index_problem(path)
+    if problem and (listed is not None or "damaged" in problem):  # older energons made none
+        yield f".nv-meta/{problem}"
     there = {
         os.path.relpath(os.path.join(folder, name), path)
         for folder, _, names in os.walk(path)
