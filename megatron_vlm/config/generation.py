@@ -98,6 +98,7 @@ class PromptSection:
     output: Optional[str] = flag(
         PROMPTS, None, "write the input's lines and their answers here, as JSON Lines", shown_default="stdout"
     )
+    force: bool = flag(PROMPTS, False, "replace an --output that is there")
     raw_prompt: bool = flag(PROMPTS, False, "give the text to the model as it is, without the template")
     batch_size: int = flag(PROMPTS, 8, "questions of --input that are answered together")
 
@@ -108,8 +109,15 @@ class PromptSection:
             raise ValueError(f"{given} and --input both say what is asked; leave one out")
         if self.input is None and self.prompt is None and not self.image:
             raise ValueError("nothing is asked; give --prompt, --image or --input")
+        if self.force and self.output is None:
+            raise ValueError("--force replaces an --output, and none is given; leave it out")
         if self.raw_prompt and self.input is None and self.prompt is None:
             raise ValueError("--raw-prompt needs --prompt, the text as the model takes it")
+
+
+def incomplete(output: str) -> str:
+    """Where answers are until all of them are there."""
+    return f"{output}.incomplete"
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ class GenerationConfig:
         return self.source.megatron_dir
 
     def check_files(self) -> None:
-        """Check that what is read is there, and that the output can be.
+        """Check that what is read is there, and that the output can be, without replacing anything.
 
         Raises:
             ValueError: one line that names the flag.
@@ -255,6 +263,14 @@ class GenerationConfig:
         output = self.prompts.output
         if output is not None and not os.path.isdir(os.path.dirname(output) or "."):
             raise ValueError(f"--output {output}: no such folder")
+        for path in (output, incomplete(output)) if output is not None and not self.prompts.force else ():
+            if os.path.exists(path):
+                what = (
+                    "is there already"
+                    if path == output
+                    else f"{path} holds answers of a run that did not end"
+                )
+                raise ValueError(f"--output {output}: {what}; give another file, or --force to replace it")
 
     def check_model(self, model: ModelConfig) -> None:
         """Check that the model can be cut as the flags say.

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_vlm.config.generation import PromptSection
+from megatron_vlm.config.generation import PromptSection, incomplete
 from megatron_vlm.inference.questions import Questions
 
 _UNFINISHED = "\ufffd"  # what decodes from a part of a character
@@ -24,9 +24,7 @@ class Answers:
         self.path = prompts.output
         self.streams = prompts.input is None and self.path is None
         self.shown = 0  # characters on the terminal
-        self.file = (
-            sys.stdout if self.path is None else open(f"{self.path}.incomplete", "w", encoding="utf-8")
-        )
+        self.file = sys.stdout if self.path is None else open(incomplete(self.path), "w", encoding="utf-8")
 
     def show(self, answers: Sequence[Sequence[int]]) -> None:
         """Print what is new of a single answer."""
@@ -55,7 +53,7 @@ class Answers:
         """Let the output file appear."""
         if self.path is not None:
             self.file.close()
-            os.replace(f"{self.path}.incomplete", self.path)
+            os.replace(incomplete(self.path), self.path)
 
     def _print(self, text: str) -> None:
         print(text[self.shown :], end="", flush=True)

@@ -22,7 +22,9 @@ from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.inference.generator import Prompt
 
-_KEYS = {"prompt", "image"}
+_KEYS = ("prompt", "image")
+_CARRIED = ("id", "question_id", "meta")  # of no meaning here, written beside the answer
+_EXAMPLE = '{"prompt": "What is this?", "image": "a.jpg"}'
 _MAX_NEW_TOKENS = 256
 
 
@@ -68,10 +70,16 @@ def _read_line(where: str, line: str, folder: Path) -> Question:
         fields = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict) or not _KEYS & fields.keys():
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected an object such as {_EXAMPLE}")
+    unread = [key for key in fields if key not in (*_KEYS, *_CARRIED)]
+    if unread:
         raise ValueError(
-            f'{where}: expected an object such as {{"prompt": "What is this?", "image": "a.jpg"}}'
+            f"{where}: nothing reads {', '.join(map(repr, unread))}; a question has {' and '.join(_KEYS)}, "
+            f"and {', '.join(_CARRIED)}, which are written beside its answer: meta may hold anything"
         )
+    if not any(key in fields for key in _KEYS):
+        raise ValueError(f"{where}: expected an object such as {_EXAMPLE}")
     text, images = fields.get("prompt", ""), fields.get("image", [])
     images = [images] if isinstance(images, str) else images
     if not isinstance(text, str):

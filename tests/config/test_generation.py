@@ -55,6 +55,11 @@ def test_what_has_to_be_there(tmp_path: Path) -> None:
         ([*ASKED, "--batch-size", "0"], "--batch-size 0: must be above 0"),
         ([*ASKED, "--tp", "0"], "--tp 0: must be above 0"),
         ([*ASKED, "--promt", "Hi"], "did you mean --prompt"),
+        ([*ASKED, "--force"], "--force replaces an --output, and none is given"),
+        (
+            [*ASKED, "--raw_prompt", "True"],
+            "--raw_prompt True: a switch takes no value; give --raw-prompt alone",
+        ),
     ],
 )
 def test_errors(argv: list[str], message: str) -> None:
@@ -76,5 +81,20 @@ def test_files(tmp_path) -> None:
     GenerationConfig.from_flags(flags).check_files()
     with pytest.raises(ValueError, match=r"--output no/where.jsonl: no such folder"):
         GenerationConfig.from_flags([*flags, "--output", "no/where.jsonl"]).check_files()
+    output = tmp_path / "out.jsonl"
+    written = [*flags, "--output", str(output)]
+    GenerationConfig.from_flags(written).check_files()
+    for path, words in (
+        (output, "is there already; give another file, or --force to replace it"),
+        (
+            tmp_path / "out.jsonl.incomplete",
+            "out.jsonl.incomplete holds answers of a run that did not end; give",
+        ),
+    ):
+        path.touch()
+        with pytest.raises(ValueError, match=rf"--output {output}: .*{words}"):
+            GenerationConfig.from_flags(written).check_files()
+        GenerationConfig.from_flags([*written, "--force"]).check_files()
+        path.unlink()
     with pytest.raises(ValueError, match=r"--input no.jsonl: no such file"):
         GenerationConfig.from_flags(["--megatron-dir", "m", "--input", "no.jsonl"]).check_files()

@@ -169,7 +169,7 @@ def test_an_image_without_a_question_is_to_be_described(checkpoint: Path) -> Non
 def test_input_file(checkpoint: Path) -> None:
     lines = [
         {"prompt": "What is this?", "image": "a.jpg", "id": 7},
-        {"prompt": "Hello"},
+        {"prompt": "Hello", "question_id": "q", "meta": {"answer": "Ho", "tokens": 3}},
         {"prompt": "<image> or <image>?", "image": ["a.jpg", str(checkpoint / "b.jpg")]},
     ]
     file = checkpoint / "in.jsonl"
@@ -185,7 +185,18 @@ def test_input_file(checkpoint: Path) -> None:
     [
         ("{", "line 2: not valid JSON"),
         ("[]", "line 2: expected an object such as"),
-        ('{"question": "Hi"}', "line 2: expected an object such as"),
+        ('{"id": 3}', "line 2: expected an object such as"),
+        (
+            '{"question": "Hi"}',
+            "line 2: nothing reads 'question'; a question has prompt and image, and id, question",
+        ),
+        (
+            '{"prompt": "Hi", "images": ["a.jpg"], "system": "x"}',
+            "line 2: nothing reads 'images', 'system'; ",
+        ),
+        ('{"prompt": "Hi", "temperature": 1}', "line 2: nothing reads 'temperature'"),
+        # It would be lost: the model's own stands there.
+        ('{"prompt": "Hi", "answer": "Ho"}', "line 2: nothing reads 'answer'"),
         ('{"prompt": 3}', "line 2: prompt is 3; expected a text"),
         ('{"prompt": "Hi", "image": 3}', "line 2: image is 3; expected a file"),
         ('{"prompt": "Hi", "image": "no.jpg"}', "no.jpg: no such file"),

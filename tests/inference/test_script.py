@@ -127,6 +127,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
         (["--megatron-dir", "run", "--prompt", "Hi", "--tp", "3"], "--tp 3 does not divide"),
         (["--megatron-dir", "run", "--input", "no.jsonl"], "--input no.jsonl: no such file"),
         (
+            ["--megatron-dir", "run", "--input", "in.jsonl", "--output", "in.jsonl"],
+            "--output in.jsonl: is there already; give another file, or --force to replace it",
+        ),
+        (
             ["--megatron-dir", "run", "--prompt", "Hi", "--tp", "2", "--device", "cuda"],
             "this machine has no GPU",
         ),
@@ -144,6 +148,6 @@ def test_what_is_wrong_is_said_before_any_rank_starts(
 
 def test_the_container_gets_the_folders(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    flags = ["--megatron-dir", "run", "--input", "in.jsonl", "--output", str(workplace / "out.jsonl")]
+    flags = ["--megatron-dir", "run", "--input", "in.jsonl", "--output", str(workplace / "new.jsonl")]
     binds = run(monkeypatch, *flags, "--sif-path", "image.sif", "--bind", "/data:/data")
     assert binds == ["/data:/data", "run", ".", str(workplace)]
