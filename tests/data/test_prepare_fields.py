@@ -78,6 +78,7 @@ def test_masked_says_the_opposite_and_one_no_is_enough() -> None:
         ({"weight": 0.5}, "weight 0.5"),
         ({"weight": "0.5"}, "weight '0.5'"),
         ({"weight": 2}, "weight 2"),
+        ({"weight": 10**400}, "weight 1000"),
         ({"loss": "maybe"}, "loss 'maybe'"),
         ({"loss_mask": [0, 1, 1]}, "loss_mask \\[0, 1, 1\\]"),
         ({"mask": 1}, "mask 1: call it loss_mask, or masked"),

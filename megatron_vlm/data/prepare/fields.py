@@ -62,7 +62,7 @@ def _flag(value: Any) -> bool | None:
         value = _FLAGS.get(value.strip().lower(), value)
     try:
         return {0.0: False, 1.0: True}.get(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
