@@ -20,7 +20,13 @@ STAMP := $(VENV)/.up-to-date
 CONSTRAINTS := environments/constraints-cpu.txt
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
-PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary :all: --constraint $(CONSTRAINTS) $(PIP_ARGS)
+PIP = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --only-binary :all: --constraint $(CONSTRAINTS) $(PIP_ARGS)
+
+PACKAGE := '.[data,demo,dev]'
+# On a terminal one line that changes, with pip's step and the time; elsewhere nothing but errors.
+PIP_STEPS = awk 'BEGIN {srand(); begun = srand()} /^ *(Collecting|Downloading|Using|Installing)/ \
+	{srand(); printf "\r\033[K  %d s: %.70s", srand() - begun, $$0; fflush()} END {printf "\r\033[K"}'
+pip = if [ -t 1 ]; then set -o pipefail; $(PIP) $(1) | $(PIP_STEPS); else $(PIP) -qq $(1); fi
 
 TP ?= 2
 PP ?= 1
@@ -37,9 +43,12 @@ setup: $(STAMP)
 $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=<interpreter>" >&2; exit 2; }
 	@echo "make: installing $(CONSTRAINTS) into $(VENV); this takes a few minutes"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) pip setuptools
-	$(PIP) --no-build-isolation --editable '.[data,demo,dev]'
+	@echo "make: 1 of 3, $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "make: 2 of 3, pip and setuptools"
+	@$(call pip,pip setuptools)
+	@echo "make: 3 of 3, torch, megatron-core, transformers and what they need"
+	@$(call pip,--no-build-isolation --editable $(PACKAGE))
 	@touch $@
 
 demo: setup

@@ -13,6 +13,7 @@ import time
 from typing import Any, BinaryIO, Callable, Collection, List, NamedTuple, Optional, Sequence
 
 from megatron_vlm.config.exit_codes import CONTINUE, INTERRUPTED, STOP_SIGNALS
+from megatron_vlm.launch.console import Terminal
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind
@@ -122,23 +123,23 @@ def _stream(child: subprocess.Popen[bytes], log: _Log) -> str:
     deadline: Optional[float] = None
     last = b""
     with selectors.DefaultSelector() as selector:
-        selector.register(_raw(child.stdout), selectors.EVENT_READ, sys.stdout)
-        selector.register(_raw(child.stderr), selectors.EVENT_READ, sys.stderr)
+        shown = [stream and Terminal(stream.buffer) for stream in (sys.stdout, sys.stderr)]
+        selector.register(_raw(child.stdout), selectors.EVENT_READ, (sys.stdout, shown[0]))
+        selector.register(_raw(child.stderr), selectors.EVENT_READ, (sys.stderr, shown[1]))
         while selector.get_map():
             for key, _ in selector.select(timeout=0.5):
                 chunk = os.read(key.fd, 1 << 16)
+                stream, terminal = key.data
                 if not chunk:
                     selector.unregister(key.fileobj)
-                    continue
                 log.write(chunk)
                 last = (last + chunk)[-_MESSAGE_BYTES:]
-                if key.data is None:  # started with it closed, >&-
+                if terminal is None:  # started with it closed, >&-
                     continue
                 try:
-                    key.data.buffer.write(chunk)
-                    key.data.buffer.flush()
+                    terminal.write(chunk) if chunk else terminal.close()
                 except OSError:  # nobody reads it any more, or its disk is full
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), key.data.fileno())
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                     _signal_group(child, signal.SIGTERM)
             if child.poll() is not None:
                 deadline = deadline or time.monotonic() + _GRACE_SECONDS

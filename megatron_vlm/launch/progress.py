@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from megatron_vlm.config.checkpoint import BEST, BEST_LOSS, CHECKPOINTS, list_checkpoints, read_manifest
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, meaning
+from megatron_vlm.config.units import count_text, times_text
+from megatron_vlm.launch import container
 from megatron_vlm.launch.status import ENDED, QUEUED, RUNNING, STATUS, read_status
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.json"
@@ -100,7 +103,31 @@ def describe(found: Dict[str, Any]) -> str:
             f"  lowest validation loss {found['best']['loss']:.4f}, iteration {found['best']['iteration']}"
         )
     if found["restarts"]:
-        lines.append(f"  started again {found['restarts']} times")
+        lines.append(f"  started again {times_text(found['restarts'])}")
+    return "\n".join(lines)
+
+
+def closing(run: str, sif_path: Optional[str] = None) -> str:
+    """What a run that is done leaves: its last losses, where its weights are, and the command to go on with.
+
+    Args:
+        sif_path: container image that the run was started in.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+    """
+    found = progress(run)
+    loss = "" if found["loss"] is None else f", last loss {found['loss']:.4f}"
+    if found["best"]:
+        best = found["best"]
+        loss += f", lowest validation loss {best['loss']:.4f} at iteration {best['iteration']}"
+    lines = [f"done     {run}: {count_text(found['iteration'] or 0, 'iteration')}{loss}"]
+    if found["checkpoint"]:
+        lines.append(f"weights  {os.path.join(run, CHECKPOINTS, found['checkpoint'])}")
+        script = os.path.join(container.CHECKOUT, "scripts", "convert", "convert_megatron_to_hf.py")
+        command = ["python", script, "--megatron-dir", run, "--hf-dir", os.path.join(run, "hf")]
+        command += ["--sif-path", sif_path] if sif_path else []
+        lines.append(f"next     {shlex.join(command)}")
     return "\n".join(lines)
 
 

@@ -48,11 +48,12 @@ class IterationMetrics:
     dropped: int  # samples left out so far, too long or malformed
     corrupt: int  # samples left out so far, unreadable
 
-    def line(self, total_iterations: int, rates: Mapping[str, float]) -> str:
+    def line(self, total_iterations: int, rates: Mapping[str, float], rank: str = "GPU") -> str:
         """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console.
 
         Args:
             rates: learning rates by part, where parts have rates of their own.
+            rank: what a rank is, ``process`` on CPUs.
         """
         utilisation = "" if self.mfu is None else f" ({self.mfu:.1%} MFU)"
         lr = ", ".join(f"{part} {rate:.2e}" for part, rate in rates.items()) or f"{self.lr:.2e}"
@@ -61,9 +62,9 @@ class IterationMetrics:
             f"loss {_number(self.loss, '.4f')} | lr {lr} | "
             f"grad norm {_number(self.grad_norm, '.3f')} | "
             f"{self.tokens_per_second:,.0f} tokens/s | {self.images_per_second:,.1f} images/s | "
-            f"{self.tflops_per_gpu:.3g} TFLOP/s per GPU{utilisation} | {self.peak_memory_gib:.1f} GiB | "
+            f"{self.tflops_per_gpu:.3g} TFLOP/s per {rank}{utilisation} | {self.peak_memory_gib:.1f} GiB | "
             f"{self.iteration_seconds:.3f} s/iteration, {self.data_seconds:.3f} for data | "
-            f"{self.gpu_hours:.1f} GPU hours, {timedelta(seconds=round(self.seconds_left))} left"
+            f"{self.gpu_hours:.1f} {rank} hours, {timedelta(seconds=round(self.seconds_left))} left"
         )
 
 

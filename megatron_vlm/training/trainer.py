@@ -445,7 +445,8 @@ class Trainer:
         by_part = {f"lr/{part}": rate for part, rate in rates.items()}
         by_source = self.sources.take() if self.sources is not None else {}
         self.sinks.log(metrics.iteration, {**asdict(metrics), **by_part, **by_source})
-        self.say(metrics.line(self.total_iterations, rates))
+        rank = "GPU" if self.layout.device.type == "cuda" else "process"
+        self.say(metrics.line(self.total_iterations, rates, rank))
 
     def _rates_of_parts(self) -> dict[str, float]:
         """Learning rates of the last update, if a part has one of its own."""

@@ -10,6 +10,7 @@ command on stdout, and touches no file.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import io
 import os
 import re
@@ -23,10 +24,10 @@ from typing import List
 sys.dont_write_bytecode = True  # a dry run touches no file, not even a __pycache__
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.exit_codes import STOP_SIGNALS
+from megatron_vlm.config.exit_codes import DONE, STOP_SIGNALS
 from megatron_vlm.config.launching import RANK0_LOG
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import container, preflight, process, report, slurm, status
+from megatron_vlm.launch import container, preflight, process, progress, report, slurm, status
 from megatron_vlm.launch.plan import LaunchPlan, make_plans, plan_job
 
 SITE = "MEGATRON_VLM_SITE"  # a site file, where --site names none
@@ -100,10 +101,25 @@ def start(plan: LaunchPlan) -> int:
         status.note_running(run_dir, plan.command, launch.slurm_job_id, log)
     if launch.sif_path:
         os.environ.update(container.forwarded({**os.environ, process.STDIN_IS_LAUNCHER: "1"}))
+    begun = time.monotonic()
     ended = process.run(plan.command, log, held=STOP_SIGNALS)
     if not launch.rank:
         status.note_ended(run_dir, ended.code, ended.message)
+        if ended.code == DONE:
+            close(plan.config, log, time.monotonic() - begun)
     return ended.code
+
+
+def close(config: RunConfig, log: str, seconds: float) -> None:
+    """Say what a run that is done leaves, on the screen and in its log."""
+    try:
+        text = progress.closing(config.checkpoint.run_dir, config.launch.sif_path)
+        text += f"\ntime     {datetime.timedelta(seconds=round(seconds))} for this start; log {log}"
+        print(text, flush=True)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except (ValueError, OSError) as error:  # the run itself is done
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def start_step(nodes: int, config: RunConfig, argv: List[str]) -> int:

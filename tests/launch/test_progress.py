@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, write_best, write_manifest
 from megatron_vlm.launch import status
 from megatron_vlm.launch.container import CHECKOUT
+from megatron_vlm.launch.progress import closing, describe
 from tests.launch.test_run_script import find_python39
 from tests.patience import HANG
 
@@ -91,6 +93,7 @@ def test_a_launcher_that_was_killed(run: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(run)], cwd=CHECKOUT, check=True)
     answer = found(run)
     assert (answer["state"], answer["restarts"]) == ("gone", 1)
+    assert describe(answer).endswith("  started again once")
     assert "killed on" in answer["says"] and "The same command resumes it" in answer["says"]
 
 
@@ -164,3 +167,12 @@ def test_damaged_files_are_one_line(run: Path, file: str, text: str) -> None:
     answer = ask(run)
     assert answer.returncode == 2 and answer.stdout == ""
     assert answer.stderr.startswith(f"error: {run / file}") and answer.stderr.count("\n") == 1
+
+
+def test_what_a_finished_run_leaves(run: Path) -> None:
+    lines = closing(str(run), "an image.sif").splitlines()
+    assert lines[0].startswith(f"done     {run}: 7 iterations, last loss 2.5000")
+    assert lines[1] == f"weights  {run}/checkpoints/iter_0000006"
+    command = shlex.split(lines[2].removeprefix("next     "))
+    assert Path(command[1]).is_file()
+    assert command[2:] == ["--megatron-dir", str(run), "--hf-dir", f"{run}/hf", "--sif-path", "an image.sif"]

@@ -1,0 +1,65 @@
+"""What of a run's lines a terminal shows: an iteration in one line of it. The log has all fields."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, List
+
+_WIDTH = 100  # columns; fewer where the terminal has fewer
+_BEGINS = "iteration "
+_BETWEEN = " | "
+# Parts of the fields that are left out, in this order, until a line fits.
+_LEAST = ("hours, ", "TFLOP/s", "GiB", "images/s", "s/iteration", "lr ", "grad norm", "tokens/s")
+
+
+def fitted(line: str, columns: int) -> str:
+    """A line of an iteration with as many of its fields as fit into ``columns``; any other line as it is."""
+    fields: List[str] = line.split(_BETWEEN)
+    if not line.startswith(_BEGINS) or len(fields) < 3:
+        return line
+    for least in _LEAST:
+        if len(_BETWEEN.join(fields)) <= columns:
+            break
+        if least.endswith(", "):  # the time left stands in the same field
+            fields = [field.partition(least)[2] if least in field else field for field in fields]
+        else:
+            fields = [field for field in fields if least not in field]
+    return _BETWEEN.join(fields)
+
+
+class Terminal:
+    """Writes to a stream; if that is a terminal, its lines as :func:`fitted`.
+
+    Args:
+        stream: unbuffered or not; it is flushed after each write.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._held = b""  # the beginning of a line that is to be fitted
+
+    def write(self, chunk: bytes) -> None:
+        """Write, and hold back the beginning of a line only as long as it may be one of an iteration.
+
+        Raises:
+            OSError: nobody reads it, or its disk is full.
+        """
+        if self._stream.isatty():
+            *lines, last = (self._held + chunk).split(b"\n")
+            begins = _BEGINS.encode()
+            self._held = last if last and (last.startswith(begins) or begins.startswith(last)) else b""
+            columns = min(_WIDTH, os.get_terminal_size(self._stream.fileno()).columns or _WIDTH)
+            shown = [self._fitted(line, columns) + b"\n" for line in lines]
+            chunk = b"".join(shown) + (b"" if self._held else last)
+        self._stream.write(chunk)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Write what is held back."""
+        held, self._held = self._held, b""
+        self._stream.write(held)
+        self._stream.flush()
+
+    @staticmethod
+    def _fitted(line: bytes, columns: int) -> bytes:
+        return fitted(line.decode(errors="surrogateescape"), columns).encode(errors="surrogateescape")

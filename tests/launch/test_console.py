@@ -1,0 +1,41 @@
+"""What a terminal shows of a run's lines: as many fields as it is wide; the log has them all."""
+
+from __future__ import annotations
+
+import os
+import pty
+import sys
+
+from megatron_vlm.launch import process
+from megatron_vlm.launch.console import fitted
+from tests.observe.test_metrics import METRICS
+
+LINE = METRICS.line(1000, {"projector": 1e-3, "language": 2e-5}, "process")
+
+
+def test_a_line_of_an_iteration_fits() -> None:
+    for columns in (80, 100):
+        shown = fitted(LINE, columns)
+        assert len(shown) <= columns and shown.startswith("iteration 1/1000 (0.1%) | loss 1.0000 | ")
+        assert shown.endswith(" | 0:00:01 left") and "tokens/s" in shown
+    assert fitted(LINE, 1000) == LINE
+    assert fitted("a | b | " + "c" * 200, 100) == "a | b | " + "c" * 200
+
+
+def test_no_gpus_on_a_cpu() -> None:
+    assert "GPU" not in LINE and "TFLOP/s per process" in LINE and "process hours" in LINE
+
+
+def test_a_terminal_and_the_log(tmp_path, monkeypatch) -> None:
+    """In pieces that end within lines, as a pipe gives them."""
+    leader, follower = pty.openpty()
+    code = "import sys, time\n"
+    code += f"for c in ({LINE[:9]!r}, {LINE[9:30]!r}, {LINE[30:] + chr(10)!r}, 'saved x\\n', 'it'):\n"
+    code += "    sys.stdout.write(c); sys.stdout.flush(); time.sleep(0.05)"
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        process.run([sys.executable, "-c", code], str(tmp_path / "log"))
+    shown = os.read(leader, 1 << 16).decode().replace("\r\n", "\n")
+    os.close(leader)
+    assert shown == f"{fitted(LINE, 100)}\nsaved x\nit"
+    assert (tmp_path / "log").read_text() == f"{LINE}\nsaved x\nit"
