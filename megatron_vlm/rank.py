@@ -30,6 +30,7 @@ _LOST_RANK = re.compile(
 # What data/loader.py says of a worker that is gone or hangs; where it failed, a traceback follows.
 _LOST_WORKER = re.compile(r"a data loader worker [^\n]*")
 _GO_ON = "a run with --save-optim goes on by the same command"
+_ERROR, _CRASH = "error", "crash"  # what a rank tells the others before it ends by itself
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
@@ -78,22 +79,23 @@ def run(work: Callable[[], int | None], device: str | None) -> int:
     try:
         code = work() or DONE
     except ValueError as error:
-        code = user_error(error, parallel.first_to_arrive("error"))
+        code = user_error(error, parallel.first_to_arrive(_ERROR))
     except Exception as error:
         lost = _LOST_RANK.search(str(error)) if isinstance(error, RuntimeError) else None
         if isinstance(error, OSError) and _is_of_a_file(error):
             where = f"{error.filename}: " if error.filename else ""
             reason = ValueError(f"{where}{error.strerror or error}{_free_space(error)}")
-            code = user_error(reason, parallel.first_to_arrive("error"))
+            code = user_error(reason, parallel.first_to_arrive(_ERROR))
         # What follows is told in full here, since the process may end at once.
         elif lost:
             # Another rank failed and has said why, if it could; a traceback of this one would bury that.
-            rank = os.environ.get("RANK", "0")
-            what = f"rank {rank}: another rank is gone ({lost.group()})"
-            print(f"{what}; {_GO_ON}", file=sys.stderr, flush=True)
+            what = f"rank {os.environ.get('RANK', '0')}: another rank is gone ({lost.group()})"
+            print(what + (", with an error" if _has_failed() else f"; {_GO_ON}"), file=sys.stderr, flush=True)
         elif isinstance(error, RuntimeError) and _LOST_WORKER.fullmatch(str(error)):
             print(f"error: {error}; {_GO_ON}", file=sys.stderr, flush=True)
         else:
+            with contextlib.suppress(Exception):
+                parallel.first_to_arrive(_CRASH)
             traceback.print_exc()
     if code and parallel.choose_device(device)[0] == "cuda":
         # Leaving NCCL's groups waits for the other ranks, which may be waiting for this one.
@@ -116,6 +118,17 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+def _has_failed() -> bool:
+    """Whether a rank has ended by an error of its own, which the same command would meet again, and was not
+    killed; also where none can be asked any more."""
+    from megatron_vlm import parallel
+
+    try:
+        return any(map(parallel.has_arrived, (_ERROR, _CRASH)))
+    except Exception:  # of the store, whose process is gone as well
+        return True
 
 
 def _is_of_a_file(error: OSError) -> bool:

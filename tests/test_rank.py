@@ -57,7 +57,7 @@ def test_a_full_disk_names_the_room(tmp_path, capsys) -> None:
 
 
 def lose_another(number: int, store: str, how: str, said: Path, codes: multiprocessing.Queue[int]) -> None:
-    """Rank 1 leaves, or hangs for as long as rank 0 waits; rank 0 needs it."""
+    """Rank 1 leaves, fails, or hangs for as long as rank 0 waits; rank 0 needs it."""
     os.environ["RANK"] = str(number)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with open(said, "w") as file:
@@ -71,6 +71,10 @@ def lose_another(number: int, store: str, how: str, said: Path, codes: multiproc
         if number == 1:
             if how == "hangs":
                 codes.get()  # nothing comes before rank 0 has ended
+            if how == "user error":
+                raise ValueError("--x is wrong")
+            if how == "crash":
+                raise KeyError("x")
             os._exit(0)
         patience = dist.AllreduceOptions()
         patience.timeout = timedelta(seconds=1) if how == "hangs" else timedelta(seconds=HANG)
@@ -79,8 +83,9 @@ def lose_another(number: int, store: str, how: str, said: Path, codes: multiproc
     codes.put(rank.run(work, "cpu"))
 
 
-@pytest.mark.parametrize("how", ["ends", "hangs"])
+@pytest.mark.parametrize("how", ["ends", "hangs", "user error", "crash"])
 def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
+    """It says that the same command goes on only where the other has not ended by an error of its own."""
     context = multiprocessing.get_context("spawn")
     codes: multiprocessing.Queue[int] = context.Queue()
     ranks = [
@@ -95,6 +100,8 @@ def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
     assert ranks[0].exitcode == 0
     assert "Traceback" not in said
     assert "rank 0: another rank is gone (" in said
+    goes_on = said.endswith("); a run with --save-optim goes on by the same command\n")
+    assert goes_on if how in ("ends", "hangs") else said.endswith("), with an error\n")
 
 
 BEGINS = """

@@ -16,6 +16,7 @@ from megatron_vlm.config.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_vlm.config.families import LLAVA_FAMILIES
+from megatron_vlm.config.files import reading
 from megatron_vlm.config.flags import flag_name, negative_flag_name
 from megatron_vlm.config.images import FIRST_RULE, LOADED, ImageRule
 from megatron_vlm.config.model import ModelConfig
@@ -83,7 +84,9 @@ def saved_config(checkpoint: Path) -> RunConfig:
     Raises:
         ValueError: it can't be read.
     """
-    saved = RunConfig.load(str(checkpoint / RUN_CONFIG))
+    file = checkpoint / RUN_CONFIG
+    with reading(file, "move the checkpoint's folder away, and the run goes on from the one before it"):
+        saved = RunConfig.load(str(file))
     return replace(saved, data=saved.data.with_image_rule(FIRST_RULE))
 
 
@@ -169,7 +172,7 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
     others: Dict[str, ModelConfig] = {}
     load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
     if load_dir is not None and (not start.resumes or Path(load_dir).is_dir()):
-        others[f"--megatron-load-dir {load_dir}"] = ModelConfig.from_dict(read_manifest(load_dir)["model"])
+        others[f"--megatron-load-dir {load_dir}"] = ModelConfig.of_checkpoint(load_dir)
     if tokenizer_dir is not None and _is_llava(Path(tokenizer_dir)):
         others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)
     for flag, other in others.items():

@@ -33,6 +33,7 @@ from megatron_vlm.config.dataset import (
     shard_counts,
     shards_fingerprint,
 )
+from megatron_vlm.config.files import reading
 from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
 from megatron_vlm.data.shards import ShardReader
 from megatron_vlm.data.templates import SampleError, Turn
@@ -259,7 +260,9 @@ def _check_last_samples(path: str, names: Sequence[str], indexed: Sequence[str])
     )
     rows = index_rows(path, query, [(numbers[name],) for name in names])
     for name, found in zip(names, rows, strict=False):
-        if found and not _stands_at(os.path.join(path, name), *found[0]):
+        with reading(_index(path), f"run: {prepare_command(path)}"):
+            stands = not found or _stands_at(os.path.join(path, name), *found[0])
+        if not stands:
             raise ValueError(
                 f"--data-path {path}: shard {name} is not the one that was prepared (its last sample was "
                 f"{found[0][0]}); restore it. scripts/data/prepare.py --check {path} names all that is wrong"
@@ -278,9 +281,13 @@ def _stands_at(shard: str, key: str, offset: int) -> bool:
         return False
 
 
+def _index(path: str) -> str:
+    return os.path.join(path, ".nv-meta", "index.sqlite")
+
+
 def index_rows(path: str, query: str, values: Sequence[Tuple[Any, ...]]) -> List[List[Tuple[Any, ...]]]:
     """Rows of energon's index, a list for each of ``values``; none where the folder has no index."""
-    index = os.path.abspath(os.path.join(path, ".nv-meta", "index.sqlite"))
+    index = os.path.abspath(_index(path))
     try:
         # Read without locks, of which a shared file system may have none.
         with closing(sqlite3.connect(f"file:{quote(index)}?mode=ro&immutable=1", uri=True)) as connection:

@@ -18,9 +18,11 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import warnings
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import torch
 from megatron.energon import SavableDataset, WorkerConfig
@@ -28,6 +30,7 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.state import FlexState
 from megatron.energon.wrappers.gc_dataset import gc_init_worker
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.encoder import STOPPED
@@ -117,12 +120,14 @@ class Workers(DataLoader[Any]):
     def _next(self) -> Taken:
         """``next`` with an error of a worker process as one line."""
         try:
-            if self._pass is None:
-                self._pass = iter(self)
-                reader = self._iterator._worker_result_queue._reader
-                reader._recv = functools.partial(_read, reader.fileno(), self.timeout)
-            taken: Taken = next(self._pass)
-            return taken
+            with _dead_workers_raise():
+                if self._pass is None:
+                    self._pass = iter(self)
+                    _hold_torchs_handler()
+                    reader = self._iterator._worker_result_queue._reader
+                    reader._recv = functools.partial(_read, reader.fileno(), self.timeout)
+                taken: Taken = next(self._pass)
+                return taken
         except StopIteration:
             self._pass = None
             raise
@@ -135,7 +140,8 @@ class Workers(DataLoader[Any]):
             message = stopped[-1] if stopped else lines[-1].partition(": ")[2]
             raise ValueError(f"--data-path {self._path}: {message}") from None
         except (EOFError, RuntimeError) as error:
-            raise RuntimeError(f"a data loader worker died or hangs ({error})") from None
+            reason = str(error).strip().rstrip(".")
+            raise RuntimeError(f"a data loader worker died or hangs ({reason})") from None
 
     def close(self) -> None:
         """End the workers, in good order if they answer, by force if not."""
@@ -147,6 +153,40 @@ class Workers(DataLoader[Any]):
                 if worker.is_alive():  # they ignore the SIGTERM that torch tried
                     worker.kill()
                     worker.join()
+
+
+_taking = False  # a microbatch, in this process
+
+
+@contextlib.contextmanager
+def _dead_workers_raise() -> Iterator[None]:
+    """Within, and only there, a worker's death is an error."""
+    global _taking
+    _taking = True
+    try:
+        _error_if_any_worker_fails()  # since the last time
+        yield
+    finally:
+        _taking = False
+
+
+def _hold_torchs_handler() -> None:
+    """Let torch's handler of SIGCHLD raise where a microbatch is taken. By itself it does wherever the main
+    thread is when a worker dies: amid a save, or in a collective call that the other ranks wait in."""
+    torchs: Any = signal.getsignal(signal.SIGCHLD)
+    if torchs is _held or not callable(torchs) or threading.current_thread() is not threading.main_thread():
+        return
+    global _handler
+    _handler = torchs
+    signal.signal(signal.SIGCHLD, _held)
+
+
+_handler: Callable[[int, FrameType | None], Any] = signal.default_int_handler  # torch's, once there is one
+
+
+def _held(number: int, frame: FrameType | None) -> None:
+    if _taking:
+        _handler(number, frame)
 
 
 def _read(file: int, seconds: float, size: int) -> io.BytesIO:

@@ -22,7 +22,6 @@ from megatron_vlm.config.checkpoint import (
     RUN_CONFIG,
     appearing_folder,
     check_replaceable,
-    read_manifest,
     resolve_checkpoint,
 )
 from megatron_vlm.config.files import check_readable
@@ -119,7 +118,7 @@ def export_adapter(
         ValueError: the checkpoint has no adapters, is damaged, or the output is there already.
     """
     source, target = resolve_checkpoint(checkpoint), Path(folder)
-    lora = ModelConfig.from_dict(read_manifest(source)["model"]).lora
+    lora = ModelConfig.of_checkpoint(source).lora
     if lora is None:
         raise ValueError(f"{source} has no adapters; leave --adapter-only out to convert the whole model")
     trained = [entry.name for entry in RunConfig.load(str(source / RUN_CONFIG)).trained]

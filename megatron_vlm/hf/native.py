@@ -216,6 +216,15 @@ class NativeReader:
         read_into(stored.path, stored.start, result)
         return bytes(as_bytes(result))
 
+    def check_all(self) -> None:
+        """Check that every chunk is where the metadata says, as far as its beginning tells.
+
+        Raises:
+            ValueError: as :meth:`read`.
+        """
+        for name, offset in self._where:
+            self._stored(name, offset)
+
     def _read_chunk(self, name: str, chunk: Chunk, out: Tensor) -> None:
         stored = self._stored(name, chunk.offset)
         if stored.shape != chunk.shape or stored.dtype != out.dtype:

@@ -266,7 +266,7 @@ def _checkpoint(found: Inspection) -> None:
         )
         found.resumes = start is not None
         manifest = read_manifest(found.layers[-1])
-        model = ModelConfig.from_dict(manifest["model"])
+        model = ModelConfig.of_checkpoint(found.layers[-1])
         found.model = dataclasses.replace(model, lora=config.lora.adapters)
         for layer in found.layers:
             found.errors += storage.shard_problems(layer)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.hf.native import check_before_loading, open_weights
+from megatron_vlm.hf.native import NativeReader, check_before_loading, open_weights
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel import on_first_rank
@@ -92,7 +93,11 @@ def load_sharded(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         ValueError: it holds something else, or is damaged.
     """
     check_before_loading(folder)
-    return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
+    try:
+        return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
+    except CheckpointException:  # on every rank, with the tracebacks of some in its text
+        NativeReader(folder).check_all()
+        raise
 
 
 def _check_tensors(

@@ -6,6 +6,7 @@ from megatron_vlm.parallel.layout import (
     choose_device,
     finalize,
     first_to_arrive,
+    has_arrived,
     initialize,
     on_first_rank,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "choose_device",
     "finalize",
     "first_to_arrive",
+    "has_arrived",
     "initialize",
     "on_first_rank",
 ]

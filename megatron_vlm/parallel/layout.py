@@ -185,6 +185,13 @@ def first_to_arrive(name: str) -> bool:
     return store.add(f"megatron_vlm/{name}", 1) == 1
 
 
+def has_arrived(name: str) -> bool:
+    """Whether any rank has called :func:`first_to_arrive` with a name; not a collective call."""
+    if not dist.is_initialized():
+        return False
+    return bool(dist.distributed_c10d._get_default_store().check([f"megatron_vlm/{name}"]))
+
+
 def on_first_rank(function: Callable[[], T]) -> T:
     """Call a function on rank 0 and give its result, or its ``ValueError`` or ``OSError``, to every rank."""
     answer: list[Any] = [None, None]

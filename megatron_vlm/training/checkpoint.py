@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import megatron.core
 import torch
@@ -38,6 +39,7 @@ from megatron_vlm.config.checkpoint import (
     write_manifest,
     write_tracker,
 )
+from megatron_vlm.config.files import reading
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.templates import ChatTemplate
 from megatron_vlm.hf.native import LayeredReader, read_metadata
@@ -50,6 +52,14 @@ from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
 RUN_STATE = "run_state.json"
 RNG_FOLDER = "rng"
+_WAY_ON = "move the checkpoint's folder away, and the run goes on from the one before it"
+_DATA_KINDS = {
+    "identity": dict[str, Any],
+    "microbatches": int,
+    "counts": dict[str, int],
+    "position": str | None,
+    "since": int,
+}
 
 
 @dataclass
@@ -227,26 +237,46 @@ def load_rng(folder: Path, layout: Layout) -> None:
     saved = read_manifest(folder)["layout"]
     if saved != {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}:
         return
-    states = torch.load(_rng_file(folder, layout), weights_only=True)
-    if states["device"].shape != torch.cuda.get_rng_state().shape:  # a GPU's can't be one of a CPU's
-        return
-    torch.set_rng_state(states["torch"])
-    if layout.device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
+    file = _rng_file(folder, layout)
+    with reading(file, _WAY_ON):
+        states = torch.load(file, weights_only=True)
+        if states["device"].shape != torch.cuda.get_rng_state().shape:  # a GPU's can't be one of a CPU's
+            return
+        torch.set_rng_state(states["torch"])
+        if layout.device.type == "cuda":
+            torch.cuda.set_rng_state(states["device"])
+        get_cuda_rng_tracker().set_states(states["tracker"])
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words), gauss))
 
 
 def load_run_state(folder: Path) -> RunState:
-    """How far the run was when this checkpoint was saved."""
-    saved = _read_json(folder / RUN_STATE)
-    return RunState(**{"parts_reached": None, **saved})  # older versions did not watch it
+    """How far the run was when this checkpoint was saved.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    saved, kinds = _read_json(folder / RUN_STATE), get_type_hints(RunState)
+    with reading(folder / RUN_STATE, _WAY_ON):
+        _check_kinds(saved, kinds)
+        return RunState(**{"parts_reached": None, **saved})  # older versions did not watch it
 
 
 def load_data_state(folder: Path) -> dict[str, Any]:
-    """The states of all data loader workers of the run."""
-    return _read_json(folder / DATA_STATE)
+    """The states of all data loader workers of the run.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    states: dict[str, Any] = _read_json(folder / DATA_STATE)
+    with reading(folder / DATA_STATE, _WAY_ON):
+        _check_kinds(states, {})
+        for worker, state in states.items():
+            int(worker)
+            _check_kinds(state, _DATA_KINDS)
+            _check_kinds(state.get("identity", {}), {"mixture": dict[str, Any]})
+            _check_kinds(state.get("counts", {}), dict.fromkeys(state.get("counts", {}), int))
+    return states
 
 
 def _request(name: str, entries: dict[Any, Any]) -> dict[str, Any]:
@@ -301,4 +331,19 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise ValueError(f"{path}: cannot be read ({error}); {_WAY_ON}") from None
+
+
+def _check_kinds(values: Any, kinds: Mapping[str, Any]) -> None:
+    """Check that values, those that are there, are of the types that annotations say; floats may be integers.
+
+    Raises:
+        TypeError: one is not, or ``values`` is no mapping.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"holds a {type(values).__name__}")
+    for name in values.keys() & kinds.keys():
+        hints = get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
+        allowed = {get_origin(hint) or hint for hint in hints}
+        if type(values[name]) not in allowed | ({int} if float in allowed else set()):
+            raise TypeError(f"{name} is {str(values[name])[:40]!r}")

@@ -15,7 +15,6 @@ from megatron_vlm.config.checkpoint import (
     checkpoint_name,
     keep_last,
     note_user,
-    read_manifest,
     write_best,
 )
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
@@ -86,7 +85,7 @@ class Trainer:
         self.start = start
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
-        self.model_config = ModelConfig.from_dict(read_manifest(start.checkpoint)["model"])
+        self.model_config = ModelConfig.of_checkpoint(start.checkpoint)
         check_same_model(config, start, self.model_config)
         self.model_config = with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)

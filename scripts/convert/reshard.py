@@ -45,7 +45,6 @@ def main(argv: List[str]) -> int:
 
     import torch
 
-    from megatron_vlm.config.checkpoint import read_manifest
     from megatron_vlm.config.model import ModelConfig
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import reshard
@@ -53,7 +52,7 @@ def main(argv: List[str]) -> int:
     if args.hf_config:
         model = ModelConfig.from_hf_dir(args.hf_config, "--hf-config")
     else:
-        model = ModelConfig.from_dict(read_manifest(args.megatron_dir)["model"])
+        model = ModelConfig.of_checkpoint(args.megatron_dir)
     classic = ClassicLayout.from_flags(args, model.language.num_layers)
     dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:

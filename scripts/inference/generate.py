@@ -14,7 +14,6 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf import cli
@@ -26,8 +25,7 @@ from megatron_vlm.launch.plan import plan_ranks
 def main(argv: List[str]) -> int:
     """Generate as ``argv`` says; returns the exit code."""
     config = GenerationConfig.from_flags(argv, prog="generate.py")
-    manifest = read_manifest(config.checkpoint)
-    config.check_model(ModelConfig.from_dict(manifest["model"]))
+    config.check_model(ModelConfig.of_checkpoint(config.checkpoint))
     config.check_files()
     if config.machine.sif_path:
         return reenter([__file__, *argv], config.machine.sif_path, config.machine.bind, config.paths)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,15 @@ def test_a_damaged_description_is_one_line(name: str, text: str, message: str, c
     with pytest.raises(ValueError, match=message) as error:
         PreparedDataset.open(str(copy))
     assert "\n" not in str(error.value) and "energon prepare --non-interactive" in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["byte_offset = 'x'", "byte_offset = -1"])
+def test_an_index_of_other_values_is_one_line(column: str, copy: Path) -> None:
+    with closing(sqlite3.connect(copy / ".nv-meta" / "index.sqlite")) as index, index:
+        index.execute(f"update samples set {column}")
+    with pytest.raises(ValueError, match=r"index\.sqlite: damaged \(.+\); run: energon prepare") as error:
+        PreparedDataset.open(str(copy))
+    assert "\n" not in str(error.value)
 
 
 def test_fingerprint_changes_with_the_data(copy: Path) -> None:

@@ -61,6 +61,22 @@ def test_a_dead_worker_ends_the_wait_and_hinders_no_save(make_loader: Any) -> No
     assert take(resumed, 5 - taken) == expected[taken:]
 
 
+def test_a_dead_worker_is_told_where_a_microbatch_is_taken(make_loader: Any) -> None:
+    """And not by torch's handler of SIGCHLD, wherever the trainer is: amid a save, for one."""
+    loader = make_loader(1)
+    take(loader, 1)
+    (worker,) = loader._workers._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert set(loader.state_dict()) == {0}
+    message = (
+        r"^a data loader worker died or hangs \(DataLoader worker \(pid \d+\) is killed by signal: Killed\)$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        take(loader, 1000)
+    loader.close()
+
+
 def test_a_hung_worker_ends_the_wait(make_loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize = Processing.tokenize
 

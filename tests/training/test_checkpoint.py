@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,3 +42,57 @@ def test_generators_are_of_one_kind_of_device(
     finally:
         torch.set_rng_state(own)
         random.setstate(python)
+
+
+RUN_STATE = {"iteration": 3, "best_loss": 1, "recent_losses": [2.0]}
+WORKER = {"identity": {"mixture": {}}, "microbatches": 3, "counts": {"seen": 2}, "position": None, "since": 0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "3", *(json.dumps({**RUN_STATE, name: "x"}) for name in RUN_STATE), '{"iterations": 3}'],
+)
+def test_a_damaged_run_state_is_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / checkpoint.RUN_STATE
+    file.write_text(json.dumps(RUN_STATE))
+    assert checkpoint.load_run_state(tmp_path).iteration == 3
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{file}: .*; move the checkpoint's folder away, and the run"):
+        checkpoint.load_run_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1]",
+        '{"x": {}}',
+        '{"0": 5}',
+        '{"0": {"counts": {"seen": "x"}}}',
+        '{"0": {"identity": {"mixture": 3}}}',
+        *(json.dumps({"0": {**WORKER, name: [1]}}) for name in WORKER),
+    ],
+)
+def test_a_damaged_loader_state_is_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / checkpoint.DATA_STATE
+    file.write_text(json.dumps({"0": WORKER}))
+    assert checkpoint.load_data_state(tmp_path) == {"0": WORKER}
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{file}: .*; move the checkpoint's folder away, and the run"):
+        checkpoint.load_data_state(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"PK"], ids=["empty", "zeroed", "cut off"])
+def test_a_damaged_generator_state_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    layout: Any = SimpleNamespace(tp=1, pp=1, dp=1, rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda _: {"layout": {"tp": 1, "pp": 1, "dp": 1}})
+    file = tmp_path / checkpoint.RNG_FOLDER / "rank_00000.pt"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^{file}: damaged \(.+\); move the checkpoint's folder away"
+    ) as error:
+        checkpoint.load_rng(tmp_path, layout)
+    assert "\n" not in str(error.value)

@@ -385,3 +385,16 @@ def test_a_run_with_the_debug_flags(trainables: dict[str, Trainable], tmp_path: 
     for of_modules, line in zip(norms, metrics(tmp_path / "run"), strict=True):
         # megatron-core's own norm, of all parameters at once; the console shows six digits.
         assert sum(norm**2 for norm in of_modules) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+def test_a_zeroed_file_of_a_checkpoint_is_named(
+    pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
+) -> None:
+    """On every rank, the one that would not read it, too."""
+    more = ["--save-optim", "--dist-optim", "--train-iters"]
+    flags = trainables["untied"].flags(tmp_path, "run", *more)
+    pool.run(2, train, [*flags, "2"])
+    file = tmp_path / "run/checkpoints/iter_0000002/__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    message = failure(pool, 2, [*flags, "4"])
+    assert message.startswith(f"{file}: ") and "cannot be read" in message and "\n" not in message
