@@ -9,7 +9,7 @@ import re
 import shlex
 import tarfile
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 FIELD_MAP = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 PREPARED = "prepare.json"  # in .nv-meta: of each shard what prepare.py knows, samples, bytes and hashes
@@ -18,6 +18,8 @@ REPORT = "report.json"  # of prepare.py: what has become of the records
 RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tgz")
 TEXT_ONLY_KEY = "-noimage"  # in a sample's key: it has no image, whatever files it comes with
 _END = 1 << 16  # bytes
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_QUESTIONS, _ANSWERS = ("question", "context", "prompt"), ("answer", "answers", "caption", "text")
 
 
 def prepare_command(path: str, ratio: str = "9,1,0") -> str:
@@ -26,7 +28,7 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     A folder that scripts/data/prepare.py made is made by it again: energon would split it by whole shards.
 
     Args:
-        path: its first sample says whether it holds conversations or questions and answers.
+        path: its first sample says whether it holds conversations, questions and answers, or captions.
         ratio: shards for training, validation and test.
     """
     if os.path.isfile(os.path.join(path, ".nv-meta", PREPARED)):
@@ -35,8 +37,23 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
     if holds_conversations(path):
         command += ["--sample-type", "CrudeWebdataset"]
     else:
-        command += ["--sample-type", "VQASample", "--field-map", json.dumps(FIELD_MAP, separators=(",", ":"))]
+        kind, field_map = _question_fields(*_first_sample(path))
+        command += ["--sample-type", kind, "--field-map", json.dumps(field_map, separators=(",", ":"))]
     return shlex.join([*command, path])
+
+
+def _question_fields(files: List[str], fields: Dict[str, Any]) -> Tuple[str, Dict[str, str]]:
+    """energon's class and the field map of a sample, by its files and what is in its JSON."""
+    image = next((name for name in files if name in _IMAGES), FIELD_MAP["image"])
+    asked = [f"json[{name}]" for name in _QUESTIONS if name in fields]
+    said = [name for name in files if name == "txt"] + [
+        f"json[{name}]" for name in _ANSWERS if name in fields
+    ]
+    if said and not asked and image in files:
+        return "CaptioningSample", {"image": image, "caption": said[0]}
+    if not said or not asked:
+        return "VQASample", FIELD_MAP
+    return "VQASample", {"image": image, "context": asked[0], "answers": said[0]}
 
 
 def not_prepared(path: str) -> str:
@@ -86,23 +103,37 @@ def holds_conversations(path: str) -> bool:
             return "CrudeWebdataset" in file.read()
     except (OSError, ValueError):
         pass
+    return "messages" in _first_sample(path)[1]
+
+
+def _first_sample(path: str) -> Tuple[List[str], Dict[str, Any]]:
+    """Files of a folder's first sample, by what follows its key, and its JSON; as far as they're whole."""
     shards = sorted(
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
         for name in names
         if name.endswith(".tar")
     )
-    for shard in shards[:1]:
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    content = tar.extractfile(member) if member.name.endswith(".json") else None
-                    if content is not None:
-                        sample = json.loads(content.read())
-                        return isinstance(sample, dict) and "messages" in sample
-        except (OSError, ValueError, tarfile.TarError):
-            pass
-    return False
+    files: List[str] = []
+    fields: Any = {}
+    first = None
+    try:
+        with tarfile.open(shards[0], "r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is None:
+                    continue
+                folder, name = os.path.split(member.name)
+                key, _, suffix = name.partition(".")
+                if first not in (None, (folder, key)):
+                    break
+                first = (folder, key)
+                files.append(suffix)
+                if suffix == "json":
+                    fields = json.loads(content.read())
+    except (OSError, ValueError, IndexError, RecursionError, tarfile.TarError):
+        pass
+    return files, fields if isinstance(fields, dict) else {}
 
 
 def shard_counts(path: str) -> Dict[str, int]:

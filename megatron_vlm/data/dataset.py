@@ -7,24 +7,20 @@ says.
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import struct
 import tarfile
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 from urllib.parse import quote
 
-import yaml  # type: ignore[import-untyped]
 from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stateless
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 from megatron_vlm.config.dataset import (
-    FIELD_MAP,
-    TEXT_ONLY_KEY,
     PreparedShard,
     Shard,
     not_prepared,
@@ -34,9 +30,10 @@ from megatron_vlm.config.dataset import (
     shards_fingerprint,
 )
 from megatron_vlm.config.files import reading
-from megatron_vlm.data.conversations import checked_text, read_conversation, read_json
+from megatron_vlm.data.conversations import read_conversation, read_json
+from megatron_vlm.data.field_maps import FieldMap, read_field_map
 from megatron_vlm.data.shards import ShardReader
-from megatron_vlm.data.templates import SampleError, Turn
+from megatron_vlm.data.templates import Turn
 
 
 @dataclass
@@ -62,7 +59,7 @@ class PreparedDataset:
     path: str
     split: str
     shards: Tuple[Shard, ...]
-    field_map: Mapping[str, str] | None
+    field_map: FieldMap | None
     fingerprint: str
 
     @property
@@ -110,15 +107,14 @@ class PreparedDataset:
         Every sample arrives as its raw files, whatever sample type the folder was prepared for: images
         stay encoded until they have left the shuffle buffer, and a sample may lack one.
         """
-        known = {name: access for name, access in (self.field_map or {}).items() if name in FIELD_MAP}
-        names = {option[0] for access in known.values() for option in _options(access)}
+        names = self.field_map.files if self.field_map is not None else None
         dataset = _Crude(
             EPath(self.path),
             split_part=self.split,
             training=self.split == "train",
             worker_config=worker_config,
             decoder=None,
-            part_filter=lambda part: part in names or self.field_map is None,
+            part_filter=lambda part: names is None or part in names,
             **kwargs,
         )
         return LoadedDataset(dataset=dataset)
@@ -158,7 +154,7 @@ class PreparedDataset:
             loaded = read_json(parts["json"])
             if isinstance(loaded, dict) and "messages" in loaded:
                 return read_conversation(loaded, parts)
-        return _read_question(sample, self.field_map or FIELD_MAP)
+        return (self.field_map or FieldMap()).read(sample.__key__, parts)
 
 
 class _Crude(CrudeWebdataset):
@@ -294,63 +290,3 @@ def index_rows(path: str, query: str, values: Sequence[Tuple[Any, ...]]) -> List
             return [list(connection.execute(query, value)) for value in values]
     except sqlite3.Error:
         return []
-
-
-def read_field_map(path: str) -> Dict[str, str] | None:
-    """Which file holds what: from ``dataset.yaml``, read as data, never run. None where it has none."""
-    file_name = os.path.join(path, ".nv-meta", "dataset.yaml")
-    config: Any = {}
-    if os.path.isfile(file_name):
-        try:
-            with open(file_name, encoding="utf-8") as file:
-                config = yaml.safe_load(file) or {}
-        except (yaml.YAMLError, UnicodeDecodeError):
-            config = None
-    field_map = config.get("field_map") if isinstance(config, dict) else ()
-    if field_map is not None and not isinstance(field_map, dict):
-        raise ValueError(f"{file_name}: damaged; run: {prepare_command(path)}")
-    missing = [name for name in FIELD_MAP if field_map and name not in field_map]
-    if missing or config.get("sample_loader"):
-        what = f"its field map lacks {', '.join(missing)}" if missing else "it has a sample_loader"
-        raise ValueError(
-            f"--data-path {path}: {what}, and training reads question-answer samples by a field map; "
-            f"run: {prepare_command(path)}"
-        )
-    return dict(field_map) if field_map else None
-
-
-def _read_question(sample: RawSample, field_map: Mapping[str, str]) -> Tuple[List[Turn], List[bytes]]:
-    """A question, its answer and at most one image, which comes first unless the question marks its place."""
-    question = _read_field(sample.parts, field_map["context"], default="")
-    answer = _read_field(sample.parts, field_map["answers"])
-    images: List[bytes] = []
-    if TEXT_ONLY_KEY not in sample.__key__:
-        options = _options(field_map["image"])
-        images = [sample.parts[option[0]] for option in options if option[0] in sample.parts][:1]
-    return [Turn("user", question), Turn("assistant", answer)], images
-
-
-def _options(access: str) -> List[List[str]]:
-    """``"json[a][b],txt"`` -> ``[["json", "a", "b"], ["txt"]]``: alternatives, the first that is there."""
-    return [option.replace("]", "").split("[") for option in access.split(",")]
-
-
-def _read_field(parts: Mapping[str, bytes], access: str, default: str | None = None) -> str:
-    for name, *path in _options(access):
-        if name not in parts:
-            continue
-        try:
-            value: Any = parts[name].decode("utf-8")
-            if name.endswith("json"):
-                value = json.loads(value)
-            for step in path:
-                value = value[int(step) if isinstance(value, list) else step]
-            if isinstance(value, list):  # several accepted answers: the first is the one to learn
-                value = value[0]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            message = f"{type(error).__name__}: {error}"
-            raise SampleError(f"its {access} can't be read ({message})", kind="corrupt") from None
-        return checked_text(value, f"its {access}")
-    if default is not None:
-        return default
-    raise SampleError(f"it has no {access}", kind="corrupt")

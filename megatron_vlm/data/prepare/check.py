@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_vlm.config.dataset import PREPARED, index_problem, meta_problems, shard_counts, split_parts
 from megatron_vlm.data.conversations import trainable_turns
-from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows, read_field_map
+from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows
+from megatron_vlm.data.field_maps import read_field_map
 from megatron_vlm.data.prepare.files import read_json
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.shards import content_hash
