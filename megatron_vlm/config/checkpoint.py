@@ -33,6 +33,7 @@ BEST_LOSS = "best.json"  # in it: the iteration and the loss
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
 BASE = "base"  # of a manifest: {"path", "fingerprint"} of what a checkpoint of trained weights only lies over
+_MOST_NAMES = 8  # in a message
 _USERS = ".users"  # in a base: a file for each run whose checkpoints lie over it, with the run folder's path
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -143,6 +144,10 @@ def resolve_checkpoint(path: PathLike, flag: str = "") -> Path:
             names = ", ".join(str(folder) for folder in found)
             raise ValueError(f"{root}: no {TRACKER}; name the checkpoint itself: {names}")
     _refuse_megatron_lms(path)
+    several = _roots_in(path)
+    if several:
+        names = ", ".join(several[:_MOST_NAMES]) + ", ..." * (len(several) > _MOST_NAMES)
+        raise ValueError(f"{where}: holds several runs or checkpoints; name one of them: {names}")
     raise ValueError(f"{where}: not a checkpoint of this project{_what_instead(path)}")
 
 
@@ -163,7 +168,30 @@ def _what_instead(path: Path) -> str:
 def is_checkpoint(path: PathLike) -> bool:
     """Whether ``path`` is what :func:`resolve_checkpoint` takes, rather than a Hugging Face folder."""
     own = any((Path(path) / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
-    return own or is_megatron_lms(path)  # which is refused, with what to do
+    return own or is_megatron_lms(path) or bool(_roots_in(Path(path)))  # refused, with what to do
+
+
+def _roots_in(path: Path) -> List[str]:
+    """The run folders and checkpoint roots right below a folder that is no model's."""
+    if (path / "config.json").is_file():
+        return []
+    try:
+        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    except OSError:
+        return []
+    return [str(f) for f in folders if any((f / name).exists() for name in (TRACKER, CHECKPOINTS, MANIFEST))]
+
+
+def of_best(path: PathLike) -> str:
+    """What to say where ``path`` is a run folder whose last checkpoint is taken and that has a best one."""
+    path = Path(path)
+    if (path / MANIFEST).is_file() or (path / TRACKER).is_file() or not (path / BEST / TRACKER).is_file():
+        return ""
+    last = resolve_checkpoint(path)
+    return (
+        f"this takes {last}, the last checkpoint; the one with the lowest validation loss is "
+        f"{path / BEST}, which takes the place of {path} in the flags"
+    )
 
 
 def megatron_lms_folder(path: PathLike) -> Path:

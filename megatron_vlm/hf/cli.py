@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Callable, Iterator, List, NoReturn, Optional
 
+from megatron_vlm.config.checkpoint import of_best
 from megatron_vlm.hf import Difference
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -85,6 +86,13 @@ def _ending_on_signals() -> Iterator[None]:
         for number in taken:
             if signal.getsignal(number) is end:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def tell_of_best(path: str) -> None:
+    """Print which checkpoint of the run folder ``path`` is taken, where it has a best one, too."""
+    said = of_best(path)
+    if said:
+        print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

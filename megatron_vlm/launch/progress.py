@@ -17,7 +17,7 @@ from megatron_vlm.config.units import count_text, times_text
 from megatron_vlm.launch import container
 from megatron_vlm.launch.status import ENDED, QUEUED, RUNNING, STATUS, read_status
 
-_METRICS, _CONFIG = "metrics.jsonl", "config.json"
+_METRICS, _CONFIG, _RUN_STATE = "metrics.jsonl", "config.json", "run_state.json"
 _TAIL_BYTES = 1 << 16
 _SQUEUE_SECONDS = 10.0
 _SHOWN = ("loss", "tokens_per_second", "images_per_second", "seconds_left", "gpu_hours")
@@ -61,6 +61,8 @@ def progress(run: str) -> Dict[str, Any]:
     metrics = _last_line(os.path.join(run, _METRICS))
     state, says = _state(run, status or {}, metrics)
     checkpoints = list_checkpoints(os.path.join(run, CHECKPOINTS))
+    if state == "done" and checkpoints:
+        says += _why_early(run, str(checkpoints[-1]))
     resumable = [folder for folder in checkpoints if read_manifest(folder)["has_optimizer"]]
     return {
         "run": run,
@@ -223,10 +225,33 @@ def _last_line(path: str) -> Dict[str, Any]:
     return {}
 
 
-def _total_iterations(run: str) -> Optional[int]:
+def _training(run: str) -> Dict[str, Any]:
     training = (_json(os.path.join(run, _CONFIG)) or {}).get("training")
-    total = training.get("train_iters") if isinstance(training, dict) else None
+    return training if isinstance(training, dict) else {}
+
+
+def _total_iterations(run: str) -> Optional[int]:
+    training = _training(run)
+    samples, batch = training.get("train_samples"), training.get("global_batch_size")
+    total = training.get("train_iters")
+    if isinstance(samples, int) and isinstance(batch, int) and batch > 0:  # one pass over the data, for one
+        total = samples // batch
     return total if isinstance(total, int) and total > 0 else None
+
+
+def _why_early(run: str, checkpoint: str) -> str:
+    """What to add of a run that is done, where ``--early-stopping-patience`` has ended it; else empty."""
+    patience = _training(run).get("early_stopping_patience")
+    state = _json(os.path.join(checkpoint, _RUN_STATE)) or {}
+    tried, iteration = state.get("evaluations_without_improvement"), state.get("iteration")
+    total = _total_iterations(run)
+    if not (isinstance(patience, int) and isinstance(tried, int) and isinstance(iteration, int)):
+        return ""
+    if tried < patience or iteration >= (total or 0):
+        return ""
+    best = os.path.join(run, BEST)
+    where = f"; the best checkpoint is {best}" if os.path.isdir(best) else ""
+    return f"; stopped early at iteration {iteration}, {tried} evaluations without an improvement{where}"
 
 
 def _best(path: str) -> Optional[Dict[str, Any]]:

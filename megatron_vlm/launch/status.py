@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any, BinaryIO, Dict, List, Optional, Sequence
 
+from megatron_vlm.config.exit_codes import DONE, INTERRUPTED, USER_ERROR
 from megatron_vlm.config.start import LOCK, LOCK_SECONDS
 
 STATUS = "status.json"
@@ -93,18 +94,26 @@ def note_running(run_dir: str, command: Sequence[str], job_id: Optional[str], lo
         "log": os.path.abspath(log),
         "starts": _starts(before) + 1,
     }
+    if before.get("state") == ENDED and before.get("exit_code") == DONE:
+        fields["finished"] = {"status": before, "metrics": _size(run_dir)}
     _write(run_dir, RUNNING, fields)
 
 
 def note_ended(run_dir: str, exit_code: int, message: str) -> None:
     """The ranks have ended; what :func:`note_running` wrote stays in the file.
 
-    Where the file can't be written, it says so on stderr: the exit code matters more.
+    A run that was done stays so, where the start was refused or interrupted before it trained. Where the
+    file can't be written, it says so on stderr: the exit code matters more.
 
     Args:
         message: the last that was said of why.
     """
     before = read_status(run_dir) or {}
+    finished = before.pop("finished", None)
+    if finished and exit_code in (USER_ERROR, INTERRUPTED) and finished["metrics"] == _size(run_dir):
+        with contextlib.suppress(ValueError):
+            _replace(run_dir, finished["status"])
+        return
     ended = {"started": before.get("time"), "exit_code": exit_code, "message": message}
     try:
         _write(run_dir, ENDED, {**before, **ended})
@@ -146,7 +155,19 @@ def _starts(status: Dict[str, Any]) -> int:
 
 def _write(run_dir: str, state: str, fields: Dict[str, Any]) -> None:
     now = datetime.datetime.now().astimezone().isoformat("T", "seconds")
-    text = json.dumps({**fields, "state": state, "time": now}, indent=1) + "\n"
+    _replace(run_dir, {**fields, "state": state, "time": now})
+
+
+def _size(run_dir: str) -> int:
+    """Bytes of the iterations that are logged."""
+    try:
+        return os.path.getsize(os.path.join(run_dir, "metrics.jsonl"))
+    except OSError:
+        return 0
+
+
+def _replace(run_dir: str, fields: Dict[str, Any]) -> None:
+    text = json.dumps(fields, indent=1) + "\n"
     temporary = os.path.join(run_dir, f".{STATUS}.{os.getpid()}.incomplete")
     try:
         os.makedirs(run_dir, exist_ok=True)

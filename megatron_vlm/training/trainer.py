@@ -321,6 +321,7 @@ class Trainer:
             f"stopped early at iteration {done}, after {state.evaluations_without_improvement} evaluations "
             f"without an improvement; the lowest validation loss was {state.best_loss:.4f}, at iteration "
             f"{state.best_iteration}"
+            + (f" ({self.run / BEST})" if self.config.checkpoint.save else "")
             + (". To go on, give a larger --early-stopping-patience" if resumable else "")
         )
 

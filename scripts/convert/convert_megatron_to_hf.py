@@ -68,6 +68,8 @@ def main(argv: List[str]) -> int:
     ModelConfig.from_hf_dir(hf_folder, "--hf-config" if args.hf_config else "").check_layout(
         args.tp or 1, args.pp or 1
     )
+    if not args.hf_config:
+        cli.tell_of_best(args.megatron_dir)
     print(f"converting {checkpoint}", flush=True)
     if args.adapter_only:
         if args.tokenizer_dir or args.max_shard_size or args.dtype or args.verify:

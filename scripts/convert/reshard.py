@@ -53,6 +53,7 @@ def main(argv: List[str]) -> int:
         model = ModelConfig.from_hf_dir(args.hf_config, "--hf-config")
     else:
         model = ModelConfig.of_checkpoint(args.megatron_dir)
+        cli.tell_of_best(args.megatron_dir)
     classic = ClassicLayout.from_flags(args, model.language.num_layers)
     dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None
     with cli.ProgressBar() as progress:

@@ -26,6 +26,7 @@ def main(argv: List[str]) -> int:
     """Generate as ``argv`` says; returns the exit code."""
     config = GenerationConfig.from_flags(argv, prog="generate.py")
     config.check_model(ModelConfig.of_checkpoint(config.checkpoint))
+    cli.tell_of_best(config.checkpoint)
     config.check_files()
     if config.machine.sif_path:
         return reenter([__file__, *argv], config.machine.sif_path, config.machine.bind, config.paths)

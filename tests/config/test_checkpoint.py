@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.checkpoint import (
+    BEST,
+    CHECKPOINTS,
     TRACKER,
     appearing_folder,
     checkpoint_layers,
     checkpoint_name,
+    is_checkpoint,
     keep_last,
     list_checkpoints,
     note_user,
+    of_best,
     read_manifest,
     resolve_checkpoint,
     write_manifest,
@@ -236,3 +240,29 @@ def test_layers_of_a_checkpoint_of_trained_weights(tmp_path: Path) -> None:
     write_manifest(top, {**MANIFEST, "base": {}})
     with pytest.raises(ValueError, match="base names no path"):
         checkpoint_layers(top)
+
+
+def test_a_folder_of_runs_lists_them(tmp_path: Path) -> None:
+    """And is no Hugging Face folder, for scripts that take both."""
+    for name in ("one", "two"):
+        make(tmp_path / name / CHECKPOINTS, 3)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError) as error:
+        resolve_checkpoint(tmp_path)
+    expected = f"{tmp_path}: holds several runs or checkpoints; name one of them: "
+    assert str(error.value) == f"{expected}{tmp_path / 'one'}, {tmp_path / 'two'}"
+    assert is_checkpoint(tmp_path) and not is_checkpoint(tmp_path / "notes")
+
+
+def test_the_best_checkpoint_of_a_run_is_named_beside_the_last(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make(run / CHECKPOINTS, 9)
+    write_tracker(run / CHECKPOINTS, 9)
+    assert of_best(run) == ""
+    make(run / BEST, 3)
+    write_tracker(run / BEST, 3)
+    assert of_best(run).startswith(
+        f"this takes {run / CHECKPOINTS / 'iter_0000009'}, the last checkpoint; the"
+    )
+    assert f"lowest validation loss is {run / BEST}, which" in of_best(run)
+    assert of_best(run / BEST) == of_best(run / CHECKPOINTS) == of_best(run / BEST / "iter_0000003") == ""

@@ -94,3 +94,23 @@ def test_of_two_launchers_at_once_one_waits(tmp_path: Path, monkeypatch) -> None
     with another_process(code, tmp_path), refused:
         status.wait_until_free(str(tmp_path))
     status.wait_until_free(str(tmp_path))
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_a_refused_start_leaves_a_finished_run_as_it_was(tmp_path, code) -> None:
+    """But not one that has trained."""
+    run = str(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    status.note_running(run, ["first"], None, "log")
+    status.note_ended(run, 0, "done")
+    finished = status.read_status(run)
+    status.note_running(run, ["second"], None, "log")
+    assert status.read_status(run)["state"] == status.RUNNING
+    status.note_ended(run, code, "error: no")
+    assert status.read_status(run) == finished
+    for lines, at_end in (('{"iteration": 1}\n{"iteration": 2}\n', code), ("", code)):
+        status.note_running(run, ["third"], None, "log")
+        (tmp_path / "metrics.jsonl").write_text(lines)
+        status.note_ended(run, at_end, "error: not finite")
+        assert status.read_status(run)["exit_code"] == code
+        status.note_ended(run, 0, "done")
