@@ -33,6 +33,7 @@ BEST_LOSS = "best.json"  # in it: the iteration and the loss
 HF_FOLDER = "hf"  # the files of the Hugging Face folder that are not trained weights
 FORMAT_VERSION = 1
 BASE = "base"  # of a manifest: {"path", "fingerprint"} of what a checkpoint of trained weights only lies over
+FILES = "files"  # of a manifest that training wrote: hashes of the checkpoint's files
 _MOST_NAMES = 8  # in a message
 _USERS = ".users"  # in a base: a file for each run whose checkpoints lie over it, with the run folder's path
 
@@ -58,9 +59,13 @@ def list_checkpoints(root: PathLike) -> List[Path]:
     return [folder for _, folder in sorted(found)]
 
 
-def latest_resumable(root: PathLike) -> Optional[Path]:
-    """The newest checkpoint that holds optimizer state; None if there is none."""
-    for folder in reversed(list_checkpoints(root)):
+def latest_resumable(root: PathLike, before: Optional[PathLike] = None) -> Optional[Path]:
+    """The newest checkpoint that holds optimizer state, older than ``before``; None if there is none."""
+    folders = list_checkpoints(root)
+    if before is not None:
+        older = [folder.name for folder in folders]
+        folders = folders[: older.index(Path(before).name)] if Path(before).name in older else []
+    for folder in reversed(folders):
         if read_manifest(folder)["has_optimizer"]:
             return folder
     return None
@@ -292,7 +297,7 @@ def read_manifest(path: PathLike) -> Dict[str, Any]:
     missing = [key for key in _MANIFEST_KEYS if key not in manifest]
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
-    parts = ("model", "layout", "tensors", "carried")
+    parts = ("model", "layout", "tensors", "carried", FILES)
     wrong = [key for key in parts if not isinstance(manifest.get(key, {}), dict)]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} is not what a manifest holds; the file is damaged")

@@ -19,8 +19,9 @@ import math
 import os
 import pathlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_vlm.config.checkpoint import BASE, checkpoint_layers, read_manifest
+from megatron_vlm.config.checkpoint import BASE, FILES, MANIFEST, checkpoint_layers, read_manifest
 from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf.ops import Chunk, Shape
 from megatron_vlm.hf.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
-from megatron_vlm.hf.streaming import as_bytes, digest
+from megatron_vlm.hf.streaming import HASH, as_bytes, digest
 
 _METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
@@ -148,8 +149,45 @@ def check_before_loading(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{common}: refused or damaged ({reason(error)})") from None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a file, and the hash that a manifest promises of them."""
+
+    start: int
+    length: int
+    hash: str
+
+    def is_in(self, path: Path) -> bool:
+        """Whether the file holds what was written.
+
+        Raises:
+            ValueError: the file ends before it.
+        """
+        return stored_hash(path, self.start, self.length) == self.hash
+
+
+def promised_parts(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[Part]]:
+    """By file, what the manifest of a checkpoint that training wrote has hashes of: every byte of the file.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    parts = {}
+    for file, entry in manifest.get(FILES, {}).items():
+        try:
+            hashes = {int(start): str(value) for start, value in entry[HASH].items()}
+            ends = [*list(hashes)[1:], int(entry["bytes"])]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{folder / MANIFEST}: {FILES} is damaged at {file}") from None
+        parts[file] = [
+            Part(start, end - start, hashes[start]) for start, end in zip(hashes, ends, strict=True)
+        ]
+    return parts
+
+
 class NativeReader:
     """Reads tensors of a ``torch_dist`` checkpoint whole, one at a time, whatever grid they were cut into.
+    Where training wrote it, each chunk is compared with its hash.
 
     Args:
         folder: the checkpoint's folder.
@@ -172,6 +210,9 @@ class NativeReader:
             for index, info in (loaded.storage_data or {}).items()
             if index.offset is not None
         }
+        manifest = read_manifest(folder) if (self.path / MANIFEST).is_file() else {}
+        parts = promised_parts(self.path, manifest)
+        self._parts = {(file, part.start): part for file in parts for part in parts[file]}
 
     @property
     def names(self) -> list[str]:
@@ -226,12 +267,22 @@ class NativeReader:
             self._stored(name, offset)
 
     def _read_chunk(self, name: str, chunk: Chunk, out: Tensor) -> None:
+        self._check_hash(name, chunk.offset)
         stored = self._stored(name, chunk.offset)
         if stored.shape != chunk.shape or stored.dtype != out.dtype:
             raise ValueError(
                 f"{stored.path}: {name} is not the chunk of {list(chunk.shape)} that is promised"
             )
         stored.read(out)
+
+    def _check_hash(self, name: str, offset: Shape) -> None:
+        where = self._where.get((name, offset))
+        part = None if where is None else self._parts.get((where.relative_path, where.offset))
+        if where is not None and part is not None:
+            path = self.path / where.relative_path
+            check_readable(path)
+            if path.is_file() and not part.is_in(path):
+                raise ValueError(f"{path} is not what was written ({name}); copy the checkpoint again")
 
     def _stored(self, name: str, offset: Shape) -> Stored:
         """Where the chunk at ``offset`` lies."""

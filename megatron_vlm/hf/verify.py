@@ -15,12 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import is_checkpoint, is_megatron_lms, read_manifest
+from megatron_vlm.config.checkpoint import (
+    FILES,
+    is_checkpoint,
+    is_megatron_lms,
+    read_manifest,
+    resolve_checkpoint,
+)
 from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
+from megatron_vlm.hf.hashes import checks
 from megatron_vlm.hf.mapping import detect_prefixes
 from megatron_vlm.hf.megatron import WEIGHTS, MegatronCheckpoint, and_more
+from megatron_vlm.hf.native import read_metadata
 from megatron_vlm.hf.streaming import HASH, Meter, Progress, describe, dtype_name, same_bits
 
 PathLike = str | os.PathLike[str]
@@ -90,9 +98,11 @@ def check_manifest(path: PathLike) -> int:
 
     Raises:
         Difference: a tensor is not what it was; the message names the first and counts the others.
-        ValueError: it has no hashes (training writes none), or is damaged.
+        ValueError: it has no hashes, or is damaged.
     """
     read: Callable[[str], Tensor]
+    if is_checkpoint(path) and FILES in read_manifest(path):
+        return _check_files(resolve_checkpoint(path))
     if is_checkpoint(path):
         manifest, checkpoint = read_manifest(path), MegatronCheckpoint(path)
         reader, carried = checkpoint.reader, checkpoint.carried if "carried" in manifest else []
@@ -124,6 +134,15 @@ def check_manifest(path: PathLike) -> int:
         count = f"{len(changed)} of {len(promised)} tensors differ"
         raise Difference(f"{changed[0]} in {path} is not what was written; {count}")
     return len(promised)
+
+
+def _check_files(folder: Path) -> int:
+    """Of a checkpoint that training wrote: all that it holds, optimizer state too."""
+    found = checks(folder, weights_only=False) or []
+    damages = [damage for damage in (check.damage for check in found) if damage is not None]
+    if damages:
+        raise Difference(f"{damages[0]}; {len(damages)} of {len(found)} parts differ")
+    return len(read_metadata(folder).state_dict_metadata)
 
 
 def _open(path: PathLike, hf_config: PathLike | None) -> _Content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model, find_image_positions
-from megatron_vlm.models.weights import load_weights
+from megatron_vlm.models.weights import check_unchanged, load_weights
 from megatron_vlm.parallel import Layout
 
 
@@ -153,5 +154,11 @@ def load_generator(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # The local layers on GPUs too: Transformer Engine's attention knows nothing of the cache.
     chunks = build_model(model, layout, dtype, impl="local")
+
+    def say(message: str) -> None:
+        if layout.rank == 0:
+            print(message, file=sys.stderr)
+
+    check_unchanged(checkpoint, base, True, say)
     load_weights(checkpoint, chunks, base)
     return Generator(chunks[0], layout, end_tokens)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.config.checkpoint import checkpoint_layers, latest_resumable, read_manifest
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.hf.hashes import checks, share
 from megatron_vlm.hf.native import NativeReader, check_before_loading, open_weights
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.parallel import on_first_rank
+from megatron_vlm.parallel import first_told, on_first_rank
 
 # Each layer is saved under its own number, as its parameters are named.
 _SHARDING = {"non_homogeneous_layers": True}
@@ -55,6 +57,58 @@ def load_weights(
                 if hasattr(parameter, "get_high_precision_init_val"):
                     # An FP8 weight: from this the optimizer makes its master weight.
                     parameter.get_high_precision_init_val().copy_(loaded[name])
+
+
+def check_unchanged(
+    folder: Path,
+    base: str | os.PathLike[str] | None,
+    weights_only: bool,
+    say: Callable[[str], None],
+    resumes: bool = False,
+) -> None:
+    """Check that a checkpoint holds what was written, each rank a share of it; a collective call.
+
+    Args:
+        base: as for :func:`load_weights`; what lies under trained weights is checked too.
+        weights_only: leave the optimizer's state out.
+        say: told of checkpoints without hashes, which are loaded as they are.
+        resumes: it is the run's own, which goes on from an earlier one if this one is gone.
+
+    Raises:
+        ValueError: it doesn't; every rank names the same file.
+    """
+    layers = on_first_rank(lambda: checkpoint_layers(folder, base))
+    found = []
+    for layer in layers:
+        of_layer = checks(layer, weights_only or layer != layers[-1])
+        if of_layer is None:
+            say(f"{layer} has no hashes, since an earlier version wrote it: damage in it isn't found")
+        found += of_layer or []
+    rank, world = dist.get_rank(), dist.get_world_size()
+    damage = next(filter(None, (check.damage for check in share(found, rank, world))), None)
+    damage = first_told(damage)
+    if damage is not None:
+        raise ValueError(f"{damage}; {_way_on(layers[-1], resumes)}")
+
+
+def check_state_files(folder: Path, resumes: bool) -> None:
+    """Check the small files that say how far a run was, before anything is made of what they say.
+
+    Raises:
+        ValueError: one isn't what was written.
+    """
+    for check in checks(folder, weights_only=True) or []:
+        if check.file.suffix == ".json" and check.damage is not None:
+            raise ValueError(f"{check.damage}; {_way_on(folder, resumes)}")
+
+
+def _way_on(folder: Path, resumes: bool) -> str:
+    earlier = latest_resumable(folder.parent, before=folder)
+    if not resumes or earlier is None:
+        return "copy or convert the checkpoint again" + (
+            f", or take {earlier}" if earlier is not None else ""
+        )
+    return f"copy the checkpoint again, or move {folder} away, and the run goes on from {earlier.name}"
 
 
 def has_adapters(folder: Path) -> bool:

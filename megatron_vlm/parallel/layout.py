@@ -192,6 +192,18 @@ def has_arrived(name: str) -> bool:
     return bool(dist.distributed_c10d._get_default_store().check([f"megatron_vlm/{name}"]))
 
 
+def first_told(own: str | None) -> str | None:
+    """What the first rank that has something to tell tells, the same on every rank; a collective call."""
+    world = dist.get_world_size()
+    teller = torch.tensor([world if own is None else dist.get_rank()], device=torch.cuda.current_device())
+    dist.all_reduce(teller, dist.ReduceOp.MIN)
+    if int(teller) == world:
+        return None
+    told = [own]
+    dist.broadcast_object_list(told, int(teller))
+    return told[0]
+
+
 def on_first_rank(function: Callable[[], T]) -> T:
     """Call a function on rank 0 and give its result, or its ``ValueError`` or ``OSError``, to every rank."""
     answer: list[Any] = [None, None]

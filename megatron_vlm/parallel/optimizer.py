@@ -13,7 +13,7 @@ so that a run goes on at any layout, with or without the distributed optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -258,6 +258,14 @@ class Optimizer:
             # rounding the master weights, as the last step has.
             self.optimizer._copy_main_params_to_model_params()
             self._gather()
+
+    def master_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """This rank's fp32 master weights, each behind its parameter; with the distributed optimizer the part
+        that this rank updates. None where the weights are fp32 themselves."""
+        for parameter in self._parameters() if self.has_master_weights else ():
+            main = getattr(parameter, "main_param", None)
+            if main is not None:
+                yield parameter, main.detach()
 
     @property
     def _is_distributed(self) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -21,12 +21,15 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_vlm
+from megatron_vlm import parallel
 from megatron_vlm.config.checkpoint import (
     BASE,
     DATA_STATE,
+    FILES,
     HF_FOLDER,
     RUN_CONFIG,
     checkpoint_layers,
@@ -42,11 +45,12 @@ from megatron_vlm.config.checkpoint import (
 from megatron_vlm.config.files import reading
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.templates import ChatTemplate
+from megatron_vlm.hf.hashes import hash_file, tensors_by_place
 from megatron_vlm.hf.native import LayeredReader, read_metadata
 from megatron_vlm.hf.tokenizer import drop_appended_end, replace_chat_template
 from megatron_vlm.models.scaling import scaling_state
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.models.weights import describe, load_sharded, named_parameters, sharded_weights
+from megatron_vlm.models.weights import describe, load_sharded, named_parameters, saved_name, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
@@ -145,11 +149,13 @@ def save_checkpoint(
             f"{final} could not be saved: {error.strerror}; make room and give the same command again{go_on}"
         ) from None
 
+    files = _hash_own(staging, layout)
     tensors = _gather(describe(written) if layout.tp_rank == layout.dp_rank == 0 else {}, layout)
     data = {}
     if optimizer is not None:
-        _save_rng(staging, layout)
+        files.update(_save_rng(staging, layout))
         data = _gather(data_state() if data_state is not None else {}, layout)
+    hashes = _gather(files, layout)
     if layout.rank == 0:
         _link_folder(hf_source, staging / HF_FOLDER)
         if template is not None and template.for_folder is not None:
@@ -160,6 +166,8 @@ def save_checkpoint(
         _write_json(staging / RUN_STATE, asdict(state))
         if optimizer is not None:
             _write_json(staging / DATA_STATE, data)
+        written_here = {path.relative_to(staging).as_posix() for path in _files(staging)}
+        hashes.update({file: hash_file(staging, file) for file in sorted(written_here - hashes.keys())})
         write_manifest(
             staging,
             {
@@ -170,6 +178,7 @@ def save_checkpoint(
                 "model": chunks[0].model_config.to_dict(),
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
                 "tensors": tensors,
+                FILES: hashes,
                 **({} if base is None else {BASE: base}),
                 "versions": {
                     "megatron_vlm": megatron_vlm.__version__,
@@ -184,6 +193,28 @@ def save_checkpoint(
         write_tracker(root, state.iteration)
     dist.barrier()
     return final
+
+
+def find_not_finite(
+    chunks: Sequence[VisionLanguageModel], optimizer: Optimizer, layout: Layout
+) -> str | None:
+    """The name of a weight that holds NaN or infinite values on some rank, as it is computed with or as the
+    optimizer keeps it; None if there is none. A collective call.
+
+    Each rank goes through its own part once, on the device, which takes milliseconds on a GPU.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(chunks)}
+    found = [(p, p.detach()) for _, p in named_parameters(chunks) if not is_float8tensor(p)]
+    found += list(optimizer.master_weights())
+    found = [(parameter, tensor) for parameter, tensor in found if tensor.numel()]
+    # aminmax passes NaN on and needs no memory; all flags are fetched at once.
+    extremes = [torch.stack(torch.aminmax(tensor)) for _, tensor in found]
+    finite = torch.stack([extreme.isfinite().all() for extreme in extremes]).tolist() if extremes else []
+    broken = next((names[id(p)] for (p, _), fine in zip(found, finite, strict=True) if not fine), None)
+    if broken is not None:
+        entry = sharded_weights(chunks).get(broken)  # a tied weight has none on the last stage
+        broken = broken if entry is None else saved_name(entry)
+    return parallel.first_told(broken)
 
 
 def find_base(
@@ -296,7 +327,25 @@ def _rng_file(folder: Path, layout: Layout) -> Path:
     return folder / RNG_FOLDER / f"rank_{layout.rank:05d}.pt"
 
 
-def _save_rng(folder: Path, layout: Layout) -> None:
+def _files(folder: Path) -> Iterator[Path]:
+    """What a checkpoint's manifest has hashes of: all files but those of ``hf/`` that hold no weights, which
+    are there to be looked at and changed."""
+    for path in folder.rglob("*"):
+        of_hf = path.relative_to(folder).parts[0] == HF_FOLDER
+        if path.is_file() and (not of_hf or path.suffix == ".safetensors"):
+            yield path
+
+
+def _hash_own(folder: Path, layout: Layout) -> dict[str, Any]:
+    """Entries of the manifest for the tensors' files that this rank has written, while they are in the page
+    cache; a collective call."""
+    places = parallel.on_first_rank(lambda: tensors_by_place(folder))
+    own = [file for file in places if file.startswith(f"__{layout.rank}_")]
+    return {file: hash_file(folder, file, places[file]) for file in own}
+
+
+def _save_rng(folder: Path, layout: Layout) -> dict[str, Any]:
+    """Write the generators' states; returns the file's entry in the manifest."""
     file = _rng_file(folder, layout)
     file.parent.mkdir(exist_ok=True)
     version, words, gauss = random.getstate()
@@ -309,6 +358,8 @@ def _save_rng(folder: Path, layout: Layout) -> None:
     written = io.BytesIO()
     torch.save(states, written)  # which tells a full disk as a RuntimeError, if it writes the file itself
     file.write_bytes(written.getvalue())
+    name = file.relative_to(folder).as_posix()
+    return {name: hash_file(folder, name)}
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -33,21 +34,37 @@ class LossGuard:
     Args:
         state: of the run; counts what happened.
         sinks: get the alerts.
+        find_not_finite: names a weight that isn't finite, if there is one; a collective call.
     """
 
-    def __init__(self, flags: LoggingSection, layout: Layout, state: RunState, sinks: Sinks) -> None:
+    def __init__(
+        self,
+        flags: LoggingSection,
+        layout: Layout,
+        state: RunState,
+        sinks: Sinks,
+        find_not_finite: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.flags = flags
         self.layout = layout
         self.state = state
         self.sinks = sinks
+        self._find_not_finite = find_not_finite
 
     def not_finite(self, error: NonFiniteError, batch: GlobalBatch) -> StepResult:
         """Leave the update out, where ``--nan-policy`` is ``skip``; a collective call.
 
         Raises:
-            ValueError: it is ``stop``, or it was the tenth iteration in a row.
+            ValueError: it is ``stop``, it was the tenth iteration in a row, or the weights aren't finite
+                either, whatever the data.
         """
         iteration = self.state.iteration + 1
+        broken = self._find_not_finite()
+        if broken is not None:
+            raise ValueError(
+                f"iteration {iteration}: the {error} is not finite, since {broken} holds NaN or infinite "
+                "values, whatever the data; lower --lr, or go on from an earlier checkpoint"
+            )
         names = sample_names(error.microbatches, batch, self.layout)
         what = f"iteration {iteration}: the {error} is not finite"
         where = f"It arose in a micro batch of these samples: {', '.join(names)}. " if names else ""

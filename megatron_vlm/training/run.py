@@ -9,6 +9,7 @@ from megatron_vlm import parallel
 from megatron_vlm.config.exit_codes import DONE
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import Start, check_restart
+from megatron_vlm.models.weights import check_state_files
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training import run_folder
 from megatron_vlm.training.guards import Watchdog
@@ -37,6 +38,7 @@ def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = N
             check_restart(config, folder)
             run_folder.move_aside(folder)
         start = run_folder.choose_start(config, folder)
+        check_state_files(start.checkpoint, start.resumes)
         print(start.message, flush=True)
         print(layout, flush=True)
         return start

@@ -14,6 +14,7 @@ from megatron_vlm.config.checkpoint import (
     HF_FOLDER,
     checkpoint_name,
     keep_last,
+    latest_resumable,
     note_user,
     write_best,
 )
@@ -38,7 +39,7 @@ from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.scaling import load_scaling_state, unmoved
 from megatron_vlm.models.vlm import build_model
-from megatron_vlm.models.weights import load_weights
+from megatron_vlm.models.weights import check_unchanged, load_weights
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import checkpoint
@@ -101,13 +102,16 @@ class Trainer:
         self.sinks = sinks
         self.watchdog = watchdog
         self.stop = stop
-        self.guard = LossGuard(config.logging, layout, self.state, sinks)
+        self.guard = LossGuard(config.logging, layout, self.state, sinks, self._find_not_finite)
         self.loader: TrainLoader | None = None
         self.evaluator: Evaluator | None = None
         if config.training.eval_interval is None:
             self.state.evaluation_due = False
         if self.done:
             return
+        weights_only = not start.with_state
+        check_unchanged(start.checkpoint, config.model.base, weights_only, self.say, start.resumes)
+        watchdog.beat()
         parallel.on_first_rank(self._open_sinks)
         rates = [entry.lr for entry in config.trained]
         self.schedules = [self.schedule if lr is None else self.schedule.scaled_to(lr) for lr in rates]
@@ -387,6 +391,12 @@ class Trainer:
 
     def _save(self, root: Path, with_state: bool) -> None:
         self.optimizer.gather_weights()
+        broken = self._find_not_finite()
+        if broken is not None:
+            raise ValueError(
+                f"iteration {self.state.iteration}: {broken} holds NaN or infinite values, and is not saved; "
+                f"lower --lr, and {self._where_to_go_on()}"
+            )
         folder = checkpoint.save_checkpoint(
             root,
             self.chunks,
@@ -401,6 +411,13 @@ class Trainer:
         )
         self.watchdog.beat()
         self.say(f"saved {folder}" + ("" if with_state else " (weights only)"))
+
+    def _find_not_finite(self) -> str | None:
+        return checkpoint.find_not_finite(self.chunks, self.optimizer, self.layout)
+
+    def _where_to_go_on(self) -> str:
+        last = latest_resumable(self.run / CHECKPOINTS)
+        return "begin again" if last is None else f"the same command goes on from {last.name}"
 
     def close(self) -> None:
         """End the data loaders' workers."""

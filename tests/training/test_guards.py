@@ -24,7 +24,7 @@ from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.guards import HUNG, LossGuard
-from megatron_vlm.training.step import StepResult
+from megatron_vlm.training.step import NonFiniteError, StepResult
 from tests.distributed import Pool
 from tests.patience import HANG
 from tests.training.conftest import Trainable
@@ -191,3 +191,18 @@ def test_a_rank_that_hangs(trainables: dict[str, Trainable], tmp_path: Path, how
         assert not (stacks / "rank_0.txt").exists()
         assert ended.returncode != 0
     assert len(metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_broken_weights_are_named_instead_of_the_data(policy: str) -> None:
+    """Whatever the policy: without finite weights no sample could be to blame."""
+    state = RunState(iteration=4)
+    layout: Any = SimpleNamespace(rank=0)
+    flags = RunConfig.from_flags(["--nan-policy", policy]).logging
+    guard = LossGuard(flags, layout, state, mock.Mock(spec=Sinks), lambda: "language_model.a.weight")
+    error = NonFiniteError("loss", [0], StepResult(math.nan, 5, math.nan, updated=False))
+    batch: Any = None
+    why = "iteration 5: the loss is not finite, since language_model.a.weight holds NaN or infinite values"
+    with pytest.raises(ValueError, match=f"^{why}, whatever the data; lower --lr, or go on from an earlier"):
+        guard.not_finite(error, batch)
+    assert state.not_finite == 0
