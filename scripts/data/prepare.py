@@ -34,8 +34,8 @@ def main(argv: List[str]) -> int:
     )
     parser.add_argument(
         "--image-root",
-        help="folder that holds the images, where relative paths begin; / for images anywhere "
-        "(default: the folder of the file that names them)",
+        help="folder that holds the images: relative paths begin there, and none may lead out "
+        "(default: relative paths begin at the folder of the file that names them)",
     )
     parser.add_argument(
         "--format",

@@ -80,11 +80,27 @@ def test_images_that_are_no_files_or_lie_elsewhere(tmp_path: Path, monkeypatch: 
     assert len(kept) == report["kept"] == 12
     details = {loss["id"]: loss["detail"] for loss in lost}
     assert "it is a pipe" in details["6"] and "it is a device" in details["10"]
-    assert "--image-root / takes any" in details["14"]
+    assert f"not below {root}; links in it may lead out, and without --image-root a" in details["14"]
     anywhere = prepare(Options(image_root="/", force=True, **given))  # type: ignore[arg-type]
     assert "image outside --image-root" not in anywhere["dropped"]
     with pytest.raises(OSError, match="a pipe"):  # put there after the first pass has looked
         open_regular(str(root / "pipe.jpg"))
+
+
+def test_without_an_image_root_a_path_may_lead_anywhere(tmp_path: Path) -> None:
+    """Annotations beside the folder of images, and paths that other programs have written in full."""
+    for folder in ("annotations", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(picture(0))
+    names = ["../images/a.jpg", str(tmp_path / "images/a.jpg"), "/dev/zero", "a.jpg"]
+    path = tmp_path / "annotations/a.json"
+    path.write_text(json.dumps([llava(i, name) for i, name in enumerate(names)]))
+    report = prepare(Options(input=(str(path),), save_dir=str(tmp_path / "out"), split=(1.0,)))
+    assert [sample["data"] for sample in samples_of(tmp_path / "out").values()] == [[picture(0)]] * 2
+    assert {reason: lost["count"] for reason, lost in report["dropped"].items()} == {
+        "missing image": 1,
+        "unreadable image": 1,
+    }
 
 
 def test_inputs_that_are_no_files(tmp_path: Path) -> None:

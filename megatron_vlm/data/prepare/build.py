@@ -53,8 +53,7 @@ class Options:
     """What :func:`prepare` is asked for. The flags of scripts/data/prepare.py are these, by name.
 
     Attributes:
-        image_root: below which images lie, and where relative paths of them begin; None for the folder of the
-            file that names them.
+        image_root: see :class:`~megatron_vlm.data.prepare.stage.Reading`.
         format: the only shape that records may have, of ``SHAPES``; None for any.
         split: shares of train, val and test, or their ratio in whole numbers; those left out are 0.
         duplicates: what is left out, see :func:`~megatron_vlm.data.prepare.plan.duplicates`.

@@ -41,7 +41,13 @@ _REPORT_EVERY = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read: their shape (None: any), and below which folder images lie (None: the file's)."""
+    """How records are read.
+
+    Attributes:
+        shape: the only one that they may have; None for any.
+        image_root: where relative paths of images begin, and below which all images lie; None: relative paths
+            begin at the folder of the file that names them, and images may lie anywhere.
+    """
 
     shape: str | None
     image_root: str | None
@@ -62,7 +68,8 @@ def stage_unit(
     notes, shapes, ignored = Counter[str](), Counter[str](), IgnoredFields()
     read = last = reported = 0
     rows: list[tuple[int, ...]] = []
-    root = os.path.abspath(reading.image_root or os.path.dirname(unit.path))
+    start = os.path.abspath(reading.image_root or os.path.dirname(unit.path))
+    fence = start if reading.image_root else "/"
     with (
         open(path + ".jsonl.tmp", "wb") as lines,
         open(path + ".bin.tmp", "wb") as images,
@@ -81,7 +88,7 @@ def stage_unit(
                     raise raw.problem
                 assert raw.fields is not None
                 conversation = to_conversation(raw.fields, reading.shape, raw.images)
-                stored = [_store(image, images, root) for image in conversation.images]
+                stored = [_store(image, images, start, fence) for image in conversation.images]
             except Rejected as error:
                 losses.add(error.reason, last, identity_of(raw.fields or {}), error.detail)
                 continue
@@ -115,11 +122,16 @@ def unit_index(path: str) -> np.ndarray:
     return np.load(path + ".npy", allow_pickle=False)
 
 
-def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
+def _store(image: Image, images: Any, start: str, fence: str) -> tuple[Any, int, str]:
     """How the second pass finds an image, its size, and what tells it from others.
 
+    Args:
+        images: the file that takes images which came inside of records.
+        start: the folder in which relative paths begin.
+        fence: the folder below which all paths lie.
+
     Raises:
-        Rejected: its file isn't there, is none, or lies outside ``root``.
+        Rejected: its file isn't there, is none, or lies outside ``fence``.
     """
     if isinstance(image, bytes):
         offset = images.tell()
@@ -128,7 +140,11 @@ def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
     if isinstance(image, TarPart):
         reference = [os.path.abspath(image.path), image.offset, image.size]
         return reference, image.size, repr(reference)
-    path = _below(root, image)
+    path = os.path.normpath(os.path.join(start, image))
+    # Links are not looked through: whoever owns the folder has put them there.
+    if os.path.commonpath((fence, path)) != fence:
+        more = "links in it may lead out, and without --image-root a path may lead anywhere"
+        raise Rejected("image outside --image-root", f"{image}: not below {fence}; {more}")
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -139,18 +155,6 @@ def _store(image: Image, images: Any, root: str) -> tuple[Any, int, str]:
     if kind or facts.st_size > MOST_IMAGE_BYTES:
         raise Rejected("unreadable image", f"{image}: it is {kind or size_text(facts.st_size) + ' long'}")
     return path, facts.st_size, path
-
-
-def _below(root: str, image: str) -> str:
-    """An image's path. Links are not looked through: whoever owns the folder has put them there.
-
-    Raises:
-        Rejected: it leads out of ``root``.
-    """
-    path = os.path.normpath(os.path.join(root, image))
-    if os.path.commonpath((root, path)) != root:
-        raise Rejected("image outside --image-root", f"{image}: not below {root}; --image-root / takes any")
-    return path
 
 
 def _line(conversation: Conversation, images: list[Any]) -> bytes:
