@@ -69,7 +69,9 @@ def test_masked_says_the_opposite_and_one_no_is_enough() -> None:
     asked = to_conversation({"messages": [user("q", train=True), answer("a", train=True)]})
     assert asked.messages == [user("q"), answer("a")]
     assert asked.notes == ("loss asked for a question or a system turn, which is never trained",)
-    assert to_conversation({"messages": [user("q", train=False), answer("a")]}).notes == ()
+    for said in ({"train": False}, {"weight": 0.5}, {"mask": True}, {"loss_mask": [0, 1]}):
+        found = to_conversation({"messages": [user("q", **said), answer("a")]})
+        assert (found.messages, found.notes) == ([user("q"), answer("a")], ())
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,9 @@ def test_a_thought_that_is_there_twice_or_belongs_to_no_answer() -> None:
         to_conversation({"messages": [user("q"), answer("", reasoning="so")]})
     found = to_conversation({"messages": [user("q", reasoning="so"), answer("a")]})
     assert (found.messages[0]["content"], found.ignored) == ("q", {"messages[].reasoning": "so"})
+    found = to_conversation({"messages": [user("q"), answer("a", thinking=False, reasoning=True)]})
+    assert found.messages[1] == answer("a")
+    assert found.ignored == {"messages[].thinking": False, "messages[].reasoning": True}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,8 @@ def test_calls_of_tools_are_refused_by_name(turn: dict[str, Any], reason: str) -
     with pytest.raises(Rejected) as error:
         to_conversation({"messages": [user("q"), turn, answer("a")]})
     assert error.value.reason == reason and "content" in error.value.detail
-    assert texts({"messages": [user("q"), answer("a", tool_calls=None, function_call={"name": None})]})
+    for none in (None, [], "[]", "", {"name": None}):
+        assert texts({"messages": [user("q"), answer("a", tool_calls=none)]})
 
 
 LINES = "What?\nA. x\nB. y"
@@ -168,6 +174,7 @@ LINES = "What?\nA. x\nB. y"
         ({"options": ["1", "2"], "answer": "2"}, ("What?\nA. 1\nB. 2", "2")),
         ({"options": ["4", "1"], "answer": 1}, ("What?\nA. 4\nB. 1", "B")),
         ({"options": [3, 4], "answer": 4}, ("What?\nA. 3\nB. 4", "4")),
+        ({"options": [3, 4], "answer": "4"}, ("What?\nA. 3\nB. 4", "4")),
     ],
 )
 def test_options_stand_below_the_question(fields: dict[str, Any], expected: tuple[str, str]) -> None:
@@ -177,7 +184,14 @@ def test_options_stand_below_the_question(fields: dict[str, Any], expected: tupl
 
 
 def test_options_that_are_there_already_or_that_the_answer_is_none_of() -> None:
-    assert texts({"question": LINES, "options": ["x", "y"], "answer": "A"}) == [LINES, "A"]
+    for lettered in (LINES, "What? (A) x (B) y", "What?\n**A.** x\n**B.** y", "What?\nA: x; B: y."):
+        for options in (["x", "y"], ["A. x", "B. y"]):
+            asked = {"question": lettered, "options": options, "answer": "A"}
+            assert texts(asked) == [lettered, "A"]
+    # Words of the question are no options that stand there.
+    for question, first, second in (("What is 11 + 2?", "1", "2"), ("Is it a cat?", "a", "cat")):
+        asked = {"question": question, "options": [first, second], "answer": "B"}
+        assert texts(asked) == [f"{question}\nA. {first}\nB. {second}", "B"]
     for said in ("C", 2, -1, "7", ["A", "B"]):
         with pytest.raises(Rejected) as error:
             to_conversation({"question": "What?", "options": ["x", "y"], "answer": said})
@@ -204,6 +218,13 @@ def test_names_of_objects_are_filled_in_and_boxes_are_refused() -> None:
     with pytest.raises(Rejected) as error:
         to_conversation({**boxed, "objects": {"ref": ["sheep"], "bbox": [[1, 2, 3, 4]]}})
     assert error.value.reason == "box without numbers"
+    for objects in (
+        [{"caption": "sheep", "bbox": [1, 2, 3, 4]}],
+        '{"ref": ["sheep"], "bbox": [[1, 2, 3, 4]]}',
+    ):
+        with pytest.raises(Rejected, match="write <bbox> out"):
+            to_conversation({**boxed, "objects": objects})
+    assert texts({**record, "objects": json.dumps(record["objects"])}) == texts(record)
     boxed.pop("objects")
     assert "<bbox> in its text, which stays text" in to_conversation(boxed).notes
 
@@ -298,6 +319,16 @@ def test_every_key_is_used_or_named() -> None:
     assert to_conversation(asked).ignored == {"answer": "b", "solution": "s"}
     several = to_conversation({"question": "q", "answers": ["a", "b"]})
     assert several.notes == ("several answers, of which the first is trained",)
+
+
+def test_a_record_that_is_nested_too_deeply_costs_only_itself(tmp_path: Path) -> None:
+    nested = "[" * 900 + "]" * 900
+    talk = json.dumps([user("q"), answer("a")])
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": "deep", "messages": {talk}, "more": {nested}}}\n{{"messages": {talk}}}\n')
+    report = prepare(Options(input=(str(path),), save_dir=str(tmp_path / "out"), split=(1.0,)))
+    assert report["kept"] == 1
+    assert report["dropped"]["bad record"]["examples"] == [f"{path}:1 (id deep): it is nested too deeply"]
 
 
 def test_the_report_names_what_was_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

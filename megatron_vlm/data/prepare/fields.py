@@ -57,6 +57,11 @@ def is_trained(turn: Mapping[str, Any]) -> bool | None:
     return all(said) if said else None
 
 
+def asks_for_loss(turn: Mapping[str, Any]) -> bool:
+    """Whether one of a turn's keys says that it is trained."""
+    return any(_flag(turn[key]) is LOSS_KEYS[key] for key in turn.keys() & LOSS_KEYS.keys())
+
+
 def _flag(value: Any) -> bool | None:
     if isinstance(value, str):
         value = _FLAGS.get(value.strip().lower(), value)
@@ -69,10 +74,13 @@ def _flag(value: Any) -> bool | None:
 def thought_of(turn: Mapping[str, Any]) -> tuple[str, str]:
     """The first key that holds what the assistant thought before it answered, and that; both may be empty.
 
+    ``True`` and ``False`` say whether a model is to think, and are no thought.
+
     Raises:
         Rejected: it is no text.
     """
-    key = next((key for key in THOUGHT_KEYS if not is_nothing(turn.get(key))), "")
+    said = (key for key in THOUGHT_KEYS if not is_nothing(turn.get(key)))
+    key = next((key for key in said if not isinstance(turn[key], bool)), "")
     thought = turn.get(key, "")
     if not isinstance(thought, str):
         raise Rejected("bad record", f"its {key} is {type(thought).__name__}")
@@ -91,8 +99,8 @@ def check_no_tools(turn: Mapping[str, Any]) -> None:
         Rejected: it does.
     """
     for key in sorted(turn.keys() & _TOOL_KEYS):
-        calls = turn[key]
-        if calls if isinstance(calls, (list, tuple)) else not is_nothing(calls):
+        calls = as_list(turn[key])
+        if not is_nothing(turn[key]) if calls is None else calls:
             raise Rejected("tool calls", f"its {key}: write them into the content, as the model does")
 
 
@@ -153,10 +161,24 @@ def with_options(question: Any, answer: Any, options: Mapping[str, Any]) -> tupl
     lines = list(texts.values())
     if [match and match[1] for match in map(_LETTERED.match, lines)] != list(texts):  # "A. a cat" already
         lines = [f"{label}. {text}" for label, text in texts.items()]
-    if isinstance(question, str) and not all(text in question for text in texts.values()):
+    if isinstance(question, str) and not all(_stands_in(question, *option) for option in texts.items()):
         question = "\n".join([question, *lines] if question.strip() else lines)
-    is_option = any(type(text) is type(answer) and text == answer for text in options.values())
+    # A text is one by what it says, a number by its type as well: beside texts it is an index.
+    same = texts if isinstance(answer, str) else options
+    is_option = any(type(text) is type(answer) and text == answer for text in same.values())
     return question, _answer_by(texts, answer, is_option)
+
+
+def _stands_in(question: str, label: str, text: str) -> bool:
+    """Whether a question has an option's text behind its label, as in ``A. x`` or ``(A) x``.
+
+    The text alone may be a word of the question, as ``1`` is in ``11 + 2``.
+    """
+    own = _LETTERED.match(text)
+    bare = text[own.end() - 1 :] if own and own[1] == label else text
+    if bare not in question:
+        return False
+    return re.search(rf"(?<!\w){re.escape(label)}\W{{1,6}}{re.escape(bare)}(?!\w)", question) is not None
 
 
 def _answer_by(texts: Mapping[str, str], answer: Any, is_option: bool) -> Any:
@@ -192,11 +214,13 @@ def fill_objects(messages: list[dict[str, Any]], objects: Any) -> bool:
     """
     ref, bbox = OBJECT_MARKERS
     texts = [message["content"] for message in messages]
-    if not isinstance(objects, Mapping) or not any(marker in "".join(texts) for marker in OBJECT_MARKERS):
+    if is_nothing(objects) or not any(marker in text for marker in OBJECT_MARKERS for text in texts):
         return False
     if any(bbox in text for text in texts):
         raise Rejected("box without numbers", f"write {bbox} out in the model's way, as [0.1, 0.2, 0.5, 0.9]")
-    names, places = as_list(objects.get("ref")) or [], sum(text.count(ref) for text in texts)
+    objects = _parsed(objects)
+    named = objects.get("ref") if isinstance(objects, Mapping) else None
+    names, places = as_list(named) or [], sum(text.count(ref) for text in texts)
     if len(names) != places or not all(isinstance(name, str) for name in names):
         raise Rejected("bad record", f"{places} {ref}, {len(names)} names in its objects")
     left = iter(names)

@@ -26,6 +26,7 @@ from megatron_vlm.data.prepare.fields import (
     LOSS_KEYS,
     OBJECT_MARKERS,
     TOOL_ROLES,
+    asks_for_loss,
     check_no_tools,
     fill_objects,
     is_trained,
@@ -139,7 +140,9 @@ def to_conversation(
         used.add("objects")
     ordered, spelled = take_spellings(messages, [image for image in all_images if image is not None])
     placed, frames_placed = place_frames(messages, ordered, videos)
-    if record.get("video") and any(VIDEO_MARKER in m["content"] for m in messages if m["role"] == "user"):
+    if not is_nothing(record.get("video")) and any(
+        VIDEO_MARKER in m["content"] for m in messages if m["role"] == "user"
+    ):
         raise Rejected("video without frames", f"give them as {VIDEO_KEY}: {record['video']}"[:200])
     notes += _keep_trainable(messages) + spelled + place_images(messages, len(placed)) + _check_text(messages)
     left = {key: value for key, value in record.items() if key not in used and key not in image_keys}
@@ -229,10 +232,10 @@ def _turn(item: Any, path: str, ignored: dict[str, Any]) -> list[dict[str, Any]]
     if not isinstance(item, Mapping):
         raise Rejected("bad record", "a turn is no object")
     check_no_tools(item)
-    trained = is_trained(item)
     left = {key: value for key, value in item.items() if key not in LOSS_KEYS and not is_nothing(value)}
     for first, second in _PAIRS:
         if first in item and second in item:
+            trained = is_trained(item)
             system = [{"role": "system", "content": left["system"]}] if "system" in left else []
             turns = _pair(item[first], item[second])
             _ignore(left, ("system", first, second), path, ignored)
@@ -253,8 +256,10 @@ def _turn(item: Any, path: str, ignored: dict[str, Any]) -> list[dict[str, Any]]
             raise Rejected("two thoughts", f"one in its text, another in its {thought_key}")
         if "<think>" in str(turn["content"]):
             turn["thought"] = ""
-    if trained is not None and trained is not (turn["role"] == "assistant"):
-        turn["loss"] = trained
+        if is_trained(item) is False:
+            turn["loss"] = False
+    elif asks_for_loss(item):
+        turn["loss"] = True  # for a note: it is never trained
     _ignore(left, (role_key, key, thought_key), path, ignored)
     return [turn]
 

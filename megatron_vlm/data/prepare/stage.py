@@ -92,6 +92,9 @@ def stage_unit(
             except Rejected as error:
                 losses.add(error.reason, last, identity_of(raw.fields or {}), error.detail)
                 continue
+            except RecursionError:
+                losses.add("bad record", last, identity_of(raw.fields or {}), "it is nested too deeply")
+                continue
             shapes[conversation.shape] += 1
             notes.update(conversation.notes)
             ignored.add(conversation.ignored, last, identity_of(raw.fields))
