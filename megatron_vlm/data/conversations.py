@@ -9,6 +9,7 @@ from typing import Any
 from megatron_vlm.data.templates import IMAGE_MARKER, SampleError, Turn
 
 ROLES = ("system", "user", "assistant")
+_ID_KEYS = ("id", "uid", "uuid", "sample_id", "question_id", "qid", "idx", "index")
 
 
 class UntrainableError(SampleError):
@@ -46,6 +47,12 @@ def read_conversation(
     if marked != len(names):
         raise SampleError(f"its text has {marked} image markers, but {len(names)} images belong to it")
     return turns, [parts[name] for name in names]
+
+
+def identity_of(fields: Mapping[str, Any]) -> Any:
+    """Find what a record's owner calls it, for messages; None where it has no name."""
+    found = (fields.get(key) for key in _ID_KEYS)
+    return next((one for one in found if one == one and one not in (None, "", [], {})), None)
 
 
 def read_json(data: bytes) -> Any:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from megatron_vlm.config.packing import LengthGroups, Packing
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
+from megatron_vlm.data.conversations import identity_of, read_json
 from megatron_vlm.data.dataset import RAW_COOKER, RawSample
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MIN_SEEN_FOR_RATE = 100  # samples per worker before a rate of corrupt ones means anything
 MAX_UNUSABLE_IN_A_ROW = 1000  # a worker that finds nothing to train on must not search for ever
 MESSAGES_PER_WORKER = 20
+_MOST_OF_ID = 200  # characters
 
 STOPPED = "[data] "  # begins the message of an error that ends the run, also after a worker's traceback
 
@@ -36,6 +38,7 @@ class Tokenized(energon.Sample):
 
     sample: Sample
     images: List[Image.Image]  # opened
+    record: bytes  # the sample's JSON, for its name in messages
 
 
 class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch]):
@@ -87,7 +90,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
             images = self._processing.images.open(encoded)
             tokenized = self._processings[source].tokenize(sample.__key__, turns, images)
         tokenized.source = source
-        return Tokenized.derive_from(sample, sample=tokenized, images=images)
+        return Tokenized.derive_from(sample, sample=tokenized, images=images, record=_record(sample))
 
     @stateless
     def postencode_sample(self, sample: Tokenized) -> Sample:
@@ -170,7 +173,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
                 self._counts[name] += 1
             self._totals[error.kind] += 1
             self._report(sample, error)
-            self._check_rates(error, what)
+            self._check_rates(sample, error, what)
             raise SkipSample() from None
         except Exception as error:  # not foreseen: stops the run, and says where
             raise RuntimeError(f"{what} {_name(sample)} failed") from error
@@ -183,23 +186,35 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         if reported == MESSAGES_PER_WORKER:
             logger.warning("this loader worker goes on counting, without a message for each")
 
-    def _check_rates(self, error: SampleError, what: str) -> None:
+    def _check_rates(self, sample: RawSample | Tokenized, error: SampleError, what: str) -> None:
         self._unusable_in_a_row[what] += 1
         seen, corrupt = self._totals["seen"], self._totals["corrupt"]
         if seen >= MIN_SEEN_FOR_RATE and corrupt > self._max_corrupt_rate * seen:
             raise FatalSampleError(
                 f"{STOPPED}{corrupt} of {seen} samples are corrupt, more than --max-corrupt-rate "
-                f"{self._max_corrupt_rate:g} allows; the last one: {error}"
+                f"{self._max_corrupt_rate:g} allows; the last one: {_name(sample)}: {error}"
             )
         if self._unusable_in_a_row[what] >= MAX_UNUSABLE_IN_A_ROW:
             raise FatalSampleError(
-                f"{STOPPED}{MAX_UNUSABLE_IN_A_ROW} samples in a row can't be used; the last one: {error}"
+                f"{STOPPED}{MAX_UNUSABLE_IN_A_ROW} samples in a row can't be used; the last one: "
+                f"{_name(sample)}: {error}"
             )
 
 
 def _name(sample: RawSample | Tokenized) -> str:
+    """Name a sample by its key and shard, and by its owner's id; its JSON is parsed for messages alone."""
     shard = sample.__sources__[0].shard_name if sample.__sources__ else "unknown shard"
-    return f"sample {sample.__key__} of {shard}"
+    record = _record(sample) if isinstance(sample, RawSample) else sample.record
+    try:
+        identity = identity_of(read_json(record))
+    except (SampleError, AttributeError):  # no JSON, or no object
+        identity = None
+    own = "" if identity is None else f" (id {' '.join(str(identity).split())[:_MOST_OF_ID]})"
+    return f"sample {sample.__key__} of {shard}{own}"
+
+
+def _record(sample: RawSample) -> bytes:
+    return next((part for name, part in sample.parts.items() if name.endswith("json")), b"")
 
 
 def _worker_config() -> WorkerConfig:

@@ -251,7 +251,7 @@ def test_nothing_usable_stops_the_run(
     short = load_processing(str(folders["llava"]), models["llava"], seq_length=26, overlong="drop")
     loader = make_loader(1, processing=short)
     with pytest.raises(
-        ValueError, match=r"50 samples in a row can't be used; the last one: .* --seq-length 26"
+        ValueError, match=r"50 samples in a row can't be used; the last one: sample \S+ of .* --seq-length 26"
     ):
         next(loader)
 
@@ -261,7 +261,9 @@ def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytes
         raise ValueError("a bug")
 
     monkeypatch.setattr(Processing, "tokenize", broken)
-    with pytest.raises(RuntimeError, match=r"(?s)ValueError: a bug.*tokenizing sample \S+ of \S+.tar failed"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)ValueError: a bug.*tokenizing sample \S+ of \S+.tar \(id \d+\) failed"
+    ):
         next(make_loader(1))
 
 

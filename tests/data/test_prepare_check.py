@@ -86,25 +86,29 @@ def test_nothing_is_wrong(whole: Path, trains: Trains) -> None:
 
 def test_every_corrupt_image_is_named(data: Path, trains: Trains, tmp_path: Path) -> None:
     forget_hashes(data)  # without them too
-    names = {}
-    for identity in ("7", "30"):
+    unknown, broken = "in no format that PIL knows", "broken data stream when reading image file"
+    found = {}
+    for identity, why in (("7", unknown), ("30", unknown), ("12", broken)):
         sample = samples_of(data)[identity]
-        image = sample["data"][0]
-        spoil(data / sample["shard"], image, b"\0" * len(image))
-        names[sample["key"]] = sample["shard"]
+        (image,) = sample["data"]
+        # A JPEG's Huffman table is looked at by its decoder alone, not where a file is opened.
+        table = image.index(b"\xff\xc4")
+        start, end = (table + 5, table + 21) if why == broken else (0, len(image))
+        spoil(data / sample["shard"], image, image[:start] + b"\xff" * (end - start) + image[end:])
+        found[identity] = sample["key"], sample["shard"], why
     assert sorted(check(str(data), workers=2)) == sorted(
-        f"{shard}: sample {key}: image 0 can't be decoded (in no format that PIL knows)"
-        for key, shard in names.items()
+        f"{shard}: sample {key}: image 0 can't be decoded ({why})" for key, shard, why in found.values()
     )
-    held_out = sum(shard.startswith("val") for shard in names.values())
+    held_out = sum(shard.startswith("val") for _, shard, _ in found.values())
     log = logging.FileHandler(tmp_path / "log")  # pytest keeps what a worker would say on stderr
     logging.getLogger("megatron_vlm").addHandler(log)
-    assert trains(data) == {"corrupt": 2 - held_out}
+    assert trains(data) == {"corrupt": 3 - held_out}
     logging.getLogger("megatron_vlm").removeHandler(log)
     told = (tmp_path / "log").read_text()
-    for key, shard in names.items():
-        why = "(corrupt): its image is in no format that PIL knows"
-        assert shard.startswith("val") or f"sample {key} of {shard} is skipped {why}" in told
+    said = {unknown: f"its image is {unknown}", broken: f"its image can't be decoded ({broken})"}
+    for identity, (key, shard, why) in found.items():
+        line = f"sample {key} of {shard} (id {identity}) is skipped (corrupt): {said[why]}"
+        assert shard.startswith("val") or line in told
 
 
 def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[str, int]]:

@@ -68,7 +68,6 @@ IMAGE_KEYS = (
     "image_bytes",
 )
 _NUMBERED_IMAGE = re.compile(r"image_?(\d+)")  # MMMU's columns
-_ID_KEYS = ("id", "uid", "uuid", "sample_id", "question_id", "qid", "idx", "index")
 _QUESTIONS = ("query", "question", "prompt")
 _ANSWERS = ("response", "answer", "answers", "completion")
 _CAPTIONS = ("caption", "text", "txt")
@@ -364,11 +363,6 @@ def _check_text(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
             raise Rejected("broken text", "it holds half of a surrogate pair") from None
     objects = [marker for marker in OBJECT_MARKERS for item in messages if marker in item["content"]]
     return tuple(f"{marker} in its text, which stays text" for marker in objects)
-
-
-def identity_of(fields: Mapping[str, Any]) -> Any:
-    """What a record calls itself, for messages; None where it has no name."""
-    return next((fields[key] for key in _ID_KEYS if not is_nothing(fields.get(key))), None)
 
 
 def _is_null(value: Any) -> bool:

@@ -16,12 +16,12 @@ from typing import IO, Any
 
 import xxhash
 
+from megatron_vlm.data.conversations import identity_of
 from megatron_vlm.data.prepare.files import open_regular, read_json, write_json
 from megatron_vlm.data.prepare.histogram import Histogram
 from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
-from megatron_vlm.data.prepare.records import identity_of
 from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError
 
