@@ -26,6 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 RELEASE = "release"
 CHECKPOINTS = "checkpoints"  # the root's name inside a run folder
+RUN_STATE = "run_state.json"  # how far the run is
 DATA_STATE = "data_state.json"  # where the data loader's workers are
 RUN_CONFIG = "run_config.json"  # what the run that wrote a checkpoint was told
 BEST = "best"  # name of the root that holds the checkpoint with the lowest validation loss

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
 
-from megatron_vlm.config.dataset import split_fingerprint
+from megatron_vlm.config.dataset import split_fingerprint, split_parts
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.config.packing import LengthGroups, Packing
 
@@ -95,6 +95,40 @@ def check_same_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise ValueError(
             "the training data changed since the checkpoint (other shards, or prepared again); go on "
             "with the old data, or start a new run from the checkpoint's weights"
+        )
+
+
+def held_out_identity(path: str) -> Optional[Dict[str, Any]]:
+    """What tells the samples of evaluations from others, as training computes it; None where that can't be
+    told without YAML.
+
+    Raises:
+        ValueError: as :meth:`MixtureConfig.load`.
+    """
+    sources = MixtureConfig.load(path).of_split("val") if is_mixture(path) else ()
+    parts = {source.name: split_parts(source.path) for source in sources}
+    if any(part is None for part in parts.values()):
+        return None
+    having = [source for source in sources if (parts[source.name] or {}).get("val")]
+    folders = {source.name: source.path for source in having} if is_mixture(path) else {"": path}
+    known = {name: split_fingerprint(folder, "val") for name, folder in folders.items()}
+    prints = {name: one for name, one in known.items() if one is not None}
+    if not prints or len(prints) < len(known):
+        return None
+    return {"data": mixture_fingerprint(prints), "mixture": {source.name: str(source) for source in having}}
+
+
+def check_held_out(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare the samples of a run's evaluations: losses of other samples say nothing of its progress.
+
+    Raises:
+        ValueError: they changed.
+    """
+    if before != now:
+        changed = mixture_change(before["mixture"], now["mixture"]) or "other shards, or prepared again"
+        raise ValueError(
+            f"the held-out samples changed since the checkpoint ({changed}), so that losses on them can't be "
+            "compared; go on with the old ones, or start a new run from the checkpoint's weights"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Callable, Optional
+from typing import Callable, Mapping, Optional
 
 # megatron-core 0.16.1 asks for these (its extra "dev").
 _FIRST, _BEYOND = (2, 9), (2, 12)
@@ -40,3 +40,17 @@ def engine_problem(version_of: Optional[Callable[[str], str]] = None) -> Optiona
         if other is not None and other != own:
             return f"{_PACKAGE} is {own} and {part} is {other}; they have to be of one release"
     return None
+
+
+def check_kernel_switches(environ: Mapping[str, str]) -> None:
+    """Transformer Engine's switches for its attention kernels have to be on, as they are by default.
+
+    megatron-core asserts it of every model, of local layers too.
+
+    Raises:
+        ValueError: one is set to something else.
+    """
+    for kernels in ("FLASH", "FUSED", "UNFUSED"):
+        name = f"NVTE_{kernels}_ATTN"
+        if environ.get(name, "1") != "1":
+            raise ValueError(f"{name}={environ[name]} in the environment: megatron-core wants 1; unset it")

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from megatron_vlm.config.anyres import ASPECT_RATIOS
 from megatron_vlm.config.dataset import split_samples
@@ -174,8 +174,13 @@ def one_pass(path: str) -> Optional[int]:
     """
     if not is_mixture(path):
         return split_samples(path)
-    total = 0
-    for source in MixtureConfig.load(path).of_split("train"):
+    parts = _train_samples(path, MixtureConfig.load(path))
+    return None if parts is None else sum(samples * source.passes for source, samples in parts)
+
+
+def _train_samples(path: str, config: MixtureConfig) -> Optional[List[Tuple[SourceConfig, int]]]:
+    found = []
+    for source in config.of_split("train"):
         samples = split_samples(source.path)
         if samples is None:
             return None
@@ -183,8 +188,39 @@ def one_pass(path: str) -> Optional[int]:
             start, end = source.subset.bounds(samples)
         except ValueError as error:
             raise ValueError(f"--data-path {path}: dataset {source.name}: {error}") from None
-        total += (end - start) * source.passes
-    return total
+        found.append((source, end - start))
+    return found
+
+
+def worker_shares(path: str) -> Dict[str, int]:
+    """What :func:`check_shares` takes of a training split; empty where that can't be told without YAML.
+
+    Raises:
+        ValueError: as :func:`one_pass`.
+    """
+    config = MixtureConfig.load(path) if is_mixture(path) else None
+    if config is None or not config.weighted:
+        samples = one_pass(path)
+        return {} if samples is None else {f"--data-path {path}": samples}
+    parts = _train_samples(path, config) or ()
+    return {f"--data-path {path}: dataset {source.name}": samples for source, samples in parts}
+
+
+def check_shares(shares: Mapping[str, int], split: str, data_workers: int) -> None:
+    """Every loader worker needs samples: of each dataset where weights say how many come from it.
+
+    Args:
+        shares: samples by what to call them.
+
+    Raises:
+        ValueError: there are fewer samples than workers.
+    """
+    for where, samples in shares.items():
+        if samples < data_workers:
+            raise ValueError(
+                f"{where}: {samples} samples in the {split} split are fewer than --data-workers "
+                f"{data_workers}; use fewer workers or more data"
+            )
 
 
 def _sources(content: Value, folder: str) -> Iterator[SourceConfig]:

@@ -119,6 +119,11 @@ def _devices(config: RunConfig) -> None:
 def _adapters(config: RunConfig) -> None:
     if config.lora.adapters is None and any(entry.name == "lora" for entry in config.trained):
         raise ValueError("--train-modules lora: there are no adapters; add --lora-rank, such as 16")
+    projector = any(entry.may_train("projector") for entry in config.trained)
+    if config.checkpoint.save_trained_only and config.lora.lora_load_dir is not None and not projector:
+        raise ValueError(
+            "--save-trained-only loses the projector of --lora-load-dir; train it, or leave one out"
+        )
 
 
 def _no_adapters_on_experts(config: RunConfig, model: ModelConfig) -> None:

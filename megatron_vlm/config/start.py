@@ -133,17 +133,29 @@ def check_same_run(config: RunConfig, start: Start) -> str:
                 f"{_show(name, new)} would change the order of the data within the run; go on with "
                 f"{_show(name, old)}, with which {start.checkpoint} was trained, or {instead}"
             )
-    old, new = saved.training.precision, config.training.precision
-    if old is not None and new not in (None, old):
-        raise ValueError(
-            f"{start.checkpoint}: its optimizer state is of --{old}; go on with that, or start a new run "
-            "from its weights"
-        )
+    check_same_precision(config, saved, start.checkpoint)
     if not changed:
         return ""
     return "changed since the checkpoint: " + ", ".join(
         f"{flag_name(name)} {old} -> {new}" for name, (old, new) in changed.items()
     )
+
+
+def check_same_precision(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
+    """Check that optimizer state fits what the flags say, as far as these say it.
+
+    Args:
+        saved: config that was saved with the checkpoint.
+
+    Raises:
+        ValueError: it is of another precision.
+    """
+    old, new = saved.training.precision, config.training.precision
+    if old is not None and new not in (None, old):
+        raise ValueError(
+            f"{checkpoint}: its optimizer state is of --{old}; go on with that, or start a new run from its "
+            "weights"
+        )
 
 
 def _training_flags(config: RunConfig) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, List, Mapping, Optional, Tuple
 
-from megatron_vlm.config.dataset import REPORT, split_samples
+from megatron_vlm.config.dataset import REPORT, shard_counts, split_samples
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.config.packing import Packing
 
@@ -126,13 +126,57 @@ def _shares(path: str) -> List[Tuple[str, Optional[float], Optional[str]]]:
     return found
 
 
-def least_lengths(folder: str) -> Tuple[Optional[int], int]:
-    """Tokens of a dataset's shortest sample, None where they weren't counted, and the fewest
-    images of a sample, 0 where that isn't known."""
-    try:
-        with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
-            images = int(json.load(file)["histograms"]["images"]["min"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        images = 0
-    lengths = TokenLengths.read(folder)
-    return (None if lengths is None else lengths.shortest), images
+@dataclass(frozen=True)
+class ShortestSample:
+    """What prepare.py's report says of the shortest sample of a dataset, and how its tokens were counted.
+
+    Attributes:
+        images: the fewest of a sample.
+        tokens: the fewest of a sample; None where they weren't counted.
+        tokenizer_load_dir, template, lang: flags of prepare.py.
+        modified: when the report was written, in seconds since the epoch.
+    """
+
+    images: int
+    tokens: Optional[int]
+    tokenizer_load_dir: Optional[str]
+    template: Optional[str]
+    lang: Optional[str]
+    modified: float
+
+    @classmethod
+    def read(cls, folder: str) -> Optional[ShortestSample]:
+        """None where there is no whole report, or it isn't of the shards that are there."""
+        file_name = os.path.join(folder, REPORT)
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                report = json.load(file)
+            if int(report["kept"]) != sum(shard_counts(folder).values()):
+                return None
+            settings, histograms = report["settings"], report["histograms"]
+            return cls(
+                int(histograms["images"]["min"]) if "images" in histograms else 0,
+                int(histograms[_TOKENS]["min"]) if _TOKENS in histograms else None,
+                settings.get("tokenizer_load_dir"),
+                settings.get("template"),
+                settings.get("lang"),
+                os.stat(file_name).st_mtime,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return None
+
+    def counted_like(self, folder: Optional[str], template: Optional[str], lang: str) -> bool:
+        """Whether a run surely has as many tokens: its tokenizer folder is the one they were counted with,
+        unchanged since, and its template is named and the same.
+
+        Args:
+            folder, template, lang: flags of the run.
+        """
+        if folder is None or self.tokenizer_load_dir is None or template is None:
+            return False  # which template is the default depends on --stage
+        try:
+            same = os.path.samefile(folder, self.tokenizer_load_dir)
+            newest = max(os.stat(entry.path).st_mtime for entry in os.scandir(folder))
+        except (OSError, ValueError):
+            return False
+        return same and newest < self.modified and (template, lang) == (self.template, self.lang)

@@ -11,7 +11,7 @@ from megatron.energon.flavors.webdataset.structs import DatasetSubset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
 from megatron_vlm.config.data_order import mixture_fingerprint
-from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, Subset, is_mixture
+from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, Subset, check_shares, is_mixture
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.processing import Processing
 
@@ -166,12 +166,7 @@ class Mixture:
                 f"--data-path {self.path}: dataset {source.name}": source.num_samples
                 for source in self.sources
             }
-        for where, samples in shares.items():
-            if samples < data_workers:
-                raise ValueError(
-                    f"{where}: {samples} samples in the {self.split} split are fewer than --data-workers "
-                    f"{data_workers}; use fewer workers or more data"
-                )
+        check_shares(shares, self.split, data_workers)
 
     def source_of(self, sample: RawSample) -> int:
         """Index of the dataset that a sample of :meth:`load` is from."""

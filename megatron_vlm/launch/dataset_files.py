@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from megatron_vlm.config.data import DataSection
 from megatron_vlm.config.dataset import (
     PreparedShard,
+    index_problem,
     meta_problems,
     not_prepared,
     prepare_command,
@@ -16,8 +18,9 @@ from megatron_vlm.config.dataset import (
     split_samples,
     train_images,
 )
-from megatron_vlm.config.mixture import MixtureConfig, is_mixture
-from megatron_vlm.config.token_lengths import least_lengths
+from megatron_vlm.config.images import LOADED
+from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture
+from megatron_vlm.config.token_lengths import ShortestSample
 from megatron_vlm.config.train_modules import TrainEntry
 from megatron_vlm.config.units import count_text
 
@@ -68,27 +71,63 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
         yield f"--data-path {path}: shard {some} {state}; bring it back, or run: {prepare_command(path)}"
 
 
-def length_problems(path: str, seq_length: int, overlong: str, image_tokens: int) -> Iterator[str]:
-    """Datasets of which no sample fits, by the lengths in prepare.py's report.
+def index_doubts(path: str) -> Iterator[str]:
+    """What is wrong with energon's index of samples, with which training only looks for exchanged shards."""
+    for folder in data_folders(path):
+        problem = index_problem(folder)
+        if problem:
+            yield (
+                f"--data-path {path}: {os.path.join(folder, '.nv-meta', '')}{problem}; training goes without "
+                f"it, and can't tell whether shards are those that were prepared; run: "
+                f"{prepare_command(folder)}"
+            )
+
+
+def length_problems(
+    path: str, data: DataSection, image_tokens: int, tokenizer_load_dir: Optional[str]
+) -> Tuple[List[str], List[str]]:
+    """Datasets of which no sample fits into ``--seq-length``, by prepare.py's report.
 
     Args:
         image_tokens: of the smallest image.
+        tokenizer_load_dir: of the run.
+
+    Returns:
+        What surely is so, and what was counted with another tokenizer or template, or perhaps was.
     """
+    errors: List[str] = []
+    doubts: List[str] = []
     sources = MixtureConfig.load(path).of_split("train") if is_mixture(path) else ()
-    folders = [(f"dataset {s.name}: ", s.path, s.options.get("overlong", overlong)) for s in sources]
-    for name, folder, rule in folders or [("", path, overlong)]:
-        shortest, images = least_lengths(folder)
-        if images * image_tokens >= seq_length:
-            yield (
-                f"--data-path {path}: {name}no sample fits into --seq-length {seq_length}: each has "
-                f"{count_text(images, 'image')} or more, of {image_tokens} tokens or more; give a larger one"
+    own: List[Tuple[str, str, Mapping[str, str]]] = [
+        (f"dataset {source.name}: ", source.path, source.options) for source in sources
+    ]
+    for name, folder, options in own or [("", path, {})]:
+        least = ShortestSample.read(folder)
+        if least is None:
+            continue
+        if least.images * image_tokens >= data.seq_length:
+            errors.append(
+                f"--data-path {path}: {name}no sample fits into --seq-length {data.seq_length}: each has "
+                f"{count_text(least.images, 'image')} or more, of {count_text(image_tokens, 'token')} or "
+                "more; give a larger one"
             )
-        elif rule == "drop" and shortest is not None and shortest > seq_length:
-            yield (
-                f"--data-path {path}: {name}every sample is longer than --seq-length {seq_length}, and "
-                f"--overlong drop leaves them all out; the shortest has {shortest} tokens, as prepare.py "
-                "counted them: give as many, or --overlong truncate"
+        elif (
+            options.get("overlong", data.overlong) == "drop"
+            and least.tokens is not None
+            and least.tokens > data.seq_length
+        ):
+            problem = (
+                f"--data-path {path}: {name}every sample is longer than --seq-length {data.seq_length}, and "
+                f"--overlong drop leaves them all out; the shortest has {count_text(least.tokens, 'token')}, "
+                f"as prepare.py counted them with {least.tokenizer_load_dir}: give as many, or --overlong "
+                "truncate"
             )
+            template = options.get("template", data.template)
+            others = options.keys() - {"overlong", "template"}
+            as_there = not others and data.image_rule() == LOADED
+            sure = as_there and least.counted_like(tokenizer_load_dir, template, data.lang)
+            (errors if sure else doubts).append(problem)
+    return errors, doubts
 
 
 def held_out_problems(path: str) -> Iterator[str]:

@@ -14,6 +14,11 @@ PORT_RANGE = range(9800, 10000)  # searched when the wanted port is busy
 _INTERFACE_PREFIXES = ("ib", "hsn", "en", "eth")  # InfiniBand, Slingshot, Ethernet: fastest first
 
 
+def installed(package: str) -> bool:
+    """Whether this Python has a package; it isn't imported."""
+    return importlib.util.find_spec(package) is not None
+
+
 def visible_gpus(environ: Mapping[str, str]) -> List[str]:
     """Ids of the GPUs that may be used: those of CUDA_VISIBLE_DEVICES, else those that nvidia-smi lists."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")

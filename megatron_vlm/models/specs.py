@@ -7,7 +7,6 @@ Both save under Transformer Engine's names, so a checkpoint of one loads with th
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -58,20 +57,6 @@ def choose_transformer_impl(
             "--transformer-impl transformer_engine: Transformer Engine is not installed here; use local"
         )
     return wanted or ("transformer_engine" if installed and device == "cuda" else "local")
-
-
-def check_environment() -> None:
-    """Transformer Engine's switches for its attention kernels have to be on, as they are by default.
-
-    megatron-core asserts it of every model, of local layers too.
-
-    Raises:
-        ValueError: one is set to something else.
-    """
-    for kernels in ("FLASH", "FUSED", "UNFUSED"):
-        name = f"NVTE_{kernels}_ATTN"
-        if os.environ.get(name, "1") != "1":
-            raise ValueError(f"{name}={os.environ[name]} in the environment: megatron-core wants 1; unset it")
 
 
 def layer_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_vlm.config.engine import check_kernel_switches
 from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
@@ -18,7 +20,7 @@ from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
-from megatron_vlm.models.specs import check_environment, choose_transformer_impl
+from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.tiles import FeatureIndex
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
 from megatron_vlm.models.vision import VisionTower
@@ -225,7 +227,7 @@ def build_model(
     Raises:
         ValueError: ``impl`` is not to be had here, or FP8 is wanted and it is not Transformer Engine's.
     """
-    check_environment()
+    check_kernel_switches(os.environ)
     wanted = impl or ("transformer_engine" if fp8 is not None else None)
     impl = choose_transformer_impl(layout.device.type, wanted, dtype)
     configs = transformer_configs(

@@ -32,6 +32,7 @@ from megatron_vlm.config.checkpoint import (
     FILES,
     HF_FOLDER,
     RUN_CONFIG,
+    RUN_STATE,
     checkpoint_layers,
     checkpoint_name,
     finish_folder,
@@ -54,7 +55,6 @@ from megatron_vlm.models.weights import describe, load_sharded, named_parameters
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
-RUN_STATE = "run_state.json"
 RNG_FOLDER = "rng"
 _WAY_ON = "move the checkpoint's folder away, and the run goes on from the one before it"
 _DATA_KINDS = {

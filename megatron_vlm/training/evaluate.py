@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_vlm.config.data_order import mixture_change
+from megatron_vlm.config.data_order import check_held_out
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch, fill_up
@@ -25,8 +25,6 @@ from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.sources import SourceTotals
 from megatron_vlm.training.step import NonFiniteError, sum_losses
-
-_OTHER_SHARDS = "other shards, or prepared again"
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,8 @@ class Evaluator:
         self.interval = training.eval_interval
         dataset = on_first_rank(lambda: _held_out(str(config.data.data_path)))
         self.identity: dict[str, Any] = {"data": dataset.fingerprint, "mixture": dataset.description}
-        """Losses of other samples say nothing of a run's progress."""
-        if before is not None and before != self.identity:
-            changed = mixture_change(before["mixture"], self.identity["mixture"])
-            raise ValueError(
-                f"the held-out samples changed since the checkpoint ({changed or _OTHER_SHARDS}), so that "
-                "losses on them can't be compared; go on with the old ones, or start a new run from the "
-                "checkpoint's weights"
-            )
+        if before is not None:
+            check_held_out(before, self.identity)
         self.layout = layout
         self.micro_batch_size = training.micro_batch_size
         self.processing = processing

@@ -31,7 +31,6 @@ from megatron_vlm.config.start import (
     saved_config,
     with_adapters,
 )
-from megatron_vlm.config.train_modules import PROJECTOR
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview import describe
@@ -240,10 +239,6 @@ class Trainer:
         trained, config = self.regime.trained, self.config
         if not config.checkpoint.save_trained_only or len(trained) == len(self.regime.shapes):
             return None
-        if config.lora.lora_load_dir is not None and not any(name.startswith(PROJECTOR) for name in trained):
-            raise ValueError(
-                "--save-trained-only loses the projector of --lora-load-dir; train it, or leave one out"
-            )
 
         def find() -> dict[str, str]:
             base = checkpoint.find_base(start.checkpoint, trained, config.model.base)

@@ -17,9 +17,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf import cli
-from megatron_vlm.launch import preflight, process
+from megatron_vlm.launch import process
 from megatron_vlm.launch.container import reenter
 from megatron_vlm.launch.plan import plan_ranks
+from megatron_vlm.launch.preflight.software import check_interpreter
 
 
 def main(argv: List[str]) -> int:
@@ -30,7 +31,7 @@ def main(argv: List[str]) -> int:
     config.check_files()
     if config.machine.sif_path:
         return reenter([__file__, *argv], config.machine.sif_path, config.machine.bind, config.paths)
-    preflight.check_interpreter()
+    check_interpreter()
     if config.machine.tp * config.machine.pp > 1:
         ranks = plan_ranks(config, "megatron_vlm.inference", argv, os.environ)
         return process.run(ranks.command, os.devnull).code

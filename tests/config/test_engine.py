@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 
-from megatron_vlm.config.engine import engine_problem
+from megatron_vlm.config.engine import check_kernel_switches, engine_problem
 
 
 def problem(**packages: str) -> str | None:
@@ -45,3 +45,9 @@ def test_parts_of_one_release() -> None:
         "transformer_engine is 2.11.0 and transformer_engine_cu13 is 2.10.0; they have to be of one release"
     )
     assert problem() is None
+
+
+def test_switches_of_attention_kernels_stay_as_megatron_core_wants_them() -> None:
+    check_kernel_switches({"NVTE_FLASH_ATTN": "1"})
+    with pytest.raises(ValueError, match=r"NVTE_FUSED_ATTN=0 in the environment: .*; unset it"):
+        check_kernel_switches({"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0"})

@@ -223,3 +223,9 @@ def test_all_broken_rules_are_told_and_validate_raises_the_first() -> None:
     with pytest.raises(ValueError) as error:
         config.validate(world_size=2)
     assert str(error.value) == problems[0]
+
+
+def test_a_projector_of_adapters_is_not_left_out_of_checkpoints() -> None:
+    argv = [*BASE, "--lora-rank", "4", "--lora-load-dir", "adapter", "--save-trained-only"]
+    RunConfig.from_flags(argv).validate(1)
+    assert "loses the projector of --lora-load-dir" in error_of([*argv, "--train-modules", "lora"], 1)

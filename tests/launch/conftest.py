@@ -56,6 +56,7 @@ def write_dataset(folder: Path, samples: int = 9) -> None:
     (folder / ".nv-meta").mkdir(parents=True)
     (folder / "0.tar").touch()
     (folder / "0.tar.idx").write_bytes(bytes(8))
+    (folder / ".nv-meta" / "index.sqlite").write_bytes(b"SQLite format 3\0")
     write_json(folder / ".nv-meta" / ".info.json", {"shard_counts": {"0.tar": samples}})
     split = "split_parts:\n  train:\n  - 0.tar\n  val: []\n  test: []\nexclude: []\n"
     (folder / ".nv-meta" / "split.yaml").write_text(split)

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.checkpoint import read_manifest, write_manifest, write_tracker
-from megatron_vlm.config.data_order import data_identity
+from megatron_vlm.config.data_order import data_identity, held_out_identity
 from megatron_vlm.config.memory import GIB
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight, report, storage
 from megatron_vlm.launch.dataset_files import held_out_problems
 from megatron_vlm.launch.plan import LaunchPlan, make_plan, plan_job
+from megatron_vlm.launch.preflight import software
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
@@ -59,11 +60,11 @@ def warning(*argv: str) -> str:
 
 def test_a_sound_run(workplace) -> None:
     found = inspect()
-    assert found.say()[:-1] == []
-    assert found.say()[-1] == (
-        "ok: interpreter, GPUs, image, dataset, checkpoint, flags and layout, tokenizer, image processor, "
-        "image tokens, memory, cores, save folder, disk, container paths, nodes"
+    assert " ".join(line.strip() for line in found.say()) == (
+        "ok: interpreter, image, dataset, checkpoint, flags and layout, loader workers, tokenizer, image "
+        "processor, image tokens, lengths, memory, cores, save folder, disk, container paths, nodes"
     )
+    assert max(map(len, found.say())) <= 100
     assert found.train_samples == 9 and found.facts.start == "from the weights of ckpt"
     assert not (workplace / "runs").exists()
 
@@ -437,15 +438,15 @@ def test_a_host_that_nobody_knows() -> None:
 
 
 def test_transformer_engine_has_to_be_installed(monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "_installed", lambda package: package != "transformer_engine")
+    monkeypatch.setattr(machine, "installed", lambda package: package != "transformer_engine")
     with pytest.raises(ValueError, match="does not have it; use local, or give --sif-path"):
-        preflight.check_interpreter(transformer_impl="transformer_engine")
-    preflight.check_interpreter("image.sif", "transformer_engine")
-    preflight.check_interpreter()
+        software.check_interpreter(transformer_impl="transformer_engine")
+    software.check_interpreter("image.sif", "transformer_engine")
+    software.check_interpreter()
 
 
 def test_transformer_engine_has_to_fit(monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "engine_problem", lambda: "Transformer Engine is 2.5.0")
+    monkeypatch.setattr(software, "engine_problem", lambda: "Transformer Engine is 2.5.0")
 
     def look(*argv: str) -> preflight.Inspection:
         config = RunConfig.from_flags([*BASE, "--submit", "-g", "1", *argv])
@@ -460,16 +461,16 @@ def test_transformer_engine_has_to_fit(monkeypatch) -> None:
 
 
 def test_fp8_asks_for_transformer_engine(monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "_installed", lambda package: package != "transformer_engine")
+    monkeypatch.setattr(machine, "installed", lambda package: package != "transformer_engine")
     with pytest.raises(ValueError, match=r"^--fp8: .* has no Transformer Engine; use --bf16, or give --sif"):
-        preflight.check_interpreter(fp8=True)
-    preflight.check_interpreter("image.sif", fp8=True)
+        software.check_interpreter(fp8=True)
+    software.check_interpreter("image.sif", fp8=True)
 
 
 def test_fp8_asks_for_a_gpu_that_has_it(nvidia_smi, monkeypatch) -> None:
     nvidia_smi.write_text('#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] && echo 9.0 && echo 8.0\n')
     assert machine.compute_capability() == (8, 0)
-    monkeypatch.setattr(preflight, "_installed", lambda package: True)
+    monkeypatch.setattr(machine, "installed", lambda package: True)
     words = "a GPU here has compute capability 8.0; use --bf16"
     gpu = {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -497,7 +498,7 @@ def test_fp8_asks_for_a_gpu_that_has_it(nvidia_smi, monkeypatch) -> None:
 
 
 def test_torch_has_to_be_installed(monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "_installed", lambda package: False)
+    monkeypatch.setattr(machine, "installed", lambda package: False)
     assert "has no torch; run `make setup`" in problem()
     config = RunConfig.from_flags([*BASE, "--submit", "-g", "1", "--setup", "module load pytorch"])
     found = preflight.inspect(plan_job(config, {}))
@@ -562,19 +563,111 @@ def test_a_run_that_goes_on_with_other_data(workplace) -> None:
     assert "the training data changed since the checkpoint" in problem(*argv)
 
 
+def test_held_out_samples_of_a_run_that_goes_on(workplace) -> None:
+    folder = workplace / "runs/run/checkpoints/iter_0000010"
+    write_checkpoint(folder, iteration=10, has_optimizer=True)
+    write_tracker(folder.parent, 10)
+    (workplace / "data/.nv-meta/split.yaml").write_text(
+        "split_parts:\n  train:\n  - 0.tar\n  val:\n  - 0.tar\nexclude: []\n"
+    )
+    argv = ["--eval-interval", "5", "--train-iters", "20"]
+    RunConfig.from_flags([*BASE, *argv]).save(str(folder / "run_config.json"))
+    write_json(folder / "run_state.json", {"held_out": held_out_identity("data")})
+    assert inspect(*argv).errors == []
+    (workplace / "data/.nv-meta/index.uuid").write_text("another")
+    assert "the held-out samples changed since the checkpoint (other shards" in problem(*argv)
+    write_json(folder / "run_state.json", {"held_out": None})
+    assert inspect(*argv).errors == []
+
+
+def test_optimizer_state_of_another_precision(workplace) -> None:
+    write_checkpoint(workplace / "other", has_optimizer=True)
+    RunConfig.from_flags([*BASE, "--bf16"]).save(str(workplace / "other/run_config.json"))
+    argv = ["--megatron-load-dir", "other", "--load-optim"]
+    assert "its optimizer state is of --bf16; go on with that" in problem(*argv, "--fp32")
+    assert inspect(*argv, "--bf16").problems == inspect(*argv[:2], "--fp32").problems == []
+
+
+def test_fewer_samples_than_loader_workers(workplace) -> None:
+    argv = ["--global-batch-size", "16", "--data-workers"]
+    assert inspect(*argv, "8").problems == []
+    assert "9 samples in the train split are fewer than --data-workers 16" in problem(*argv, "16")
+    mixture = workplace / "mix.yaml"
+    mixture.write_text("datasets:\n  a: {path: data, weight: 1, subset: [0, 3]}\n")
+    assert "dataset a: 3 samples in the train split are fewer" in problem(
+        *argv, "4", "--data-path", "mix.yaml"
+    )
+
+
+def test_switches_that_megatron_core_wants_on(monkeypatch) -> None:
+    assert "NVTE_FLASH_ATTN=0 in the environment" in problem("--environment", "NVTE_FLASH_ATTN=0")
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    assert "NVTE_FUSED_ATTN=0 in the environment: megatron-core wants 1; unset it" in problem()
+    assert inspect("--environment", "NVTE_FUSED_ATTN=1").problems == []
+
+
+@pytest.mark.parametrize("content", [None, bytes(4096), b""])
+def test_an_index_that_is_gone_or_damaged(workplace, content: bytes | None) -> None:
+    """Training does without it, so that the run isn't refused."""
+    index = workplace / "data/.nv-meta/index.sqlite"
+    index.write_bytes(content) if content is not None else index.unlink()
+    assert "index.sqlite is " in warning() and "training goes without it" in warning()
+
+
+def test_gpus_are_looked_at_where_there_are_some() -> None:
+    assert "GPU" not in " ".join(inspect("--device", "cpu").say())
+
+
 def test_sequences_too_short_for_every_sample(workplace) -> None:
-    def report(tokens: int, images: int) -> None:
+    def report(tokens: int, images: int, **settings: object) -> None:
         histograms = {"images": {"min": images, "max": 9}, "image tokens": {"min": images * 576}}
         histograms["tokens"] = {"min": tokens, "max": tokens, "total": tokens, "bins": {"4096": 1}}
-        settings = {"tokenizer_load_dir": "hf", "template": None}
-        write_json(workplace / "data/report.json", {"histograms": histograms, "settings": settings})
+        settings = {
+            "tokenizer_load_dir": str(workplace / "ckpt/hf"),
+            "template": "v1",
+            "lang": "jp",
+            **settings,
+        }
+        write_json(
+            workplace / "data/report.json", {"kept": kept, "histograms": histograms, "settings": settings}
+        )
 
+    kept = 9
+    drop = [
+        "--seq-length",
+        "2999",
+        "--overlong",
+        "drop",
+        "--template",
+        "v1",
+        "--tokenizer-load-dir",
+        "ckpt/hf",
+    ]
+    words = "every sample is longer than --seq-length 2999, and --overlong drop leaves them all out"
     report(tokens=3000, images=1)
     assert inspect("--seq-length", "1024").problems == []
-    told = problem("--seq-length", "2999", "--overlong", "drop")
-    assert "every sample is longer than --seq-length 2999, and --overlong drop leaves them all out" in told
-    assert "the shortest has 3000 tokens" in told
-    assert inspect("--seq-length", "3000", "--overlong", "drop").problems == []
+    told = problem(*drop)
+    assert words in told and "the shortest has 3,000 tokens" in told
+    assert inspect(*drop, "--seq-length", "3000").problems == []
+    # Where others may have counted, a run is not refused.
+    for settings, more in [
+        ({"template": None}, []),
+        ({"tokenizer_load_dir": "another"}, []),
+        ({"lang": "en"}, []),
+        ({}, ["--template", "plain"]),
+        ({}, ["--image-orientation", "stored"]),
+    ]:
+        report(tokens=3000, images=1, **settings)
+        found = inspect(*drop, *more)
+        assert found.problems == [] and any(words in line for line in found.warnings)
+    report(tokens=3000, images=1)
+    (workplace / "ckpt/hf/tokenizer.json").touch()
+    later = os.stat(workplace / "data/report.json").st_mtime + 5
+    os.utime(workplace / "ckpt/hf/tokenizer.json", (later, later))
+    assert inspect(*drop).problems == []
     report(tokens=3000, images=2)
     assert "no sample fits into --seq-length 1152: each has 2 images" in problem("--seq-length", "1152")
     assert inspect("--seq-length", "1153").problems == []
+    kept = 8  # shards came to it since
+    report(tokens=3000, images=2)
+    assert inspect("--seq-length", "1152").problems == []

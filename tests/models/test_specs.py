@@ -10,7 +10,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron_vlm.models import specs
 from megatron_vlm.models.experts import MixtureOfExperts
 from megatron_vlm.models.specs import (
-    check_environment,
     choose_transformer_impl,
     layer_spec,
     standalone_norm,
@@ -41,17 +40,6 @@ def test_a_tower_has_no_mask(impl: str) -> None:
     }
     assert masks[False]["attn_mask_type"] is AttnMaskType.no_mask
     assert masks[True]["attn_mask_type"] is AttnMaskType.causal
-
-
-def test_switches_of_attention_kernels_stay_as_megatron_core_wants_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
-    monkeypatch.delenv("NVTE_FUSED_ATTN", raising=False)
-    check_environment()
-    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    with pytest.raises(ValueError, match="NVTE_FUSED_ATTN=0 in the environment"):
-        check_environment()
 
 
 def test_transformer_engine_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from megatron_vlm.config.checkpoint import resolve_checkpoint
+from megatron_vlm.config.data_order import held_out_identity
 from megatron_vlm.config.dataset import split_parts
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
@@ -257,6 +258,8 @@ def test_other_held_out_samples(pool: Pool, trainables: dict[str, Trainable], tm
     flags = [*SAVE, "--eval-interval", "1", "--eval-iters", "1", "--data-path", str(tmp_path / "mix.yaml")]
     pool.run(1, train, one.flags(tmp_path, "run", *flags, "--train-iters", "2"))
     flags = one.flags(tmp_path, "run", *flags, "--train-iters", "4")
+    saved = json.loads((tmp_path / "run/checkpoints/iter_0000002/run_state.json").read_text())
+    assert saved["held_out"] == held_out_identity(str(tmp_path / "mix.yaml"))  # as the launcher knows it
     write(", val: false")
     message = failure(pool, 2, flags)
     assert message.startswith(
