@@ -218,3 +218,14 @@ def test_what_prepare_encodes_keeps_its_orientation(target: str) -> None:
 def test_prepare_keeps_the_alpha_of_grey() -> None:
     data = Encoding(format="webp", quality=100)(encoded(transparent("LA"), "PNG")).data
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).getchannel("A")), np.asarray(ALPHA))
+
+
+@pytest.mark.parametrize("target", ["png", "webp"])
+def test_what_prepare_encodes_keeps_colours_behind_alpha(target: str) -> None:
+    """A run sees them, as transformers does."""
+    data = encoded(transparent("RGBA"), "PNG")
+    for max_side, expected in ((None, RGB), (30, RGB.resize((30, 17), Image.Resampling.LANCZOS))):
+        made = Encoding(max_side=max_side, format=target, quality=100)(data).data
+        seen = np.asarray(decoding.rgb(Image.open(io.BytesIO(made)), LOADED)).astype(int)
+        assert np.abs(seen - np.asarray(expected)).mean() < 8
+        assert Image.open(io.BytesIO(made)).mode == "RGBA"

@@ -83,10 +83,12 @@ class Encoding:
         pixels = _pixels(image, with_alpha=target != "jpg")
         if too_long:
             assert self.max_side is not None
-            size = [max(1, round(side * self.max_side / longest)) for side in image.size]
-            pixels = pixels.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+            width, height = (max(1, round(side * self.max_side / longest)) for side in image.size)
+            pixels = _resized(pixels, (width, height))
         buffer = io.BytesIO()
         options: dict[str, Any] = {} if target == "png" else {"quality": self.quality}
+        if target == "webp":
+            options["exact"] = True  # keeps colours that are transparent
         orientation = decoding.orientation(image)
         if orientation != 1:
             exif = Image.Exif()
@@ -94,6 +96,14 @@ class Encoding:
             options["exif"] = exif
         pixels.save(buffer, ENCODINGS[target], **options)
         return Picture(buffer.getvalue(), target, *pixels.size)
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image, its colours whatever its alpha: PIL's own way makes black of what is transparent, and
+    the loader may be told to drop alpha."""
+    if image.mode != "RGBA":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    return Image.merge("RGBA", [band.resize(size, Image.Resampling.LANCZOS) for band in image.split()])
 
 
 def _pixels(image: Image.Image, with_alpha: bool) -> Image.Image:
