@@ -29,7 +29,7 @@ class Packing:
 
     def buffer_within(self, share: int) -> int:
         """Size of the buffer of a loader worker that has ``share`` samples."""
-        return min(self.buffer_size, share)
+        return max(1, min(self.buffer_size, share))
 
     def select(self, lengths: Sequence[int], has_image: Sequence[bool], round_number: int) -> List[List[int]]:
         """Share a buffer of samples out.

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional
 from megatron_vlm.config import fp8
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import flag_name
+from megatron_vlm.config.mixture import one_pass
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.token_lengths import estimate_run
 
 if TYPE_CHECKING:
     from megatron_vlm.config.run import RunConfig
@@ -24,7 +26,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
     rules: List[Callable[[], object]] = [
         lambda: _text(config),
         lambda: _data(config),
-        lambda: _packing(config),
+        lambda: _packing(config, world_size),
         lambda: _weights(config),
         lambda: config.checkpoint.run_dir,
         lambda: _schedule(config),
@@ -72,14 +74,28 @@ def _data(config: RunConfig) -> None:
         raise ValueError("--data-path is missing: a folder on which `energon prepare` was run")
 
 
-def _packing(config: RunConfig) -> None:
+def _packing(config: RunConfig, world_size: int) -> None:
     if config.data.packing and config.training.train_iters is None:
         given = "" if config.training.epochs is None else " in place of --epochs"
         raise ValueError(
             f"--packing needs --train-iters{given}: how many sequences the samples make is only known once "
-            "they are packed; a pass over them takes about samples x mean length / --seq-length / "
-            "--global-batch-size"
+            f"they are packed; {_packed_length(config, world_size)}"
         )
+
+
+def _packed_length(config: RunConfig, world_size: int) -> str:
+    """What ``--train-iters`` would be for the passes that the flags ask for, as far as that can be told."""
+    try:
+        samples = one_pass(str(config.data.data_path))
+        packed = estimate_run(config, world_size, samples) if samples else None
+    except (ValueError, OSError):  # another rule says so
+        samples = packed = None
+    if samples is None or packed is None:
+        return "a pass over them takes about samples x mean length / --seq-length / --global-batch-size"
+    epochs, batch = config.training.epochs or 1, config.training.global_batch_size
+    passes = "one pass takes" if epochs == 1 else f"{epochs:g} passes take"
+    iterations = packed.iterations(samples * epochs, batch)
+    return f"by the lengths that prepare.py counted, {passes} about --train-iters {iterations}"
 
 
 def _weights(config: RunConfig) -> None:

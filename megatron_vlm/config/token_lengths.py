@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
-from dataclasses import dataclass
-from typing import Any, List, Mapping, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Tuple
 
 from megatron_vlm.config.dataset import REPORT, shard_counts, split_samples
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.config.packing import Packing
+
+if TYPE_CHECKING:
+    from megatron_vlm.config.run import RunConfig
 
 _TOKENS = "tokens"  # the histogram of a report
 _DRAWN = 4000  # samples, at least: enough that the estimate changes by less than 1 % with the seed
@@ -73,6 +76,28 @@ class PackingEstimate:
 
     samples_per_sequence: float
     counted_with: Tuple[str, ...]
+
+    def iterations(self, samples: float, batch: int) -> int:
+        """Iterations, of ``batch`` sequences each, that ``samples`` samples take."""
+        return max(1, round(samples / self.samples_per_sequence / batch))
+
+
+def estimate_run(config: RunConfig, world_size: int, samples: int) -> Optional[PackingEstimate]:
+    """Pack samples as each loader worker of a run does.
+
+    Args:
+        samples: of one pass over the training split.
+
+    Returns:
+        As :func:`estimate_packing`.
+
+    Raises:
+        ValueError: as :meth:`RunConfig.data_workers` and :meth:`MixtureConfig.load`.
+    """
+    share = samples // config.data_workers(world_size)
+    packing = Packing(config.data.packing_buffer_size, config.data.seq_length)
+    packing = replace(packing, buffer_size=packing.buffer_within(share))
+    return estimate_packing(str(config.data.data_path), packing, config.data.overlong)
 
 
 def estimate_packing(path: str, packing: Packing, overlong: str) -> Optional[PackingEstimate]:

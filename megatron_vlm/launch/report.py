@@ -179,7 +179,7 @@ def _packed_length(sequences: int, batch: int, facts: Facts) -> List[str]:
     text = f"about {count_text(round(sequences * each), 'sample')}, {each:.2g} in a sequence"
     if facts.train_samples:
         passes = sequences * each / facts.train_samples
-        one = max(1, round(facts.train_samples / each / batch))
+        one = facts.packing.iterations(facts.train_samples, batch)
         text += f", {passes:,.2f} epochs of {facts.train_samples:,}; one takes {count_text(one, 'iteration')}"
     folders = " and ".join(facts.packing.counted_with)
     return [_INDENT + text, f"{_INDENT}estimated from the lengths in {REPORT}, counted with {folders}"]

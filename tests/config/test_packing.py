@@ -56,3 +56,8 @@ def test_buffers_are_within_a_workers_share() -> None:
     assert Packing(50, 100).buffer_within(80) == 50
     assert LengthGroups(500, size=4, in_a_row=3).buffer_within(80) == 72
     assert LengthGroups(500, size=4, in_a_row=3).buffer_within(5) == 12
+
+
+def test_a_worker_without_samples_has_a_buffer_all_the_same() -> None:
+    """Else what fills one up again and again, as the estimate of the plan does, never ends."""
+    assert [Packing(4, 8).buffer_within(share) for share in (0, 1, 9)] == [1, 1, 4]

@@ -671,3 +671,23 @@ def test_sequences_too_short_for_every_sample(workplace) -> None:
     kept = 8  # shards came to it since
     report(tokens=3000, images=2)
     assert inspect("--seq-length", "1152").problems == []
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (["--epochs", "3"], "in place of --epochs: .* packed; by the .* 3 passes take about --train-iters 9"),
+        ([], "--train-iters: .* packed; by the lengths that .* one pass takes about --train-iters 3"),
+    ],
+)
+def test_a_packed_length_is_estimated(workplace, length: list[str], words: str) -> None:
+    """Nine samples of 600 tokens, of which no two fit into 1,000; and nobody has counted them."""
+    argv = [*BASE[:-2], "--packing", "--seq-length", "1000", "--global-batch-size", "3", *length]
+    plan = make_plan(RunConfig.from_flags(argv), {"CUDA_VISIBLE_DEVICES": ""}, [])
+    (told,) = preflight.inspect(plan).problems
+    assert told.endswith("about samples x mean length / --seq-length / --global-batch-size")
+    tokens = {"min": 600, "max": 600, "total": 5400, "bins": {"1024": 9}}
+    found = {"histograms": {"tokens": tokens}, "settings": {"tokenizer_load_dir": "hf"}}
+    write_json(workplace / "data/report.json", found)
+    (told,) = preflight.inspect(plan).problems
+    assert re.search(words + "$", told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import textwrap
 from dataclasses import dataclass, field
@@ -12,9 +11,8 @@ from typing import List, Optional, Sequence
 from megatron_vlm.config.checkpoint import HF_FOLDER
 from megatron_vlm.config.memory import StageMemory
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing import Packing
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.token_lengths import PackingEstimate, estimate_packing
+from megatron_vlm.config.token_lengths import PackingEstimate, estimate_run
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
 
@@ -90,13 +88,9 @@ class Inspection:
     @property
     def _packing(self) -> Optional[PackingEstimate]:
         """How many samples share a sequence, as each loader worker packs them."""
-        config, path = self.config, self.config.data.data_path
-        if not config.data.packing or path is None or self.contradictions or self.train_samples is None:
+        if not self.config.data.packing or self.contradictions or self.train_samples is None:
             return None
-        workers = config.data_workers(self.plan.world_size)
-        packing = Packing(config.data.packing_buffer_size, config.data.seq_length)
-        share = packing.buffer_within(self.train_samples // workers)
-        return estimate_packing(path, dataclasses.replace(packing, buffer_size=share), config.data.overlong)
+        return estimate_run(self.config, self.plan.world_size, self.train_samples)
 
     @property
     def hf_folders(self) -> List[str]:
