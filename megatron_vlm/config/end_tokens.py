@@ -47,11 +47,11 @@ def end_tokens(folder: Path, default: Optional[int] = None) -> List[int]:
             raise ValueError(f"{file}: cannot be read ({error})") from None
         if ids is not None:
             found = ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(number, int) for number in found):
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in found):
                 raise ValueError(
                     f"{file}: its eos_token_id is {ids!r}; it has to be a token's number, or a list of them"
                 )
-            return list(found)
+            return [number for number in found if number >= 0]  # -1 says that there is none
     return [] if default is None else [default]
 
 

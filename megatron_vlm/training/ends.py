@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_vlm.config.end_tokens import end_tokens, with_end_token
+from megatron_vlm.config.end_tokens import end_tokens
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.data.processing import Processing
 
@@ -26,14 +26,13 @@ def describe_ends(data_path: str, processing: Processing, hf_folder: Path) -> st
     """
     template = processing.template
     line = template.check_end()
-    named = end_tokens(hf_folder)
-    others = [
-        token for token in with_end_token(named, template.end_token_id) if token != template.end_token_id
-    ]
-    if others and template.end_token_id is not None:
-        listed = ", ".join(
-            f"{processing.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in others
-        )
+    named = {token: processing.tokenizer.convert_ids_to_tokens(token) for token in end_tokens(hf_folder)}
+    listed = ", ".join(
+        f"{text!r} ({token})"
+        for token, text in named.items()
+        if token != template.end_token_id and text is not None  # a number that no token has never comes
+    )
+    if listed and template.end_token_id is not None:
         line += f"; an exported model stops at {listed} too, as its files say"
     lines = [line]
     sources = MixtureConfig.load(data_path).of_split("train") if is_mixture(data_path) else ()

@@ -36,9 +36,16 @@ def test_an_exported_model_stops_at_what_its_folder_names_and_at_what_was_traine
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", json.dumps({"eos_token_id": "</s>"}), '{"eos_token_id": [1, "b"]}']
+    "text",
+    ["{", "[]", json.dumps({"eos_token_id": "</s>"}), '{"eos_token_id": [1, "b"]}', '{"eos_token_id": true}'],
 )
 def test_a_folder_that_does_not_tell(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/generation_config.json: [^\n]*$"):
         end_tokens(tmp_path)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(-1, []), ([2, -1], [2]), ([], []), (7, [7])])
+def test_minus_one_is_no_token(tmp_path: Path, given: object, expected: list[int]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    assert end_tokens(tmp_path, default=5) == expected

@@ -19,7 +19,7 @@ def test_every_template_of_a_mixture_and_what_the_folder_adds(
 ) -> None:
     one = trainables["untied"]
     hf = shutil.copytree(one.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
-    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, -1, 99999]}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
     tokenizer.add_eos_token = True
     tokenizer.save_pretrained(hf)
