@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import typing
@@ -222,12 +223,11 @@ class FlagParser(argparse.ArgumentParser):
             typed, tie, value = word.partition("=")
             if not _FLAG.fullmatch(typed):
                 continue
-            given: Optional[str] = value
-            if not tie:
-                given = argv[i + 1] if i + 1 < len(argv) and _VALUE.match(argv[i + 1]) else None
+            values = [value] if tie else list(itertools.takewhile(_VALUE.match, argv[i + 1 :]))
+            given = values[0] if values else None
             action = self._option_string_actions.get(self._spelled(typed))
             if action is None:
-                said += filter(None, [self._of_others(typed, given)])
+                said += filter(None, [self._of_others(typed, values or None)])
             elif given is not None and action.nargs == 0 and action.dest in self._fields:
                 other = None if given.lower() in _BOOLEANS else self._of_others(typed, given)
                 said.append(other or self._without_value(typed, action, given))

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from megatron_vlm.config.other_argument import Argument, filled
-from megatron_vlm.config.other_arguments_of_models import OF_MODELS
-from megatron_vlm.config.other_arguments_of_runs import OF_RUNS
+from megatron_vlm.config.other_trainers_argument import Argument, filled
+from megatron_vlm.config.other_trainers_models import OF_MODELS
+from megatron_vlm.config.other_trainers_runs import OF_RUNS
 
 PAGE = "docs/from-other-trainers.md"
 ARGUMENTS: Dict[str, Tuple[Argument, ...]] = {**OF_RUNS, **OF_MODELS}

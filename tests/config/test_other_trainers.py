@@ -144,6 +144,15 @@ def test_own_flags_may_have_underscores(tmp_path: Path) -> None:
         (["--mm_projector_lr", "2e-5"], "here it is --train-modules 'projector:2e-5|language'"),
         (["--version", "v1"], "--version v1: here it is --template v1"),
         (["--report_to", "wandb"], "--report_to wandb: here it is --wandb"),
+        (["--lr-warmup-samples", "2560"], "here it is --lr-warmup-iters, this over --global-batch-size"),
+        (["--lr-decay-samples", "2560"], "here it is --lr-decay-iters, this over --global-batch-size"),
+        (["--max_train_samples", "100"], "a .yaml file with subset: [0, 100]"),
+        (["--early_stop_interval", "3"], "here it is --early-stopping-patience 3"),
+        (["--mm_projector_lr", "2e-5", "--lora-rank", "8"], "with --lora-rank 'projector:2e-5|lora'"),
+        (["--train_on_prompt", "True"], "--train_on_prompt: not offered, because the answers alone are"),
+        (["--assistant_only_loss", "False"], "--assistant_only_loss False: not offered, because the answers"),
+        (["--lora_target", "all"], "--lora_target all: that is the default here"),
+        (["--report_to", "wandb", "tensorboard"], "--report_to: here it is --wandb or --tensorboard"),
         (["--evaluation_strategy", "no"], "--evaluation_strategy no: that is the default here; leave it out"),
         (["--save", "runs/x"], "--save: here it is --save-dir runs --name x"),
         (["--stage", "sft"], "--stage sft: here it is --stage 2"),
@@ -168,6 +177,10 @@ def test_own_flags_may_have_underscores(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_said(argv: list[str], message: str) -> None:
     assert message in refusal(argv)
+
+
+def test_one_of_several_values_is_not_said_alone() -> None:
+    assert refusal(["--target_modules", "q_proj", "v_proj"]).endswith("--lora-targets")
 
 
 def test_keys_of_a_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Tuple
 
-from megatron_vlm.config.other_argument import (
+from megatron_vlm.config.other_trainers_argument import (
     BUILD,
     DEFAULT,
     PREPARE,
@@ -20,7 +20,6 @@ _AUDIO = not_offered("no model here has audio")
 _ARCHITECTURE = always("the architecture is that of the model, from its config.json")
 _ALIGN = "the loss is that of the answers' tokens; of preferences and rewards there is none"
 _CACHE = always("a run reads nothing from the hub; HF_HOME sets the cache of " + BUILD)
-_TUNED = "--train-modules 'projector:{value}|language'"
 _DATA = here("--data-path", f"the folder that {PREPARE} --input {{value}} makes")
 
 OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
@@ -52,7 +51,8 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
         Argument(
             "processor_config processor_type processor_modality tokenizer_type use_fast use_fast_tokenizer "
             "trust_remote_code padding_side resize_vocab model_revision revision token hf_hub_token use_hf "
-            "use_auth_token",
+            "use_auth_token "
+            "image_processor_type",
             always("tokenizer and image processor are those of --tokenizer-load-dir, or of the checkpoint"),
         ),
         Argument(
@@ -68,7 +68,7 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             here(f"{BUILD} --projector {{value}}", "or --megatron-load-dir with a run of --stage 1"),
         ),
         Argument(
-            "mm_vision_select_layer mm_vision_select_feature select_layer",
+            "mm_vision_select_layer mm_vision_select_feature select_layer vision_select_layer",
             always(
                 "the model's config.json says it, in vision_feature_layer and vision_feature_select_strategy"
             ),
@@ -97,7 +97,7 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             },
         ),
         Argument(
-            "tune_llm tune_mm_llm train_llm",
+            "tune_llm tune_mm_llm train_llm unfreeze_language_model",
             here("--no-freeze-lm", "the default outside of --stage 1"),
             {
                 "true": here("--no-freeze-lm", "the default outside of --stage 1"),
@@ -105,7 +105,7 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             },
         ),
         Argument(
-            "freeze_mm_mlp_adapter freeze_aligner freeze_multi_modal_projector freeze_projector",
+            "freeze_mm_mlp_adapter freeze_aligner freeze_multi_modal_projector freeze_projector freeze_mlp",
             here("--train-modules language"),
             switch("--train-modules language"),
         ),
@@ -121,7 +121,11 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             {"true": DEFAULT, "false": here("--train-vision")},
         ),
         Argument(
-            "mm_projector_lr aligner_lr merger_lr projector_lr", here(_TUNED, "which has --lr for the rest")
+            "mm_projector_lr aligner_lr merger_lr projector_lr",
+            here(
+                "--train-modules 'projector:{value}|language'",
+                "which has --lr for the rest; with --lora-rank 'projector:{value}|lora'",
+            ),
         ),
         Argument(
             "mm_vision_tower_lr vision_tower_lr vit_lr vision_lr",
@@ -158,7 +162,8 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             "norm_epsilon swiglu position_embedding_type rotary_base rotary_percent rope_scaling "
             "rope_theta use_rotary_position_embeddings untie_embeddings_and_output_weights "
             "disable_bias_linear add_qkv_bias num_experts moe_router_topk encoder_num_layers img_h img_w "
-            "patch_dim image_size num_classes use_mcore_models qk_layernorm image_token_index",
+            "patch_dim image_size num_classes use_mcore_models qk_layernorm image_token_index "
+            "force_image_size down_sample_ratio pixel_shuffle",
             _ARCHITECTURE,
         ),
         Argument(
@@ -194,11 +199,17 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
                 "freeze": here("--freeze-lm"),
             },
         ),
-        Argument("lora_r r peft_lora_r lora_dim", here("--lora-rank {value}")),
+        Argument("lora_r r peft_lora_r lora_dim use_llm_lora", here("--lora-rank {value}")),
+        Argument(
+            "use_backbone_lora",
+            here("--lora-targets vision.all-linear", "or with all-linear; --lora-rank {value}"),
+        ),
         Argument("peft_lora_alpha", here("--lora-alpha {value}")),
         Argument("peft_lora_dropout lora_dropout_p", here("--lora-dropout {value}")),
         Argument(
-            "target_modules lora_target lora_target_modules lora_modules", here("--lora-targets {value}")
+            "target_modules lora_target lora_target_modules lora_modules",
+            here("--lora-targets {value}"),
+            dict.fromkeys(("all", "all-linear"), DEFAULT),
         ),
         Argument(
             "lora_weight_path adapter_name_or_path adapters lora_path adapter_path lora_checkpoint "
@@ -244,7 +255,8 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
         ),
         Argument(
             "eval_data_path eval_dataset validation_file val_dataset val_data_path eval_file "
-            "valid_data_path validation_data val_data eval_data test_file val_file",
+            "valid_data_path validation_data val_data eval_data test_file val_file "
+            "valid_path",
             here(
                 "--eval-interval",
                 f"over the val split that {PREPARE} --split makes, or a mixture's dataset with train: false",
@@ -254,7 +266,10 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             "val_size split_dataset_ratio split validation_split_percentage eval_split test_size valid_size",
             here(f"{PREPARE} --split"),
         ),
-        Argument("data_seed dataset_shuffle_seed", here("--seed {value}", "of weights and data order")),
+        Argument(
+            "data_seed dataset_shuffle_seed seed_everything",
+            here("--seed {value}", "of weights and data order"),
+        ),
         Argument(
             "lazy_preprocess lazy_tokenize streaming is_multimodal remove_unused_columns lazy",
             always("samples are read when they are due"),
@@ -354,7 +369,7 @@ OF_MODELS: Dict[str, Tuple[Argument, ...]] = {
             here("--data-path", "a .yaml file with a weight for each dataset"),
         ),
         Argument(
-            "max_samples train_dataset_sample max_train_data",
+            "max_samples max_train_samples train_dataset_sample max_train_data",
             here("--data-path", "a .yaml file with subset: [0, {value}]"),
         ),
         Argument("ignore_data_skip no_data_skip", always("a run that goes on goes on in its data")),

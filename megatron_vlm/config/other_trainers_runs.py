@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Tuple
 
-from megatron_vlm.config.other_argument import DEFAULT, Argument, always, here, not_offered, switch
+from megatron_vlm.config.other_trainers_argument import DEFAULT, Argument, always, here, not_offered, switch
 
 _SHARDING = here(
     "--dist-optim",
@@ -19,6 +19,7 @@ _DTYPES = {
     "auto": DEFAULT,
 }
 _FP16 = not_offered("fp16 needs a loss scale", "--bf16")
+_ANSWERS_ALONE = not_offered("the answers alone are trained")
 _COMPILER = not_offered("megatron-core's layers aren't compiled", "--transformer-impl transformer_engine")
 _GENERATION = not_offered(
     "a run evaluates by its loss alone", "scripts/inference/generate.py on a checkpoint"
@@ -37,7 +38,7 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
             here("--train-iters {value}"),
             {"-1": "without --train-iters a run is one pass, or --epochs; leave it out"},
         ),
-        Argument("max_train_samples num_samples", here("--train-samples {value}")),
+        Argument("num_samples", here("--train-samples {value}")),
         Argument("exit_interval", here("--train-iters", "and --lr-decay-iters keeps the schedule's length")),
         Argument(
             "exit_duration_in_mins",
@@ -77,10 +78,12 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
         Argument("learning_rate base_lr peak_lr max_lr", here("--lr {value}")),
         Argument("warmup_ratio lr_warmup_ratio warmup_fraction", here("--lr-warmup-fraction {value}")),
         Argument(
-            "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps lr_warmup_samples",
+            "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps",
             here("--lr-warmup-iters {value}", "in iterations"),
         ),
-        Argument("lr_decay_steps lr_decay_samples", here("--lr-decay-iters {value}", "in iterations")),
+        Argument("lr_warmup_samples", here("--lr-warmup-iters", "this over --global-batch-size")),
+        Argument("lr_decay_steps", here("--lr-decay-iters {value}", "in iterations")),
+        Argument("lr_decay_samples", here("--lr-decay-iters", "this over --global-batch-size")),
         Argument("min_learning_rate lr_min", here("--min-lr {value}")),
         Argument(
             "lr_scheduler_type lr_scheduler lr_schedule scheduler",
@@ -132,10 +135,11 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
             ),
         ),
         Argument(
-            "loss_type loss_scale_strategy train_on_prompt completion_only_loss assistant_only_loss "
-            "train_on_inputs train_on_responses_only",
+            "loss_type loss_scale_strategy completion_only_loss assistant_only_loss train_on_responses_only",
             always("the answers alone are trained, every token alike"),
+            {"false": _ANSWERS_ALONE},
         ),
+        Argument("train_on_prompt train_on_inputs", _ANSWERS_ALONE),
         Argument(
             "mask_history",
             not_offered("all answers of a conversation are trained"),
@@ -217,7 +221,8 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
             always("output layer and loss never hold all logits"),
         ),
         Argument(
-            "use_rmpad padding_free neat_packing sample_packing pack_dataset packed use_packing",
+            "use_rmpad padding_free neat_packing sample_packing pack_dataset packed use_packing data_packing "
+            "data_flatten use_packed_ds",
             here("--packing", "where no sample sees another"),
             switch("--packing", "where no sample sees another"),
         ),
@@ -228,6 +233,11 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
                 "attention is fused, torch's or, with --transformer-impl transformer_engine, the engine's"
             ),
         ),
+        Argument(
+            "reset_position_ids reset_attention_mask eod_mask_loss",
+            always("with --packing no sample sees another"),
+        ),
+        Argument("use_te", here("--transformer-impl transformer_engine")),
         Argument("torch_compile torch_compile_backend torch_compile_mode compile", _COMPILER),
         Argument(
             "torch_empty_cache_steps empty_unused_memory_level", not_offered("the allocator keeps its memory")
@@ -332,7 +342,8 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
             _GENERATION,
         ),
         Argument("early_stopping", here("--early-stopping-patience", "with --eval-interval")),
-        Argument("early_stopping_threshold early_stop_interval", here("--early-stopping-min-delta {value}")),
+        Argument("early_stop_interval", here("--early-stopping-patience {value}", "with --eval-interval")),
+        Argument("early_stopping_threshold", here("--early-stopping-min-delta {value}")),
         Argument(
             "logging_steps log_every log_freq print_freq log_every_n_steps logging_interval",
             here("--log-interval {value}"),
@@ -385,7 +396,8 @@ OF_RUNS: Dict[str, Tuple[Argument, ...]] = {
             "hostfile rdzv_backend rdzv_endpoint rdzv_id standalone max_restarts module launcher", _LAUNCHER
         ),
         Argument(
-            "local_rank local_process_index accelerator_config parallelism_config trainer_type trainer type",
+            "local_rank local_process_index accelerator_config parallelism_config trainer_type trainer type "
+            "accelerator strategy world_size",
             _LAUNCHER,
         ),
         Argument("distributed_backend ddp_backend dist_backend", here("--backend {value}")),
