@@ -278,8 +278,11 @@ def test_an_end_token_that_would_not_be_learnt(
     tokenizer.add_tokens(["<|im_start|>", end])
     tokenizer.save_pretrained(hf)
     flags = one.flags(tmp_path, "run", "--train-iters", "1", "--tokenizer-load-dir", str(hf))
-    message = failure(pool, 1, [*flags, "--template", "chatml"])
-    assert message.startswith("--template chatml: an answer should end with '<|im_end|>' (422), but")
+    refused = script("train/run.py", *flags, "--template", "chatml")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    (message,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert message.startswith("error: --template chatml: an answer should end with '<|im_end|>' (422), but")
+    assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/metrics.jsonl").exists()
     checkpoint = shutil.copytree(one.checkpoint, tmp_path / "checkpoint")
     (folder,) = checkpoint.glob("*/hf")
     (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
