@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 from megatron_vlm.config.other_trainers_argument import Argument, filled
 from megatron_vlm.config.other_trainers_models import OF_MODELS
 from megatron_vlm.config.other_trainers_runs import OF_RUNS
+from megatron_vlm.config.units import count_text
 
 PAGE = "docs/from-other-trainers.md"
 ARGUMENTS: Dict[str, Tuple[Argument, ...]] = {**OF_RUNS, **OF_MODELS}
@@ -83,7 +84,7 @@ def more(answers: Iterable[str]) -> str:
     first, *others = answers
     if not others:
         return first
-    words = f"{len(others)} more argument{'s' * (len(others) > 1)}"
+    words = count_text(len(others), "more argument")
     return f"{first} (and {words}: see {PAGE})"
 
 

@@ -38,6 +38,7 @@ from megatron_vlm.config.sections import (
 )
 from megatron_vlm.config.slurm import SlurmSection
 from megatron_vlm.config.train_modules import LANGUAGE, VISION, TrainEntry, parse_train_modules
+from megatron_vlm.config.units import count_text
 
 SECTIONS: Dict[str, type] = {
     "model": ModelSection,
@@ -295,10 +296,10 @@ class RunConfig:
             total = self.launch.num_workers * nodes
             if wanted not in (None, total):
                 raise ValueError(
-                    f"--num-workers {self.launch.num_workers} on {nodes} node(s) is {total} loader workers, "
-                    f"but --data-workers is {wanted}; leave one of them out"
+                    f"--num-workers {self.launch.num_workers} on {count_text(nodes, 'node')} is {total} "
+                    f"loader workers, but --data-workers is {wanted}; leave one of them out"
                 )
-            wanted, flags = total, f"--num-workers {self.launch.num_workers} x {nodes} node(s) ="
+            wanted, flags = total, f"--num-workers {self.launch.num_workers} x {count_text(nodes, 'node')} ="
         if wanted is None:
             return next((n for n in works if n >= _ENOUGH_DATA_WORKERS), works[-1])
         if wanted not in works:

@@ -21,6 +21,7 @@ from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import first_image_rule
+from megatron_vlm.config.units import count_text
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.mixture import Mixture, Source
@@ -244,7 +245,7 @@ def summary(view: View) -> str:
     images = len(view.pictures)
     parts = [f"{view.num_tokens} tokens", f"{view.num_trained} trained"]
     if images:
-        parts.append(f"{view.num_image_tokens} of {images} image{'s' * (images > 1)}")
+        parts.append(f"{view.num_image_tokens} of {count_text(images, 'image')}")
     if view.sample is not None and view.sample.truncated:
         parts.append("cut off at --seq-length")
     return ", ".join(parts)

@@ -14,6 +14,7 @@ from megatron_vlm.config.mixture import data_folders, is_mixture
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.config.sections import ParallelSection
 from megatron_vlm.config.slurm import SlurmSection
+from megatron_vlm.config.units import count_text
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import starts_again, with_cluster_defaults
 
@@ -258,7 +259,7 @@ def _choose_device(
     gpu_ids = list(launch.gpu_ids) or visible
     if launch.gpus > len(gpu_ids):
         _tell(
-            f"--gpus {launch.gpus}: this machine has {len(gpu_ids)} visible GPU(s); "
+            f"--gpus {launch.gpus}: this machine has {count_text(len(gpu_ids), 'visible GPU')}; "
             f"use --gpus {len(gpu_ids)}, or --device cpu",
             problems if launch.only_looks else None,
         )

@@ -9,12 +9,12 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from typing import Any, Dict, List, Optional, Tuple
 
 from megatron_vlm.config.checkpoint import BEST, BEST_LOSS, CHECKPOINTS, list_checkpoints, read_manifest
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, meaning
 from megatron_vlm.config.units import count_text, times_text
-from megatron_vlm.launch import container
 from megatron_vlm.launch.status import ENDED, QUEUED, RUNNING, STATUS, read_status
 
 _METRICS, _CONFIG, _RUN_STATE = "metrics.jsonl", "config.json", "run_state.json"
@@ -109,10 +109,11 @@ def describe(found: Dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def closing(run: str, sif_path: Optional[str] = None) -> str:
-    """What a run that is done leaves: its last losses, where its weights are, and the command to go on with.
+def closing(run: str, script: str, sif_path: Optional[str] = None) -> str:
+    """What a run that is done leaves: its losses, where its weights are, and commands to go on with.
 
     Args:
+        script: path of run.py as it was started; the commands name the others beside it.
         sif_path: container image that the run was started in.
 
     Raises:
@@ -120,17 +121,35 @@ def closing(run: str, sif_path: Optional[str] = None) -> str:
     """
     found = progress(run)
     loss = "" if found["loss"] is None else f", last loss {found['loss']:.4f}"
-    if found["best"]:
-        best = found["best"]
-        loss += f", lowest validation loss {best['loss']:.4f} at iteration {best['iteration']}"
     lines = [f"done     {run}: {count_text(found['iteration'] or 0, 'iteration')}{loss}"]
+    if found["best"]:
+        lines.append(
+            f"best     validation loss {found['best']['loss']:.4f}, iteration {found['best']['iteration']}: "
+            f"{os.path.join(run, BEST)}"
+        )
     if found["checkpoint"]:
         lines.append(f"weights  {os.path.join(run, CHECKPOINTS, found['checkpoint'])}")
-        script = os.path.join(container.CHECKOUT, "scripts", "convert", "convert_megatron_to_hf.py")
-        command = ["python", script, "--megatron-dir", run, "--hf-dir", os.path.join(run, "hf")]
-        command += ["--sif-path", sif_path] if sif_path else []
-        lines.append(f"next     {shlex.join(command)}")
+        taken = os.path.join(run, BEST) if found["best"] else run
+        image = ["--sif-path", sif_path] if sif_path else []
+        scripts = os.path.dirname(os.path.dirname(script))
+        convert = os.path.join(scripts, "convert", "convert_megatron_to_hf.py")
+        generate = os.path.join(scripts, "inference", "generate.py")
+        commands = [
+            [convert, "--megatron-dir", taken, "--hf-dir", os.path.join(run, "hf")],
+            [generate, "--megatron-dir", taken, "--prompt", "Hello"],
+        ]
+        for name, command in zip(("next", ""), commands):
+            lines.append(f"{name:<8} {shlex.join([_python(), *command, *image])}")
     return "\n".join(lines)
+
+
+def _python() -> str:
+    """This interpreter as a user would type it."""
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found is not None and os.path.abspath(found) == sys.executable:
+            return name
+    return sys.executable
 
 
 def _state(run: str, status: Dict[str, Any], metrics: Dict[str, Any]) -> Tuple[str, str]:

@@ -7,6 +7,7 @@ import re
 from typing import List, Mapping, Optional, Sequence
 
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.units import count_text
 
 _FIRST_PORT, _PORTS = 10000, 20000  # below 32768, from where Linux gives ports to clients
 # Steps that SLURM makes itself (batch, interactive, ...) are numbered from here on.
@@ -82,7 +83,9 @@ def nodes_to_start_on(config: RunConfig, environ: Mapping[str, str]) -> int:
         return 0
     wanted = config.launch.node or nodes
     if wanted > nodes:
-        raise ValueError(f"--node {wanted}: this SLURM job has {nodes} node(s); use --node {nodes} or fewer")
+        raise ValueError(
+            f"--node {wanted}: this SLURM job has {count_text(nodes, 'node')}; use --node {nodes} or fewer"
+        )
     # slurmd sets it: where it is not, this is no node of the job.
     return 0 if wanted == 1 and "SLURMD_NODENAME" in environ else wanted
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.config.units import count_text
 from megatron_vlm.parallel import cpu
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class Layout:
         return self.rank == self.model_src
 
     def __str__(self) -> str:
-        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        ranks = count_text(self.world_size, "rank")
         stages = f"PP {self.pp}" + (f" (VPP {self.vpp})" if self.vpp > 1 else "")
         return f"{ranks} on {self.device.type}: TP {self.tp} x {stages} x DP {self.dp}"
 

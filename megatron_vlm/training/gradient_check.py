@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.config.train_modules import LANGUAGE
+from megatron_vlm.config.units import count_text
 from megatron_vlm.parallel import Layout
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
@@ -84,12 +85,12 @@ class GradientCheck:
         if not reached:
             raise ValueError(
                 f"nothing of what is trained ({', '.join(still)}) has had a gradient in "
-                f"{_count(self.updates, 'update')}: {self._why_still()}, so the run was stopped"
+                f"{count_text(self.updates, 'update')}: {self._why_still()}, so the run was stopped"
             )
         if still:
             self.say(
                 f"warning: no gradient has reached the {' and the '.join(still)} in "
-                f"{_count(self.updates, 'update')}: {self._why_still()}"
+                f"{count_text(self.updates, 'update')}: {self._why_still()}"
             )
 
     def _why_still(self) -> str:
@@ -185,10 +186,6 @@ def _part(name: str) -> str:
     """What a parameter is of, in the words of messages."""
     module = next((module for module, prefix in MODULES.items() if name.startswith(prefix)), name)
     return f"LoRA adapters of the {module}" if ".adapters." in name else module
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _first(names: list[str]) -> str:

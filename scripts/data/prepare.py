@@ -21,6 +21,7 @@ from typing import ClassVar, Dict, List, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from megatron_vlm.config.templates import TEMPLATES
+from megatron_vlm.config.units import count_text
 from megatron_vlm.hf import cli
 
 
@@ -168,7 +169,7 @@ def _check(path: str, workers: int) -> int:
         for problem in check(path, workers, bars):
             print(problem, flush=True)
             count += 1
-    print(f"{path}: {count} problem{'s' * (count > 1)}" if count else f"{path}: nothing is wrong")
+    print(f"{path}: {count_text(count, 'problem')}" if count else f"{path}: nothing is wrong")
     return 2 if count else 0
 
 

@@ -113,7 +113,7 @@ def start(plan: LaunchPlan) -> int:
 def close(config: RunConfig, log: str, seconds: float) -> None:
     """Say what a run that is done leaves, on the screen and in its log."""
     try:
-        text = progress.closing(config.checkpoint.run_dir, config.launch.sif_path)
+        text = progress.closing(config.checkpoint.run_dir, sys.argv[0], config.launch.sif_path)
         text += f"\ntime     {datetime.timedelta(seconds=round(seconds))} for this start; log {log}"
         print(text, flush=True)
         with open(log, "a", encoding="utf-8") as file:

@@ -142,7 +142,7 @@ def test_loader_workers_that_do_not_fit() -> None:
     two_nodes = [*batch, "--num-workers", "2", "--node", "2"]
     assert RunConfig.from_flags(two_nodes).data_workers(2) == 4
     assert RunConfig.from_flags([*two_nodes, "--data-workers", "4"]).data_workers(2) == 4
-    assert "--num-workers 5 x 1 node(s) = 5" in error_of([*batch, "--num-workers", "5"], 1)
+    assert "--num-workers 5 x 1 node = 5" in error_of([*batch, "--num-workers", "5"], 1)
 
 
 def test_rules_that_need_the_model() -> None:

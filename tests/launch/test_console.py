@@ -15,11 +15,16 @@ LINE = METRICS.line(1000, {"projector": 1e-3, "language": 2e-5}, "process")
 
 def test_a_line_of_an_iteration_fits() -> None:
     for columns in (80, 100):
-        shown = fitted(LINE, columns)
+        shown, _ = fitted(LINE, columns)
         assert len(shown) <= columns and shown.startswith("iteration 1/1000 (0.1%) | loss 1.0000 | ")
         assert shown.endswith(" | 0:00:01 left") and "tokens/s" in shown
-    assert fitted(LINE, 1000) == LINE
-    assert fitted("a | b | " + "c" * 200, 100) == "a | b | " + "c" * 200
+    assert fitted(LINE, 1000) == (LINE, 0)
+    assert fitted("a | b | " + "c" * 200, 100, 2) == ("a | b | " + "c" * 200, 2)
+
+
+def test_lines_below_each_other_have_the_same_fields() -> None:
+    long, without = fitted(LINE, 70)
+    assert fitted(LINE, 1000, without) == (long, without)
 
 
 def test_no_gpus_on_a_cpu() -> None:
@@ -37,5 +42,5 @@ def test_a_terminal_and_the_log(tmp_path, monkeypatch) -> None:
         process.run([sys.executable, "-c", code], str(tmp_path / "log"))
     shown = os.read(leader, 1 << 16).decode().replace("\r\n", "\n")
     os.close(leader)
-    assert shown == f"{fitted(LINE, 100)}\nsaved x\nit"
+    assert shown == f"{fitted(LINE, 100)[0]}\nsaved x\nit"
     assert (tmp_path / "log").read_text() == f"{LINE}\nsaved x\nit"

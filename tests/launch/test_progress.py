@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,27 +171,29 @@ def test_damaged_files_are_one_line(run: Path, file: str, text: str) -> None:
 
 
 def test_what_a_finished_run_leaves(run: Path) -> None:
-    lines = closing(str(run), "an image.sif").splitlines()
-    assert lines[0].startswith(f"done     {run}: 7 iterations, last loss 2.5000")
-    assert lines[1] == f"weights  {run}/checkpoints/iter_0000006"
-    command = shlex.split(lines[2].removeprefix("next     "))
-    assert Path(command[1]).is_file()
-    assert command[2:] == ["--megatron-dir", str(run), "--hf-dir", f"{run}/hf", "--sif-path", "an image.sif"]
+    script = str(CHECKOUT / "scripts/train/run.py")
+    done, best, weights, *commands = closing(str(run), script, "an image.sif").splitlines()
+    assert done == f"done     {run}: 7 iterations, last loss 2.5000"
+    found = found_best(run)
+    assert best == f"best     validation loss {found['loss']:.4f}, iteration {found['iteration']}: {run}/best"
+    assert weights == f"weights  {run}/checkpoints/iter_0000006"
+    convert, generate = (shlex.split(line.removeprefix("next")) for line in commands)
+    for python, path, *_ in (convert, generate):
+        assert shutil.which(python) and Path(path).is_file()
+    image = ["--sif-path", "an image.sif"]
+    assert convert[2:] == ["--megatron-dir", f"{run}/best", "--hf-dir", f"{run}/hf", *image]
+    assert generate[2:] == ["--megatron-dir", f"{run}/best", "--prompt", "Hello", *image]
+    shutil.rmtree(run / "best")
+    without = closing(str(run), script)
+    assert "best" not in without and f"--megatron-dir {shlex.quote(str(run))} " in without
 
 
-def test_a_run_that_stopped_early_says_so(run: Path) -> None:
-    """And one without --train-iters shows its total."""
-    training = {"train_samples": 83, "global_batch_size": 4, "early_stopping_patience": 2}
-    (run / "config.json").write_text(json.dumps({"training": training}))
-    status.note_running(str(run), [], None, "")
-    status.note_ended(str(run), 0, "")
-    file = run / "checkpoints" / "iter_0000006" / "run_state.json"
-    state = {"iteration": 6, "evaluations_without_improvement": 2}
-    file.write_text(json.dumps(state))
-    answer = found(run)
-    assert (answer["state"], answer["total"]) == ("done", 20)
-    early = "; stopped early at iteration 6, 2 evaluations without an improvement; the best checkpoint is "
-    assert answer["says"].endswith(f"{early}{run / BEST}")
-    for other in ({"evaluations_without_improvement": 1}, {"iteration": 20}):
-        file.write_text(json.dumps({**state, **other}))
-        assert found(run)["says"].partition(" since ")[0] == "done" and "early" not in found(run)["says"]
+def test_next_commands_are_as_the_run_was_started(run: Path) -> None:
+    *_, convert, generate = closing(str(run), "scripts/train/run.py").splitlines()
+    assert convert.split()[2] == "scripts/convert/convert_megatron_to_hf.py"
+    assert generate.split()[1] == "scripts/inference/generate.py"
+
+
+def found_best(run: Path) -> dict[str, float]:
+    best: dict[str, float] = json.loads((run / "best/best.json").read_text())
+    return best

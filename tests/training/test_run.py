@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,19 +91,18 @@ def test_through_training_and_back_bit_for_bit(trainables: dict[str, Trainable],
     assert metrics(tmp_path / "run")[0]["lr"] == 0.0
     # Rank 0's own log is what run.py printed on stdout, but for the command; no other rank speaks there.
     (log,) = (tmp_path / "run" / "logs").glob("*-rank0.log")
-    assert log.read_text() == trained.stdout.partition("\n")[2]
-
-    exported = script(
-        "convert/convert_megatron_to_hf.py",
-        "--tp",
-        2,
-        "--pp",
-        1,
-        "--megatron-dir",
-        tmp_path / "run",
-        "--hf-dir",
-        tmp_path / "back",
+    # Then comes the summary.
+    printed, _, summary = trained.stdout.partition("\n")[2].partition("done ")
+    assert log.read_text() == printed and "GPU" not in trained.stdout + trained.stderr
+    done, weights, convert, generate, took = summary.splitlines()
+    assert done.strip().startswith(
+        f"{tmp_path / 'run'}: 1 iteration, last loss {metrics(tmp_path / 'run')[0]['loss']:.4f}"
     )
+    assert weights == f"weights  {tmp_path / 'run/checkpoints/iter_0000001'}"
+    assert "scripts/inference/generate.py --megatron-dir" in generate and took.startswith("time     0:")
+
+    command = [*shlex.split(convert)[1:], "--tp", "2", "--pp", "1", "--hf-dir", str(tmp_path / "back")]
+    exported = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert exported.returncode == 0, exported.stderr
     assert verify(hf, tmp_path / "back") > 0
     for file in hf.iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_vlm.config.units import count_text
 from megatron_vlm.data.prepare.histogram import Histogram, bin_label
 from megatron_vlm.data.prepare.losses import DUPLICATE, UNTRAINED, Losses
 from megatron_vlm.data.prepare.plan import SPLITS
@@ -99,7 +100,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _ignored(name: str, facts: Mapping[str, Any]) -> str:
-    count = f"{facts['count']} record{'s' * (facts['count'] > 1)}"
+    count = count_text(facts["count"], "record")
     example = facts["example"].replace("`", "")
     return f"- `{name}` in {count}, e.g. `{example}` in {facts['where']}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_vlm.config.fp8 import unsupported
 from megatron_vlm.config.memory import GIB, estimate, suggestions
-from megatron_vlm.config.units import size_text
+from megatron_vlm.config.units import count_text, size_text
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.plan import NODE_0
 from megatron_vlm.launch.preflight.inspection import Inspection
@@ -62,7 +62,7 @@ def cores(found: Inspection) -> None:
     if found.plan.device == "cpu" or config.launch.only_looks or config.slurm.submit or cores >= processes:
         return
     found.warnings.append(
-        f"the {processes} processes of this node have {cores} CPU core{'s' * (cores > 1)} between them, and "
+        f"the {processes} processes of this node have {count_text(cores, 'CPU core')} between them, and "
         "loader workers need some besides; a SLURM job asks for more by --cpus-per-gpu, such as 8"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_vlm.config.checkpoint import CHECKPOINTS, read_manifest
-from megatron_vlm.config.units import size_text
+from megatron_vlm.config.units import count_text, size_text
 from megatron_vlm.launch import storage
 from megatron_vlm.launch.preflight.inspection import Inspection
 
@@ -41,7 +41,9 @@ def disk(found: Inspection) -> None:
     best = storage.checkpoint_bytes(config, model, False) if config.training.eval_interval else 0
     total = at_once * size + best
     what = (
-        f"{at_once} checkpoints of {size_text(size)}" if at_once > 1 else f"a checkpoint of {size_text(size)}"
+        f"{count_text(at_once, 'checkpoint')} of {size_text(size)}"
+        if at_once > 1
+        else f"a checkpoint of {size_text(size)}"
     )
     what += f" and a best one of {size_text(best)}" if best else ""
     found.disk = f"{what}, {size_text(total)} in all; {size_text(free)} free in {where.save_dir}"
