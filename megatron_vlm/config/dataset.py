@@ -145,10 +145,32 @@ def shard_counts(path: str) -> Dict[str, int]:
     info = os.path.join(path, ".nv-meta", ".info.json")
     try:
         with open(info, encoding="utf-8") as file:
-            counts = json.load(file)["shard_counts"]
-        return {str(name): int(count) for name, count in counts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):  # the last of Infinity
+            written = json.load(file)
+        counts: Dict[str, int] = written["shard_counts"]
+        is_sound = all(type(count) is int and count >= 0 for count in counts.values())
+        if not is_sound or not isinstance(written.get("energon_version", ""), (str, type(None))):
+            raise ValueError("not what energon writes")
+        return counts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{info}: damaged; run again: {prepare_command(path)}") from None
+
+
+def samples_end(shard: str, samples: int) -> Optional[int]:
+    """Where a shard's last sample ends, by the index that energon wrote beside it: 64-bit offsets, of each
+    sample and of that end. None where the index is gone, or shorter than that.
+
+    Raises:
+        OSError: it is there, and can't be read.
+    """
+    try:
+        with open(shard + ".idx", "rb") as file:
+            if os.fstat(file.fileno()).st_size < 8 * (samples + 1):
+                return None
+            file.seek(-8, os.SEEK_END)
+            end = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        return None
+    return end if end or not samples else None
 
 
 def meta_problems(path: str) -> Iterator[str]:
@@ -286,7 +308,7 @@ class Shard:
 def shards_fingerprint(path: str, split: str, shards: Tuple[Shard, ...]) -> str:
     """Changes with the shards of a split, in order, and with a new ``energon prepare``."""
     try:
-        with open(os.path.join(path, ".nv-meta", "index.uuid"), encoding="utf-8") as file:
+        with open(os.path.join(path, ".nv-meta", "index.uuid"), encoding="utf-8", errors="replace") as file:
             uuid = file.read().strip()
     except FileNotFoundError:
         uuid = ""

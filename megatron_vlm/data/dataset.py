@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import struct
 import tarfile
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from megatron_vlm.config.dataset import (
     not_prepared,
     prepare_command,
     prepared_shards,
+    samples_end,
     shard_counts,
     shards_fingerprint,
 )
@@ -34,6 +34,8 @@ from megatron_vlm.data.conversations import read_conversation, read_json
 from megatron_vlm.data.field_maps import FieldMap, read_field_map
 from megatron_vlm.data.shards import ShardReader
 from megatron_vlm.data.templates import Turn
+
+_SHOWN = 200  # characters of what energon says
 
 
 @dataclass
@@ -123,7 +125,7 @@ class PreparedDataset:
         """Single samples: by their numbers in the split, or by their names, in whatever split they are.
 
         Raises:
-            ValueError: there is none of a name.
+            ValueError: there is none of a name, or what finds them is damaged.
         """
         from megatron.energon.flavors.webdataset.itar_reader import (
             ShardInfosITarReader,
@@ -134,12 +136,18 @@ class PreparedDataset:
         path = EPath(self.path)
         numbers = all(isinstance(one, int) for one in which)
         shards = WebdatasetMeta.from_config(path, split_part=self.split).shards if numbers else []
-        reader = ShardInfosITarReader(path, shards) if numbers else SqliteITarEntryReader(path)
+        read_from = self.path if numbers else _index(self.path)
+        way_on = f"run: {prepare_command(self.path)}"
+        with reading(read_from, way_on):
+            reader = ShardInfosITarReader(path, shards) if numbers else SqliteITarEntryReader(path)
         for one in which:
-            try:
-                crude: Any = reader[one]
-            except KeyError:
-                raise ValueError(f"--data-path {self.path}: there is no sample {one}") from None
+            with reading(read_from, way_on):
+                try:
+                    crude: Any = reader[one]
+                except KeyError:
+                    crude = None
+            if crude is None:
+                raise ValueError(f"--data-path {self.path}: there is no sample {one}")
             yield _cook(crude)
 
     def read(self, sample: RawSample) -> Tuple[List[Turn], List[bytes]]:
@@ -209,7 +217,7 @@ def _split_shards(path: str, split: str) -> List[str]:
     except Exception as error:  # of any kind, where split.yaml was edited and is no YAML any more
         if "Invalid split part" in str(error):  # energon's words where it was prepared without one
             return []
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:_SHOWN]
         raise ValueError(
             f"--data-path {path}: the split in .nv-meta can't be read ({reason}); mend split.yaml, or run: "
             + prepare_command(path)
@@ -225,15 +233,12 @@ def _checked_shard(path: str, name: str, samples: int, prepared: PreparedShard |
         raise ValueError(
             f"--data-path {path}: shard {name} is missing; restore it, or run: {prepare_command(path)}"
         ) from None
-    try:
-        with open(file_name + ".idx", "rb") as file:
-            file.seek(-8, os.SEEK_END)
-            (end,) = struct.unpack("<Q", file.read(8))  # where the last sample ends
-    except (OSError, struct.error):
+    end = samples_end(file_name, samples)
+    if end is None:
         raise ValueError(
             f"--data-path {path}: {name}.idx, the shard's index, is missing or damaged; restore it, or run: "
             + prepare_command(path)
-        ) from None
+        )
     if size < end:
         raise ValueError(
             f"--data-path {path}: shard {name} is truncated ({size} bytes; its samples reach to {end}); "

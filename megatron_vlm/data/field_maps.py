@@ -121,7 +121,9 @@ def read_field_map(path: str) -> FieldMap | None:
         except (yaml.YAMLError, UnicodeDecodeError):
             config = None
     accesses = config.get("field_map") if isinstance(config, dict) else ()
-    if accesses is not None and not isinstance(accesses, dict):
+    if accesses is not None and not (
+        isinstance(accesses, dict) and all(isinstance(access, str | int) for access in accesses.values())
+    ):
         raise ValueError(f"{file_name}: damaged; run: {prepare_command(path)}")
     name = _sample_type(config)
     if name in NOT_TRAINED:

@@ -13,6 +13,7 @@ from megatron_vlm.config.dataset import (
     not_prepared,
     prepare_command,
     prepared_shards,
+    samples_end,
     shard_counts,
     split_parts,
     split_samples,
@@ -62,8 +63,8 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
         yield f"--data-path {path}: {name} is of a split, and was never indexed; run: {prepare_command(path)}"
     found: Dict[str, List[str]] = {}
     prepared = prepared_shards(path)
-    for name in counts:
-        state = _shard_state(os.path.join(path, name), prepared.get(name))
+    for name, samples in counts.items():
+        state = _shard_state(os.path.join(path, name), samples, prepared.get(name))
         if state:
             found.setdefault(state, []).append(name)
     for state, names in found.items():
@@ -165,7 +166,7 @@ def image_problems(path: str, trained: Sequence[TrainEntry]) -> Iterator[str]:
         )
 
 
-def _shard_state(path: str, prepared: Optional[PreparedShard]) -> str:
+def _shard_state(path: str, samples: int, prepared: Optional[PreparedShard]) -> str:
     """What is wrong with a shard, by the index that prepare wrote beside it and what it noted of it."""
     try:
         size = os.stat(path).st_size
@@ -173,11 +174,8 @@ def _shard_state(path: str, prepared: Optional[PreparedShard]) -> str:
         return "gone since it was prepared"
     if not os.access(path, os.R_OK):
         return "not readable by you"
-    try:
-        with open(path + ".idx", "rb") as file:
-            file.seek(-8, os.SEEK_END)
-            end = int.from_bytes(file.read(8), "little")  # where the last sample ends
-    except OSError:
+    end = samples_end(path, samples)
+    if end is None:
         return "without its index, the .idx beside it, or with a damaged one"
     if size < end:
         return "cut off since it was prepared"

@@ -82,15 +82,24 @@ def test_damaged_shards_are_found_at_the_start(copy: Path) -> None:
     "name, text, message",
     [
         (".info.json", "{", r"\.info\.json: damaged; run again: "),
+        (".info.json", "[" * 100_000, r"\.info\.json: damaged; run again: "),
+        (".info.json", '{"energon_version": 7, "shard_counts": {}}', r"\.info\.json: damaged; run again: "),
+        (".info.json", '{"shard_counts": {"000000.tar": 2.5}}', r"\.info\.json: damaged; run again: "),
         (
             "split.yaml",
             "split_parts: [",
             r"the split in \.nv-meta can't be read \(.+\); mend split\.yaml, or run: ",
         ),
         ("split.yaml", "", r"the split in \.nv-meta can't be read"),
+        ("split.yaml", "\0" * 9999, r"the split in \.nv-meta can't be read \(.{,200}\); mend split\.yaml"),
         ("split.yaml", "split_parts:\n  train:\n  - gone.tar\nexclude: []", r"can't be read \('gone\.tar'\)"),
         ("dataset.yaml", "field_map: {", r"dataset\.yaml: damaged; run: "),
         ("dataset.yaml", "- a list", r"dataset\.yaml: damaged; run: "),
+        (
+            "dataset.yaml",
+            "field_map: {image: jpg, context: [1], answers: txt}",
+            r"dataset\.yaml: damaged; run: ",
+        ),
     ],
 )
 def test_a_damaged_description_is_one_line(name: str, text: str, message: str, copy: Path) -> None:
@@ -109,6 +118,25 @@ def test_an_index_of_other_values_is_one_line(column: str, copy: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4096), None], ids=["empty", "zeroed", "gone"])
+def test_a_sample_is_not_picked_by_a_damaged_index(content: bytes | None, copy: Path) -> None:
+    index = copy / ".nv-meta" / "index.sqlite"
+    index.write_bytes(content) if content is not None else index.unlink()
+    dataset = PreparedDataset.open(str(copy))
+    with pytest.raises(ValueError, match=r"index\.sqlite: damaged \([^\n]+\); run: energon prepare"):
+        list(dataset.pick(["00000"]))
+    assert len(list(dataset.pick([0]))) == 1
+
+
+def test_an_index_of_a_shard_that_is_damaged(copy: Path) -> None:
+    index = copy / "000002.tar.idx"
+    whole = index.read_bytes()
+    for content in (bytes(len(whole)), whole[: len(whole) // 2]):
+        index.write_bytes(content)
+        with pytest.raises(ValueError, match=r"000002\.tar\.idx, the shard's index, is missing or damaged"):
+            PreparedDataset.open(str(copy))
+
+
 def test_fingerprint_changes_with_the_data(copy: Path) -> None:
     before = PreparedDataset.open(str(copy)).fingerprint
     assert PreparedDataset.open(str(copy)).fingerprint == before
@@ -117,7 +145,7 @@ def test_fingerprint_changes_with_the_data(copy: Path) -> None:
     assert PreparedDataset.open(str(copy)).fingerprint != before
     os.truncate(copy / "000003.tar", (copy / "000003.tar").stat().st_size - 512)
     assert PreparedDataset.open(str(copy)).fingerprint == before
-    (copy / ".nv-meta" / "index.uuid").write_text("prepared again")
+    (copy / ".nv-meta" / "index.uuid").write_bytes(b"\xff prepared again")
     assert PreparedDataset.open(str(copy)).fingerprint != before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,17 @@ def write_checkpoint(folder: Path, config: dict[str, Any] = CONFIG, **manifest: 
 
 def write_dataset(folder: Path, samples: int = 9) -> None:
     (folder / ".nv-meta").mkdir(parents=True)
-    (folder / "0.tar").touch()
-    (folder / "0.tar.idx").write_bytes(bytes(8))
+    write_shard(folder / "0.tar", samples)
     (folder / ".nv-meta" / "index.sqlite").write_bytes(b"SQLite format 3\0")
     write_json(folder / ".nv-meta" / ".info.json", {"shard_counts": {"0.tar": samples}})
     split = "split_parts:\n  train:\n  - 0.tar\n  val: []\n  test: []\nexclude: []\n"
     (folder / ".nv-meta" / "split.yaml").write_text(split)
+
+
+def write_shard(path: Path, samples: int) -> None:
+    """A file of 100 bytes, and the index that tells where its samples begin and end."""
+    path.write_bytes(b"x" * 100)
+    path.with_name(f"{path.name}.idx").write_bytes(struct.pack(f"<{samples + 1}Q", *bytes(samples), 100))
 
 
 def write_json(path: Path, content: Any) -> None:

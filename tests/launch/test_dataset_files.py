@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import struct
 
 import pytest
 
@@ -14,14 +13,14 @@ from megatron_vlm.config.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.launch import dataset_files
 from tests.data.tiny_data import make_samples, prepare, write_shards
+from tests.launch.conftest import write_shard
 
 
 @pytest.fixture
 def dataset(tmp_path):
     """A folder with one shard, prepared as far as the launcher looks."""
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "000.tar").touch()
-    (tmp_path / "shards" / "000.tar.idx").write_bytes(bytes(8))
+    write_shard(tmp_path / "shards" / "000.tar", 5)
     (tmp_path / ".nv-meta").mkdir()
     info = tmp_path / ".nv-meta" / ".info.json"
     info.write_text(json.dumps({"energon_version": "7", "shard_counts": {"shards/000.tar": 5}}))
@@ -94,8 +93,7 @@ def test_folders_of_records_that_are_not_prepared(tmp_path) -> None:
 def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:
     shards = dataset / "shards"
     for number in range(1, 5):
-        (shards / f"00{number}.tar").write_bytes(b"x" * 100)
-        (shards / f"00{number}.tar.idx").write_bytes(struct.pack("<QQ", 0, 100))
+        write_shard(shards / f"00{number}.tar", 5)
     counts = {f"shards/00{number}.tar": 5 for number in range(1, 5)}
     (dataset / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": counts}))
     split = "split_parts:\n  train:\n  - shards/{001..004}.tar\nexclude: []\n"
@@ -110,7 +108,6 @@ def test_shards_that_are_cut_off_or_gone_are_all_told(dataset) -> None:
 
 
 def test_a_shard_of_another_size_is_not_the_prepared_one(dataset) -> None:
-    (dataset / "shards" / "000.tar").write_bytes(b"x" * 100)
     listed = {"shards/000.tar": {"samples": 5, "bytes": 100, "hash": "0"}}
     prepared = dataset / ".nv-meta" / "prepare.json"
     prepared.write_text(json.dumps({"shards": listed}))
@@ -144,6 +141,7 @@ def test_files_of_energon_that_are_gone_or_destroyed(tmp_path) -> None:
     cases = [(meta / name, content) for name in ("split.yaml", "dataset.yaml") for content in (zeros, b"{[")]
     cases += [(meta / "dataset.yaml", cut), (meta / "split.yaml", None)]
     cases += [(tmp_path / "000001.tar.idx", None), (tmp_path / "000001.tar.idx", b"123")]
+    cases += [(tmp_path / "000001.tar.idx", bytes(32)), (tmp_path / "000001.tar.idx", bytes(16))]
     cases += [(meta / "split.yaml", b"split_parts:\n  train:\n  - 7.tar\nexclude: []\n")]
     for file, content in cases:
         whole = file.read_bytes()
