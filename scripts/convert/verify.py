@@ -38,6 +38,8 @@ def main(argv: List[str]) -> int:
 
     from megatron_vlm.hf.verify import check_manifest, verify
 
+    for path in filter(None, (args.checkpoint, args.other)):
+        cli.tell_of_best(path)
     if args.other is None:
         print(f"{args.checkpoint}: {check_manifest(args.checkpoint)} tensors are what was written")
         return 0

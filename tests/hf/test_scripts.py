@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import write_manifest
+from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, write_manifest
 from megatron_vlm.hf import cli
+from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.verify import verify
 from tests.tiny import save_tiny_llava
 
@@ -163,7 +164,8 @@ def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
     text, base, trained = tmp_path / "text", tmp_path / "base", tmp_path / "trained"
     for folder in (text, base, trained):
         folder.mkdir()
-    manifest = {key: {} for key in ("format", "iteration", "has_optimizer", "model", "layout", "tensors")}
+    manifest = {"format": "torch_dist", "iteration": 0, "has_optimizer": False}
+    manifest.update({key: {} for key in ("model", "layout", "tensors")})
     write_manifest(base, manifest)
     write_manifest(trained, {**manifest, "base": {"path": str(base)}})  # trained weights only
     container = ["--sif-path", "image.sif", "--bind", "/data:/data", "/scratch:/s:ro"]
@@ -208,3 +210,19 @@ def test_all_reenter_the_container(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("200mb", 2 * 10**8)])
 def test_sizes(text: str, size: int) -> None:
     assert cli.size(text) == size
+
+
+def test_which_checkpoint_of_a_run_is_taken(llava: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    run_folder = tmp_path / "run"
+    for root in (CHECKPOINTS, BEST):
+        import_hf(llava, run_folder / root, tp=1, pp=1)
+    release = run_folder / CHECKPOINTS / "release"
+    for script, *flags in (
+        ("verify", run_folder),
+        ("verify", llava, run_folder),
+        ("convert_megatron_to_hf", "--megatron-dir", run_folder, "--hf-dir", tmp_path / "hf"),
+        ("reshard", "--megatron-dir", run_folder, "--save-dir", tmp_path / "resharded"),
+    ):
+        assert run(monkeypatch, str(script), *flags) == 0
+        told = f"note: this takes {release}, the last checkpoint; the one with the lowest validation loss is"
+        assert told in capsys.readouterr().err, script
