@@ -42,6 +42,10 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _MANIFEST_KEYS = ("format", "iteration", "has_optimizer", "model", "layout", "tensors")
+_MANIFEST_KINDS: Dict[str, type] = {
+    **{"format": str, "iteration": int, "has_optimizer": bool},
+    **dict.fromkeys(("model", "layout", "tensors", "carried", FILES), dict),
+}
 
 
 def checkpoint_name(iteration: Union[int, str]) -> str:
@@ -290,7 +294,7 @@ def read_manifest(path: PathLike) -> Dict[str, Any]:
     file = resolve_checkpoint(path) / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -298,8 +302,7 @@ def read_manifest(path: PathLike) -> Dict[str, Any]:
     missing = [key for key in _MANIFEST_KEYS if key not in manifest]
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
-    parts = ("model", "layout", "tensors", "carried", FILES)
-    wrong = [key for key in parts if not isinstance(manifest.get(key, {}), dict)]
+    wrong = [key for key, kind in _MANIFEST_KINDS.items() if type(manifest.get(key, kind())) is not kind]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} is not what a manifest holds; the file is damaged")
     return manifest

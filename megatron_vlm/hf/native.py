@@ -161,8 +161,9 @@ class Part:
         """Whether the file holds what was written.
 
         Raises:
-            ValueError: the file ends before it.
+            ValueError: the file ends before it, or is a pipe.
         """
+        check_readable(path)
         return stored_hash(path, self.start, self.length) == self.hash
 
 
@@ -177,11 +178,12 @@ def promised_parts(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[
         try:
             hashes = {int(start): str(value) for start, value in entry[HASH].items()}
             ends = [*list(hashes)[1:], int(entry["bytes"])]
+            own = [Part(start, end - start, hashes[start]) for start, end in zip(hashes, ends, strict=True)]
+            if min(hashes) != 0 or any(part.length < 0 for part in own):
+                raise ValueError("a byte is in no part")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(f"{folder / MANIFEST}: {FILES} is damaged at {file}") from None
-        parts[file] = [
-            Part(start, end - start, hashes[start]) for start, end in zip(hashes, ends, strict=True)
-        ]
+        parts[file] = own
     return parts
 
 
@@ -280,8 +282,7 @@ class NativeReader:
         part = None if where is None else self._parts.get((where.relative_path, where.offset))
         if where is not None and part is not None:
             path = self.path / where.relative_path
-            check_readable(path)
-            if path.is_file() and not part.is_in(path):
+            if path.exists() and not part.is_in(path):
                 raise ValueError(f"{path} is not what was written ({name}); copy the checkpoint again")
 
     def _stored(self, name: str, offset: Shape) -> Stored:

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import verify_checkpoint_and_load_strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.config.checkpoint import checkpoint_layers, latest_resumable, read_manifest
+from megatron_vlm.config.files import reading
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.hashes import checks, share
 from megatron_vlm.hf.native import NativeReader, check_before_loading, open_weights
@@ -21,6 +23,7 @@ from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel import first_told, on_first_rank
 
+_FORMAT = "metadata.json"  # of a checkpoint: megatron-core's name of its format, and the version
 # Each layer is saved under its own number, as its parameters are named.
 _SHARDING = {"non_homogeneous_layers": True}
 
@@ -147,6 +150,8 @@ def load_sharded(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         ValueError: it holds something else, or is damaged.
     """
     check_before_loading(folder)
+    with reading(folder / _FORMAT, "copy or convert the checkpoint again"):
+        verify_checkpoint_and_load_strategy(str(folder))
     try:
         return dist_checkpointing.load(request, str(folder), validate_access_integrity=False)
     except CheckpointException:  # on every rank, with the tracebacks of some in its text

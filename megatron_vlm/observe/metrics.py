@@ -93,20 +93,20 @@ class MetricsLog:
         self.file: IO[str] | None = None
 
     def _move_aside(self, last_iteration: int) -> None:
-        kept: list[str] = []
-        moved: list[str] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        kept: list[bytes] = []
+        moved: list[bytes] = []
+        for line in self.path.read_bytes().splitlines():
             try:
                 keep = json.loads(line)["iteration"] <= last_iteration
-            except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a kill, or damaged
                 keep = False
             (kept if keep else moved).append(line)
         if not moved:
             return
-        with open(self.path.with_name(superseded(self.path.name)), "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in moved)
+        with open(self.path.with_name(superseded(self.path.name)), "ab") as file:
+            file.writelines(line + b"\n" for line in moved)
         temporary = self.path.with_name(f".{self.path.name}.incomplete")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(temporary, self.path)
 
     def write(self, iteration: int, values: Mapping[str, float | None]) -> None:

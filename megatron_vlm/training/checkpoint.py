@@ -57,6 +57,12 @@ from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
 
 RNG_FOLDER = "rng"
 _WAY_ON = "move the checkpoint's folder away, and the run goes on from the one before it"
+_ALWAYS = {"iteration", "consumed_samples", "optimizer_steps"}  # of RunState, whichever version wrote it
+_IDENTITY_KINDS = {
+    **dict.fromkeys(("data", "grouping"), str),
+    **dict.fromkeys(("data_workers", "micro_batch_size", "shuffle_buffer_size"), int),
+    "mixture": dict[str, Any],
+}
 _DATA_KINDS = {
     "identity": dict[str, Any],
     "microbatches": int,
@@ -290,6 +296,9 @@ def load_run_state(folder: Path) -> RunState:
     saved, kinds = _read_json(folder / RUN_STATE), get_type_hints(RunState)
     with reading(folder / RUN_STATE, _WAY_ON):
         _check_kinds(saved, kinds)
+        missing = _ALWAYS - saved.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return RunState(**{"parts_reached": None, **saved})  # older versions did not watch it
 
 
@@ -302,10 +311,12 @@ def load_data_state(folder: Path) -> dict[str, Any]:
     states: dict[str, Any] = _read_json(folder / DATA_STATE)
     with reading(folder / DATA_STATE, _WAY_ON):
         _check_kinds(states, {})
+        if not states:
+            raise ValueError("it holds no worker")
         for worker, state in states.items():
             int(worker)
             _check_kinds(state, _DATA_KINDS)
-            _check_kinds(state.get("identity", {}), {"mixture": dict[str, Any]})
+            _check_kinds(state.get("identity", {}), _IDENTITY_KINDS)
             _check_kinds(state.get("counts", {}), dict.fromkeys(state.get("counts", {}), int))
     return states
 
@@ -381,7 +392,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); {_WAY_ON}") from None
 
 

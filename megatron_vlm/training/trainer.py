@@ -412,7 +412,7 @@ class Trainer:
 
     def _where_to_go_on(self) -> str:
         last = latest_resumable(self.run / CHECKPOINTS)
-        return "begin again" if last is None else f"the same command goes on from {last.name}"
+        return "begin again" if last is None else f"the run goes on from {last.name}"
 
     def close(self) -> None:
         """End the data loaders' workers."""

@@ -1,5 +1,6 @@
 """Where checkpoints are found, and how they appear."""
 
+import json
 import os
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
         ("[]", "format_version is None; supported: 1"),
         ('{"format_version": 2}', "format_version is 2"),
         ('{"format_version": 1, "format": "torch_dist"}', "iteration, has_optimizer, model, layout, tensors"),
+        ("[" * 100_000, "manifest.json: cannot be read"),
+        *(
+            (json.dumps({"format_version": 1, **MANIFEST, name: None}), f"manifest.json: {name} is not what")
+            for name in MANIFEST
+        ),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,8 @@ def test_defaults() -> None:
 def test_what_has_to_be_there(tmp_path: Path) -> None:
     """A checkpoint of trained weights only, with the one under it where it was, gone, and named."""
     base, trained = tmp_path / "base", tmp_path / "trained"
-    manifest = {key: {} for key in ("format", "iteration", "has_optimizer", "model", "layout", "tensors")}
+    manifest = {"format": "torch_dist", "iteration": 0, "has_optimizer": False}
+    manifest.update({key: {} for key in ("model", "layout", "tensors")})
     for folder, more in ((base, {}), (trained, {"base": {"path": str(base)}})):
         folder.mkdir()
         write_manifest(folder, {**manifest, **more})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_files_that_are_missing_cut_or_longer(trained: Path) -> None:
     assert set(damages(trained)) == {f"{path}: No such file or directory"}
 
 
+def test_a_pipe_in_a_files_place(trained: Path) -> None:
+    """Nobody writes into it: reading it would take for ever."""
+    (trained / "common.pt").unlink()
+    os.mkfifo(trained / "common.pt")
+    assert f"{trained / 'common.pt'}: a pipe, a device or a link to nothing; move it away" in damages(trained)
+
+
 def test_optimizer_state_is_read_by_runs_that_go_on_only(trained: Path) -> None:
     path = trained / "__0_0.distcp"
     flip(path, path.stat().st_size - 1)
@@ -135,8 +143,14 @@ def test_a_checkpoint_without_hashes(release: Path, tmp_path: Path) -> None:
     assert checks(tmp_path / "old", weights_only=False) is None
 
 
-def test_a_damaged_manifest(trained: Path) -> None:
-    write_manifest(trained, {**read_manifest(trained), FILES: {"common.pt": {"bytes": 3}}})
+@pytest.mark.parametrize(
+    "hashes",
+    [None, {}, {"x": ""}, {"5": ""}, {"0": "", "9": "", "5": ""}, {"0": "", "9999": ""}],
+    ids=["none", "empty", "no numbers", "not from the start", "out of order", "behind the end"],
+)
+def test_a_damaged_manifest(trained: Path, hashes: dict[str, str] | None) -> None:
+    entry = {"bytes": 300, "xxh3_128": hashes}
+    write_manifest(trained, {**read_manifest(trained), FILES: {"common.pt": entry}})
     with pytest.raises(ValueError, match=r"manifest\.json: files is damaged at common\.pt"):
         checks(trained, weights_only=False)
 

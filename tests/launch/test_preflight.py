@@ -561,6 +561,9 @@ def test_a_run_that_goes_on_with_other_data(workplace) -> None:
     mixture.write_text("datasets:\n  a:\n    path: data\n    weight: 1\n")
     (workplace / "data/.nv-meta/index.uuid").write_text("another")
     assert "the training data changed since the checkpoint" in problem(*argv)
+    for identity in (None, 3, [1], {"data_workers": 1, "mixture": [1]}):  # the ranks name the file
+        write_json(folder / "data_state.json", {"0": {"identity": identity}})
+        assert inspect(*argv).errors == []
 
 
 def test_held_out_samples_of_a_run_that_goes_on(workplace) -> None:

@@ -1,4 +1,4 @@
-"""The console line."""
+"""What a run reports of itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-from megatron_vlm.observe.metrics import IterationMetrics
+from megatron_vlm.observe.metrics import IterationMetrics, MetricsLog
 
 METRICS = IterationMetrics(**{field.name: 1 for field in fields(IterationMetrics)})
 
@@ -29,3 +29,11 @@ def test_the_page_has_every_field() -> None:
     table = page.split("\n\n")[2]
     names = {name for row in table.splitlines() for name in re.findall(r"`([\w/<>]+)`", row.split("|")[1])}
     assert names == {field.name for field in fields(IterationMetrics)} | {"lr/<part>"}
+
+
+def test_a_damaged_line_is_moved_aside(tmp_path: Path) -> None:
+    lines = [b'{"iteration": 1}', b"\xcd\x00 of no encoding", b'{"iteration": 2}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    MetricsLog(tmp_path, last_iteration=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == [lines[0], lines[2]]
+    assert (tmp_path / "metrics.superseded.jsonl").read_bytes().splitlines() == [lines[1], lines[3]]

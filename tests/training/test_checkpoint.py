@@ -44,13 +44,16 @@ def test_generators_are_of_one_kind_of_device(
         random.setstate(python)
 
 
-RUN_STATE = {"iteration": 3, "best_loss": 1, "recent_losses": [2.0]}
+COUNTS = {"iteration": 3, "consumed_samples": 12, "optimizer_steps": 3}
+RUN_STATE = {**COUNTS, "best_loss": 1, "recent_losses": [2.0]}
 WORKER = {"identity": {"mixture": {}}, "microbatches": 3, "counts": {"seen": 2}, "position": None, "since": 0}
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[1]", "3", *(json.dumps({**RUN_STATE, name: "x"}) for name in RUN_STATE), '{"iterations": 3}'],
+    ["", "[1]", "3", *(json.dumps({**RUN_STATE, name: "x"}) for name in RUN_STATE)]
+    + ["[" * 100_000, "{}", json.dumps({**RUN_STATE, "iterations": 3})]
+    + [json.dumps({key: RUN_STATE[key] for key in RUN_STATE if key != name}) for name in COUNTS],
 )
 def test_a_damaged_run_state_is_one_line(tmp_path: Path, content: str) -> None:
     file = tmp_path / checkpoint.RUN_STATE
@@ -66,7 +69,9 @@ def test_a_damaged_run_state_is_one_line(tmp_path: Path, content: str) -> None:
     [
         "",
         "[1]",
+        "{}",
         '{"x": {}}',
+        '{"0": {"identity": {"data_workers": [1]}}}',
         '{"0": 5}',
         '{"0": {"counts": {"seen": "x"}}}',
         '{"0": {"identity": {"mixture": 3}}}',

@@ -18,7 +18,7 @@ from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.hf.hashes import checks
 from megatron_vlm.hf.verify import check_manifest
 from megatron_vlm.models.vlm import build_model
-from megatron_vlm.models.weights import check_unchanged, load_weights, named_parameters
+from megatron_vlm.models.weights import check_unchanged, load_sharded, load_weights, named_parameters
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training.checkpoint import find_not_finite
 from megatron_vlm.training.regimes import set_trainable
@@ -119,6 +119,18 @@ def test_a_converted_checkpoint_is_compared_too(
     assert one == two and re.search(r"language_model\..*; copy or convert the checkpoint again$", one[0])
 
 
+@pytest.mark.parametrize("content", ["", "null", "{}", '{"sharded_backend": "zarr"}', None])
+def test_a_checkpoint_of_no_known_format(
+    trainables: dict[str, Trainable], tmp_path: Path, content: str | None
+) -> None:
+    """A conversion's hashes are of tensors alone."""
+    shutil.copytree(trainables["untied"].checkpoint / "release", tmp_path / "release")
+    file = tmp_path / "release" / "metadata.json"
+    file.write_text(content) if content is not None else file.unlink()
+    with pytest.raises(ValueError, match=rf"^{file}: damaged \(.+\); copy or convert the checkpoint again$"):
+        load_sharded(tmp_path / "release", {})
+
+
 def test_a_checkpoint_of_an_earlier_version(pool: Pool, run: Path, tmp_path: Path) -> None:
     checkpoint = copied(run, tmp_path)
     manifest = read_manifest(checkpoint)
@@ -141,8 +153,8 @@ def test_weights_that_are_not_finite_are_not_saved(
         pool, 2, [*flags(trainables, tmp_path, "3"), "--lr", "3e38", "--lr-decay-style", "constant"]
     )
     assert re.match(
-        r"iteration 3: [\w.]+ holds NaN or infinite values, and is not saved; lower --lr, and the same "
-        rf"command goes on from {LAST}$",
+        r"iteration 3: [\w.]+ holds NaN or infinite values, and is not saved; lower --lr, and the run goes "
+        rf"on from {LAST}$",
         message,
     )
     assert {path.name for path in checkpoint.parent.iterdir()} == {"iter_0000001", LAST, TRACKER}

@@ -91,9 +91,10 @@ def _same_data(found: Inspection, start: Start) -> None:
             saved = next(iter(json.load(file).values()))["identity"]
         workers = config.data.data_workers or (config.launch.num_workers or 0) * (config.launch.node or 1)
         workers = workers or int(saved["data_workers"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        whole = isinstance(saved.get("mixture", {}), dict)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         return  # an older run's, or damaged: the ranks say which
-    if config.data.data_path is not None:
+    if whole and config.data.data_path is not None:
         check_same_data(saved, data_identity(config, workers))
 
 
@@ -106,7 +107,7 @@ def _same_held_out(found: Inspection, start: Start) -> None:
         with open(start.checkpoint / RUN_STATE, encoding="utf-8") as file:
             before = json.load(file)["held_out"]
         whole = isinstance(before["mixture"], dict) and isinstance(before["data"], str)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return  # it had none, or an older run's, or damaged: the ranks say which
     now = held_out_identity(config.data.data_path)
     if whole and now is not None:
