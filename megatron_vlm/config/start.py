@@ -226,7 +226,7 @@ def check_restart(config: RunConfig, run: Path) -> None:
     """
     if config.model.init:
         return
-    source = resolve_checkpoint(str(config.model.megatron_load_dir))
+    source = resolve_checkpoint(str(config.model.megatron_load_dir), "--megatron-load-dir")
     if run.resolve() in source.resolve().parents:
         raise ValueError(
             f"--restart moves {run} aside, and {source} with it; give another --name to go on from there"

@@ -121,7 +121,7 @@ def test_a_run_outlives_what_it_started_from(
     assert (data.image_orientation, data.image_alpha) == ("stored", "white")
     assert first_image_rule(config) == FIRST_RULE  # what a preview of it shows
     message = failure(pool, 1, [*flags, "--train-iters", "2", "--restart"])
-    assert message == f"{tmp_path / 'source'}: no such checkpoint folder"
+    assert message == f"--megatron-load-dir {tmp_path / 'source'}: no such checkpoint folder"
     restart = RunConfig.from_flags([*flags, "--restart"])
     assert message in preflight.inspect(make_plan(restart, {"CUDA_VISIBLE_DEVICES": ""})).problems
 
