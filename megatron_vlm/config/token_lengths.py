@@ -6,7 +6,7 @@ import json
 import os
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.dataset import REPORT, shard_counts, split_samples
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
@@ -26,15 +26,14 @@ class TokenLengths:
     Attributes:
         counted_with: the Hugging Face folder that ``prepare.py --tokenizer-load-dir`` named.
         shortest: tokens of the shortest sample.
-        bins: first and last length of each bin, and its samples.
-        skew: values of a bin lie at ``first + (last - first) * u ** skew`` for u from 0 to 1, so that their
-            sum over all bins is that of the samples.
+        bins: first and last length of each bin, its samples, and its skew: they are taken to lie at
+            ``first + (last - first) * u ** skew`` for u from 0 to 1, so that their sum is that of the bin's;
+            in a report without sums of bins, one skew so that all bins together have the sum of all.
     """
 
     counted_with: str
     shortest: int
-    bins: Tuple[Tuple[int, int, int], ...]
-    skew: float
+    bins: Tuple[Tuple[int, int, int, float], ...]
 
     @classmethod
     def read(cls, folder: str) -> Optional[TokenLengths]:
@@ -59,15 +58,24 @@ class TokenLengths:
             bins.append((max(first, low), min(top, high), int(samples)))
         if not bins:
             return None
-        least = sum(first * samples for first, _, samples in bins)
-        span = sum((last - first) * samples for first, last, samples in bins)
-        part = min(max((total - least) / span, 0.01), 1.0) if span else 1.0
-        return cls(counted_with, low, tuple(bins), 1 / part - 1)
+        sums = histogram.get("sums")
+        if sums is None:
+            skews = [_skew(bins, total)] * len(bins)
+        else:
+            skews = [_skew([own], int(sums[name])) for own, name in zip(bins, histogram["bins"])]
+        return cls(counted_with, low, tuple((*own, skew) for own, skew in zip(bins, skews)))
 
     def draw(self, number: int, numbers: random.Random) -> List[int]:
         """Lengths of ``number`` samples."""
-        chosen = numbers.choices(self.bins, [samples for _, _, samples in self.bins], k=number)
-        return [first + round((last - first) * numbers.random() ** self.skew) for first, last, _ in chosen]
+        chosen = numbers.choices(self.bins, [samples for _, _, samples, _ in self.bins], k=number)
+        return [first + round((last - first) * numbers.random() ** skew) for first, last, _, skew in chosen]
+
+
+def _skew(bins: Sequence[Tuple[int, int, int]], total: int) -> float:
+    """Of bins whose values add up to ``total``."""
+    least = sum(first * samples for first, _, samples in bins)
+    span = sum((last - first) * samples for first, last, samples in bins)
+    return 1 / min(max((total - least) / span, 0.001), 1.0) - 1 if span else 0.0
 
 
 @dataclass(frozen=True)

@@ -92,3 +92,15 @@ def test_without_counted_tokens_nothing_is_estimated(tmp_path: Path) -> None:
     for damaged in ("{", "[]", '{"histograms": {"tokens": {}}, "settings": {"tokenizer_load_dir": "hf"}}'):
         (tmp_path / "report.json").write_text(damaged)
         assert TokenLengths.read(str(tmp_path)) is None
+
+
+def test_lengths_of_their_own_in_one_histogram(tmp_path: Path) -> None:
+    """What a bin of long samples is like says nothing of one of short samples."""
+    write_report(tmp_path, [100] * 50 + [5000] * 50)
+    for overlong, expected in (("drop", 20), ("truncate", 100 / 55)):
+        found = estimate_packing(str(tmp_path), Packing(200, 1000), overlong)
+        assert found is not None and found.samples_per_sequence == pytest.approx(expected, rel=0.03)
+    report = json.loads((tmp_path / "report.json").read_text())
+    del report["histograms"]["tokens"]["sums"]  # of an older version
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert estimate_packing(str(tmp_path), Packing(200, 1000), "drop") is not None

@@ -17,11 +17,13 @@ class Histogram:
         self.low: int | None = state.get("min")
         self.high: int | None = state.get("max")
         self.bins: dict[int, int] = {int(top): count for top, count in state.get("bins", {}).items()}
+        self.sums: dict[int, int] = {int(top): value for top, value in state.get("sums", {}).items()}
 
     def add(self, value: int) -> None:
         """Count one value."""
         top = value if value <= _EXACT else 1 << (value - 1).bit_length()
         self.bins[top] = self.bins.get(top, 0) + 1
+        self.sums[top] = self.sums.get(top, 0) + value
         self.total += value
         self.low = value if self.low is None else min(self.low, value)
         self.high = value if self.high is None else max(self.high, value)
@@ -30,18 +32,23 @@ class Histogram:
         """Add another's values."""
         for top, count in other.bins.items():
             self.bins[top] = self.bins.get(top, 0) + count
+        for top, value in other.sums.items():
+            self.sums[top] = self.sums.get(top, 0) + value
         self.total += other.total
         self.low = min((low for low in (self.low, other.low) if low is not None), default=None)
         self.high = max((high for high in (self.high, other.high) if high is not None), default=None)
 
     def state(self) -> dict[str, Any]:
-        """As JSON: number, sum, smallest, largest, and the count at each bin's upper end."""
+        """As JSON: number, sum, smallest, largest, and the count at each bin's upper end, and the sum of its
+        values, where all parts of it had that."""
+        whole = sum(self.sums.values()) == self.total
         return {
             "count": sum(self.bins.values()),
             "total": self.total,
             "min": self.low,
             "max": self.high,
             "bins": {str(top): self.bins[top] for top in sorted(self.bins)},
+            **({"sums": {str(top): self.sums[top] for top in sorted(self.sums)}} if whole else {}),
         }
 
 
