@@ -194,6 +194,24 @@ def test_next_commands_are_as_the_run_was_started(run: Path) -> None:
     assert generate.split()[1] == "scripts/inference/generate.py"
 
 
+def test_a_run_that_stopped_early_says_so(run: Path) -> None:
+    """And one without --train-iters shows its total."""
+    training = {"train_samples": 83, "global_batch_size": 4, "early_stopping_patience": 2}
+    (run / "config.json").write_text(json.dumps({"training": training}))
+    status.note_running(str(run), [], None, "")
+    status.note_ended(str(run), 0, "")
+    file = run / "checkpoints" / "iter_0000006" / "run_state.json"
+    state = {"iteration": 6, "evaluations_without_improvement": 2}
+    file.write_text(json.dumps(state))
+    answer = found(run)
+    assert (answer["state"], answer["total"]) == ("done", 20)
+    early = "; stopped early at iteration 6, 2 evaluations without an improvement; the best checkpoint is "
+    assert answer["says"].endswith(f"{early}{run / BEST}")
+    for other in ({"evaluations_without_improvement": 1}, {"iteration": 20}):
+        file.write_text(json.dumps({**state, **other}))
+        assert found(run)["says"].partition(" since ")[0] == "done" and "early" not in found(run)["says"]
+
+
 def found_best(run: Path) -> dict[str, float]:
     best: dict[str, float] = json.loads((run / "best/best.json").read_text())
     return best
