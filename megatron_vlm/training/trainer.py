@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,11 +28,9 @@ from megatron_vlm.config.start import (
     Start,
     check_same_model,
     check_same_run,
-    saved_config,
     with_adapters,
 )
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
-from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
@@ -51,6 +49,7 @@ from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
 from megatron_vlm.training.regimes import set_trainable, table
+from megatron_vlm.training.resolve import resolve
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.sources import SourceTotals
@@ -476,32 +475,3 @@ class Trainer:
         """Print, on rank 0."""
         if self.layout.rank == 0:
             print(message, flush=True)
-
-
-def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:
-    """Fill in what the flags leave to checkpoint and data: length, precision, loader workers and how images
-    are read; a collective call.
-
-    Raises:
-        ValueError: the flags don't fit the model, the data or the number of ranks.
-    """
-    path = str(config.data.data_path)  # a look at each shard, which is much for all ranks at once
-    samples = parallel.on_first_rank(lambda: Mixture.open(path, "train").num_samples)
-    config = config.with_length(samples)
-    workers, rule = config.data.data_workers, LOADED
-    if start.with_position:
-        saved = saved_config(start.checkpoint).data
-        rule = saved.image_rule()
-        if workers is None and config.launch.num_workers is None:
-            # The order of the data depends on it, so a run that goes on at another layout keeps it.
-            config = replace(config, data=replace(config.data, data_workers=saved.data_workers))
-    config = replace(config, data=config.data.with_image_rule(rule))
-    config.validate(world_size, model)
-    # float16 weights don't fit bfloat16, which has fewer digits.
-    precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
-    return replace(
-        config,
-        checkpoint=replace(config.checkpoint, restart=False),  # not again, when this one goes on
-        data=replace(config.data, data_workers=config.data_workers(world_size)),
-        training=replace(config.training, precision=precision),
-    )
