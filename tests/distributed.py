@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +34,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Ranks that wait for each other in a collective use no CPU. However many others want it, a rank that can go
 # on gets more than this within IDLE seconds.
 IDLE, _IDLE_CPU = 120.0, 0.5
+
+
+# What gloo says where a connection is lost while ranks make a group, which happens now and then. Groups are
+# made before a test's work begins, so the test can begin again.
+_NOT_CONNECTED = "Gloo connectFullMesh failed"
+
+
+class NotConnectedError(AssertionError):
+    """Ranks that all live have not found each other."""
 
 
 class _ByValue(pickle.Pickler):
@@ -114,6 +124,13 @@ class Pool:
         """
         if world > self.size:
             pytest.skip(f"needs {world} ranks; {self.size} {'GPU is' if self.size == 1 else 'are'} here")
+        try:
+            return self._run(world, function, args)
+        except NotConnectedError as error:
+            print(f"asked once more, since the ranks did not connect: {error}", file=sys.stderr)
+            return self._run(world, function, args)
+
+    def _run(self, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         self.count += 1
         store = os.path.join(self.folder.name, str(self.count))
         for rank in range(world):
@@ -125,7 +142,8 @@ class Pool:
             if error is not None:
                 self.stop()
                 self._start()  # the other ranks may hang in a collective
-                raise AssertionError(f"rank {rank} of {world}: {error}")
+                kind = NotConnectedError if _NOT_CONNECTED in error else AssertionError
+                raise kind(f"rank {rank} of {world}: {error}")
             answers[rank] = pickle.loads(answer)
             missing.remove(rank)
         return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,16 @@ def work_slowly() -> float:
 def test_a_slow_rank_is_waited_for(pair: Pool, monkeypatch) -> None:
     monkeypatch.setattr(distributed, "IDLE", 5.0)
     assert pair.run(2, work_slowly) == [1.0, 1.0]
+
+
+def connect_at_the_second_time(mark: str) -> float:
+    """As gloo fails now and then, before anything is done."""
+    if dist.get_rank() == 0 and not os.path.exists(mark):
+        open(mark, "w").close()
+        raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")
+    return sum_of_ranks()
+
+
+def test_ranks_that_did_not_connect_are_asked_once_more(pair: Pool, tmp_path: Path, capsys) -> None:
+    assert pair.run(2, connect_at_the_second_time, str(tmp_path / "mark")) == [1.0, 1.0]
+    assert "asked once more" in capsys.readouterr().err
