@@ -82,11 +82,11 @@ PLAIN = {
     "target_parameters": Plain(f"adapters stand beside parameters without a module; {MERGE}"),
     "rank_pattern": Plain(
         f"supported: one rank and alpha for all projections; {MERGE}",
-        lambda value, config: not value or set(value.values()) == {config["r"]},
+        lambda value, config: all(one == config["r"] for one in (value or {}).values()),
     ),
     "alpha_pattern": Plain(
         f"supported: one rank and alpha for all projections; {MERGE}",
-        lambda value, config: not value or set(value.values()) == {config["lora_alpha"]},
+        lambda value, config: all(one == config["lora_alpha"] for one in (value or {}).values()),
     ),
     "alora_invocation_tokens": Plain(f"aLoRA acts from these tokens on, {_ONLY_PEFT}"),
     "arrow_config": Plain(f"Arrow chooses an adapter for each token, {_ONLY_PEFT}"),

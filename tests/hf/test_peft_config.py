@@ -226,6 +226,7 @@ def read_with(base: Base, plain: Path, folder: Path, changes: dict[str, Any]) ->
         ("trainable_token_indices", [5], "merge_and_unload"),
         ("target_parameters", ["experts.down_proj"], "merge_and_unload"),
         ("rank_pattern", {"q_proj": 2}, "merge_and_unload"),
+        ("rank_pattern", {"q_proj": [2]}, "merge_and_unload"),
         ("alpha_pattern", {"q_proj": 2}, "merge_and_unload"),
         ("layers_to_transform", [0], "merge_and_unload"),
         ("layers_to_transform", 0, "merge_and_unload"),
