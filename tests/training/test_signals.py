@@ -237,6 +237,18 @@ def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
     assert_same_ends(run, tmp_path / "calm")
 
 
+def of_one_process(
+    script: str, moment: str, under_torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a rank, which torchrun's variables may tell that it has started it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    if under_torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "none"
+    command = [sys.executable, "-c", script, moment]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
+
+
 def test_signals_of_one_process() -> None:
     """Before the iterations it ends; then it keeps the request, until SIGTERM comes again much later."""
     script = """
@@ -270,20 +282,11 @@ print("still here", flush=True)
 os.kill(me, signal.SIGTERM)
 time.sleep(3600)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("TORCHELASTIC_RUN_ID", None)
     for moment, code, out, err in [
         ("starting", CONTINUE, "", "rank 0: ended by a signal before the first iteration; the same command"),
         ("training", STOPPED, "True 7\nstill here\n", "rank 0: a second SIGTERM; ending without a save\n"),
     ]:
-        ended = subprocess.run(
-            [sys.executable, "-c", script, moment],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=HANG,
-            check=False,
-        )
+        ended = of_one_process(script, moment)
         assert (ended.returncode, ended.stdout) == (code, out), ended.stderr
         assert ended.stderr.startswith(err)
 
@@ -320,18 +323,7 @@ os._exit(9)
 )
 def test_ctrl_c_of_one_process(moment: str, under_torchrun: bool, code: int, out: str, said: str) -> None:
     """A second one ends a rank only where that stands alone: with srun the others get each twice."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("TORCHELASTIC_RUN_ID", None)
-    if under_torchrun:
-        environment["TORCHELASTIC_RUN_ID"] = "none"
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_TWICE, moment],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+    ended = of_one_process(INTERRUPTED_TWICE, moment, under_torchrun)
     assert (ended.returncode, ended.stdout) == (code, out), ended.stderr
     assert ended.stderr.startswith(f"rank 0: {said}")
     assert ended.stderr.count("\n") == (2 if ended.stdout == "asked\n" else 1)
