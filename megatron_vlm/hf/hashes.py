@@ -10,6 +10,7 @@ A part ends where the next begins, so that no byte is in none, and a tensor can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +98,7 @@ def checks(folder: Path, weights_only: bool) -> list[Check] | None:
             raise ValueError(f"{folder}: {name} is missing")
 
     def check(name: str, entry: Mapping[str, Any]) -> Check:
-        size = reader.dtype(name).itemsize
-        for length in reader.shape(name):
-            size *= length
+        size = reader.dtype(name).itemsize * math.prod(reader.shape(name))
         return Check(folder, name, size, lambda: describe(reader.read(name)) == entry)
 
     return [check(name, entry) for name, entry in tensors.items()]
