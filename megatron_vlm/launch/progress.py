@@ -12,12 +12,19 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from megatron_vlm.config.checkpoint import BEST, BEST_LOSS, CHECKPOINTS, list_checkpoints, read_manifest
+from megatron_vlm.config.checkpoint import (
+    BEST,
+    BEST_LOSS,
+    CHECKPOINTS,
+    RUN_STATE,
+    list_checkpoints,
+    read_manifest,
+)
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, meaning
 from megatron_vlm.config.units import count_text, times_text
 from megatron_vlm.launch.status import ENDED, QUEUED, RUNNING, STATUS, read_status
 
-_METRICS, _CONFIG, _RUN_STATE = "metrics.jsonl", "config.json", "run_state.json"
+_METRICS, _CONFIG = "metrics.jsonl", "config.json"
 _TAIL_BYTES = 1 << 16
 _SQUEUE_SECONDS = 10.0
 _SHOWN = ("loss", "tokens_per_second", "images_per_second", "seconds_left", "gpu_hours")
@@ -261,7 +268,7 @@ def _total_iterations(run: str) -> Optional[int]:
 def _why_early(run: str, checkpoint: str) -> str:
     """What to add of a run that is done, where ``--early-stopping-patience`` has ended it; else empty."""
     patience = _training(run).get("early_stopping_patience")
-    state = _json(os.path.join(checkpoint, _RUN_STATE)) or {}
+    state = _json(os.path.join(checkpoint, RUN_STATE)) or {}
     tried, iteration = state.get("evaluations_without_improvement"), state.get("iteration")
     total = _total_iterations(run)
     if not (isinstance(patience, int) and isinstance(tried, int) and isinstance(iteration, int)):
