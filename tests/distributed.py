@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests.patience import HANG, cpu_seconds
+from tests.patience import HANG, alive, cpu_seconds
 
 DEVICE = os.environ.get("DEVICE", "cpu")  # of the pool's ranks: "cpu" or "cuda"
 # How far fp32 results are apart beside those on a CPU: torch's fp32 attention on a GPU is three products in
@@ -152,7 +152,8 @@ class Pool:
         """Wait for a rank's answer, or a sign that none will come: a rank is gone, or all stand still."""
         seconds, since = -1.0, time.monotonic()
         while True:
-            gone = [rank for rank in sorted(missing) if not self.processes[rank].is_alive()]
+            # Not is_alive(), which says yes of a process whose end somebody else has asked for.
+            gone = [rank for rank in sorted(missing) if not alive(self.processes[rank].pid)]
             try:
                 return self.results.get(timeout=1.0)
             except queue.Empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_a_lost_rank_ends_the_others_at_once(pair: Pool, how: str, words: str, m
     monkeypatch.setattr(distributed, "IDLE", 2.0 if how == "hangs" else distributed.IDLE)
     with pytest.raises(AssertionError, match=words):
         pair.run(2, lose_rank_1, how)
+    assert pair.run(2, sum_of_ranks) == [1.0, 1.0]
+
+
+def test_a_rank_that_was_reaped_by_others(pair: Pool) -> None:
+    """Multiprocessing then says for ever that it is alive."""
+    pid = pair.processes[0].pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(AssertionError, match="rank 0 of 2: its process has ended"):
+        pair.run(2, sum_of_ranks)
     assert pair.run(2, sum_of_ranks) == [1.0, 1.0]
 
 

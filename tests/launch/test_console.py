@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pty
+import subprocess
 import sys
 
-from megatron_vlm.launch import process
 from megatron_vlm.launch.console import fitted
+from megatron_vlm.launch.container import CHECKOUT
 from tests.observe.test_metrics import METRICS
 
 LINE = METRICS.line(1000, {"projector": 1e-3, "language": 2e-5}, "process")
@@ -31,15 +32,17 @@ def test_no_gpus_on_a_cpu() -> None:
     assert "GPU" not in LINE and "TFLOP/s per process" in LINE and "process hours" in LINE
 
 
-def test_a_terminal_and_the_log(tmp_path, monkeypatch) -> None:
+def test_a_terminal_and_the_log(tmp_path) -> None:
     """In pieces that end within lines, as a pipe gives them."""
     leader, follower = pty.openpty()
     code = "import sys, time\n"
     code += f"for c in ({LINE[:9]!r}, {LINE[9:30]!r}, {LINE[30:] + chr(10)!r}, 'saved x\\n', 'it'):\n"
     code += "    sys.stdout.write(c); sys.stdout.flush(); time.sleep(0.05)"
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        process.run([sys.executable, "-c", code], str(tmp_path / "log"))
+    # In a process of its own, since process.run kills every child of its process: here, the pool's ranks.
+    launcher = "import sys; from megatron_vlm.launch import process; process.run(sys.argv[2:], sys.argv[1])"
+    command = [sys.executable, "-c", launcher, tmp_path / "log", sys.executable, "-c", code]
+    subprocess.run(command, cwd=CHECKOUT, stdout=follower, check=True)
+    os.close(follower)
     shown = os.read(leader, 1 << 16).decode().replace("\r\n", "\n")
     os.close(leader)
     assert shown == f"{fitted(LINE, 100)[0]}\nsaved x\nit"
