@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_vlm import parallel
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.models.loss import find_trained
 from megatron_vlm.models.vlm import build_model, find_image_positions
@@ -80,7 +81,7 @@ def _build(config: RunConfig, model: ModelConfig, layout: parallel.Layout) -> tu
         dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         sequence_parallel=config.parallel.sequence_parallel,
         vocab_divisible_by=config.model.make_vocab_size_divisible_by,
-        layers_per_stage=config.layers_per_stage(model),
+        layers_per_stage=layers_per_stage(config, model),
         recompute=config.parallel.recompute,
         recompute_num_layers=config.parallel.recompute_num_layers,
     )

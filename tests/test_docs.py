@@ -13,6 +13,7 @@ import pytest
 from megatron.energon.tools.prepare import command as energon_prepare
 
 from megatron_vlm.config.flags import flag_name
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import SECTIONS, RunConfig
 from megatron_vlm.launch.container import RUNTIMES
 
@@ -201,4 +202,4 @@ def test_the_demo_runs_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
         check(words)
     assert all((ROOT / words[1]).is_file() for words in ran if words[0] == "python")
     (train,) = (words for words in ran if words[1] == RUN)
-    RunConfig.from_flags(train[2:]).validate(world_size=4)
+    validate(RunConfig.from_flags(train[2:]), world_size=4)

@@ -19,7 +19,7 @@ from megatron_vlm.config.checkpoint import read_manifest
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.config.lora import LoRAConfig
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import StageCosts, deal_layers
+from megatron_vlm.config.pipeline import StageCosts, deal_layers, layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.data.batch import Microbatch
@@ -211,7 +211,7 @@ def plain_and_for_fp8(argv: list[str]) -> list[tuple[float, dict[str, torch.Tens
             model,
             layout,
             sequence_parallel=config.parallel.sequence_parallel,
-            layers_per_stage=config.layers_per_stage(model),
+            layers_per_stage=layers_per_stage(config, model),
             impl="local",
             fp8=fp8,
         )
@@ -246,7 +246,7 @@ def packed_and_apart(argv: list[str]) -> list[tuple[float, int, dict[str, torch.
         model,
         layout,
         sequence_parallel=config.parallel.sequence_parallel,
-        layers_per_stage=config.layers_per_stage(model),
+        layers_per_stage=layers_per_stage(config, model),
         recompute=config.parallel.recompute,
     )
     set_trainable(chunks, parse_train_modules("all"), layout)

@@ -6,14 +6,12 @@ The loader compares it when it goes on, and the launcher before a run is queued.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 from megatron_vlm.config.dataset import split_fingerprint, split_parts
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.config.packing import LengthGroups, Packing
-
-if TYPE_CHECKING:
-    from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.run import RunConfig
 
 _NO_GROUPING = "neither --packing nor --group-by-length"
 

@@ -17,6 +17,7 @@ from megatron_vlm.config.activations import Block, Shape, stage_block
 from megatron_vlm.config.fp8 import Fp8Config
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parameters import EMBEDDING, Parameter, stage_parameters
+from megatron_vlm.config.pipeline import layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import assign
 
@@ -77,7 +78,7 @@ def estimate(
     if model.lora is None and config.lora.adapters is not None:
         model = dataclasses.replace(model, lora=config.lora.adapters)
     pp, dp, microbatches = config.parallel.pp, config.dp(world_size), config.num_microbatches(world_size)
-    layers = config.layers_per_stage(model)
+    layers = layers_per_stage(config, model)
     parameters = stage_parameters(
         model, config.parallel.tp, layers, config.model.make_vocab_size_divisible_by
     )

@@ -12,6 +12,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from megatron_vlm.config.flops import Flops, Work, causal_pairs, training_flops
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.train_modules import LANGUAGE, VISION
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,24 @@ def deal_layers(
             )
         ] += 1
     return tuple(counts)
+
+
+def layers_per_stage(config: RunConfig, model: ModelConfig) -> Tuple[int, ...]:
+    """Return how many of the language model's layers each pipeline stage gets, see :func:`deal_layers`.
+
+    Raises:
+        ValueError: the model has too few layers for the stages, or the flags leave some without.
+    """
+    frozen = [LANGUAGE] * config.model.freeze_lm + [VISION] * (not config.model.train_vision)
+    costs = stage_costs(model, config.data.seq_length, lambda name: not name.startswith(tuple(frozen)))
+    return deal_layers(
+        model.language.num_layers,
+        costs,
+        config.parallel.pp,
+        config.parallel.vpp,
+        config.parallel.decoder_first_pipeline_num_layers,
+        config.parallel.decoder_last_pipeline_num_layers,
+    )
 
 
 def describe_stages(layers: Sequence[int], pp: int) -> List[str]:

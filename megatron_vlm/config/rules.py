@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from megatron_vlm.config import fp8
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.mixture import one_pass
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import layers_per_stage
+from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.token_lengths import estimate_run
 
-if TYPE_CHECKING:
-    from megatron_vlm.config.run import RunConfig
 
-
-def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig]) -> List[str]:
-    """One line for each rule that is broken: the flags that disagree, and what would work.
+def validate(config: RunConfig, world_size: int, model: Optional[ModelConfig] = None) -> None:
+    """Check the rules between a config's sections.
 
     Args:
         world_size: number of ranks.
         model: the architecture, where it is known; with it the flags are checked against it.
+
+    Raises:
+        ValueError: one line that names the flags that disagree and what would work.
     """
+    for problem in broken_rules(config, world_size, model):
+        raise ValueError(problem)
+
+
+def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig] = None) -> List[str]:
+    """Return a line for each rule that is broken, as :func:`validate`: it raises the first."""
     rules: List[Callable[[], object]] = [
         lambda: _text(config),
         lambda: _data(config),
@@ -41,7 +49,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
             lambda: [entry.patterns(known) for entry in config.trained],
             lambda: _sequence(config, known),
             lambda: _no_adapters_on_experts(config, known),
-            lambda: config.layers_per_stage(known),
+            lambda: layers_per_stage(config, known),
             lambda: _class_token(config, known),
             lambda: _token_ids(config, known),
             lambda: fp8.check_model(config, known),

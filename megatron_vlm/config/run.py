@@ -1,7 +1,7 @@
 """The config of one training run: what its flags, its JSON file and its checkpoints say.
 
     config = RunConfig.from_flags(sys.argv[1:])
-    config.validate(world_size=8, model=model)
+    validate(config, world_size=8, model=model)  # plan/rules.py
     command = ["python", "-m", "megatron_vlm.training", *config.to_flags()]
 
 Field names and flag names are the same: ``save_dir`` is ``--save-dir``.
@@ -26,8 +26,6 @@ from megatron_vlm.config.headings import GROUPS
 from megatron_vlm.config.launching import LaunchSection
 from megatron_vlm.config.lora import LoraSection
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import deal_layers, stage_costs
-from megatron_vlm.config.rules import broken_rules
 from megatron_vlm.config.sections import (
     CheckpointSection,
     LoggingSection,
@@ -37,7 +35,7 @@ from megatron_vlm.config.sections import (
     TrainingSection,
 )
 from megatron_vlm.config.slurm import SlurmSection
-from megatron_vlm.config.train_modules import LANGUAGE, VISION, TrainEntry, parse_train_modules
+from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules
 from megatron_vlm.config.units import count_text
 
 SECTIONS: Dict[str, type] = {
@@ -92,7 +90,7 @@ class RunConfig:
 
     Built by :meth:`from_flags` or :meth:`from_dict`, which fill in the defaults that depend on other
     values. The rules inside a section are checked when it is built, those between sections by
-    :meth:`validate`.
+    :func:`megatron_vlm.config.rules.validate`.
     """
 
     model: ModelSection
@@ -260,23 +258,6 @@ class RunConfig:
         rows = 1 if self.data.packing else self.training.micro_batch_size
         return fp8.sequence_multiple(rows, parallel.tp, parallel.sequence_parallel)
 
-    def layers_per_stage(self, model: ModelConfig) -> Tuple[int, ...]:
-        """Layers of the language model on each pipeline stage, see :func:`pipeline.deal_layers`.
-
-        Raises:
-            ValueError: the model has too few layers for the stages, or the flags leave some without.
-        """
-        frozen = [LANGUAGE] * self.model.freeze_lm + [VISION] * (not self.model.train_vision)
-        costs = stage_costs(model, self.data.seq_length, lambda name: not name.startswith(tuple(frozen)))
-        return deal_layers(
-            model.language.num_layers,
-            costs,
-            self.parallel.pp,
-            self.parallel.vpp,
-            self.parallel.decoder_first_pipeline_num_layers,
-            self.parallel.decoder_last_pipeline_num_layers,
-        )
-
     def data_workers(self, world_size: int) -> int:
         """Loader workers of the whole run, N: dp divides N, and N divides global batch / micro batch.
 
@@ -388,23 +369,6 @@ class RunConfig:
         if self.optimizer.lr_warmup_iters is not None:
             return self.optimizer.lr_warmup_iters
         return int((self.optimizer.lr_warmup_fraction or 0.0) * self.decay_iterations)
-
-    def validate(self, world_size: int, model: Optional[ModelConfig] = None) -> None:
-        """Check the rules between sections.
-
-        Args:
-            world_size: number of ranks.
-            model: the architecture, where it is known; with it the layout is checked against it.
-
-        Raises:
-            ValueError: one line that names the flags that disagree and what would work.
-        """
-        for problem in self.problems(world_size, model):
-            raise ValueError(problem)
-
-    def problems(self, world_size: int, model: Optional[ModelConfig] = None) -> List[str]:
-        """All broken rules between sections, a line for each; the first is :meth:`validate`'s."""
-        return broken_rules(self, world_size, model)
 
 
 def _recipe(given: Mapping[str, Any]) -> Dict[str, Any]:

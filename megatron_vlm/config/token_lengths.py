@@ -6,14 +6,12 @@ import json
 import os
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_vlm.config.dataset import REPORT, shard_counts, split_samples
 from megatron_vlm.config.mixture import MixtureConfig, is_mixture
 from megatron_vlm.config.packing import Packing
-
-if TYPE_CHECKING:
-    from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.run import RunConfig
 
 _TOKENS = "tokens"  # the histogram of a report
 _DRAWN = 4000  # samples, at least: enough that the estimate changes by less than 1 % with the seed

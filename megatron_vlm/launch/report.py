@@ -9,7 +9,7 @@ from megatron_vlm.config.dataset import REPORT
 from megatron_vlm.config.flops import Work, causal_pairs, training_flops
 from megatron_vlm.config.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import describe_stages
+from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.token_lengths import PackingEstimate
 from megatron_vlm.config.units import count_text
@@ -130,7 +130,7 @@ def _stages(plan: LaunchPlan, model: ModelConfig) -> List[str]:
     config = plan.config
     pp, size = config.parallel.pp, plan.world_size // config.parallel.pp
     lines = []
-    for number, text in enumerate(describe_stages(config.layers_per_stage(model), pp)):
+    for number, text in enumerate(describe_stages(layers_per_stage(config, model), pp)):
         ranks = range(number * size, (number + 1) * size)
         nodes = range(ranks[0] // plan.processes, ranks[-1] // plan.processes + 1)
         where = f" on {_named('node', nodes)}" if (config.launch.node or 1) > 1 else ""

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 
 from megatron_vlm import rank
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.training.signals import StopRequest
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     stop = StopRequest().listen()
     try:
         config = RunConfig.from_flags(argv, prog="python -m megatron_vlm.training")
-        config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         return rank.user_error(error, rank.is_first())
     return rank.run(partial(_train, config, stop), config.parallel.device)

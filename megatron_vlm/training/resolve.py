@@ -7,6 +7,7 @@ from dataclasses import replace
 from megatron_vlm import parallel
 from megatron_vlm.config.images import LOADED
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import Start, saved_config
 from megatron_vlm.data.mixture import Mixture
@@ -30,7 +31,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
             # The order of the data depends on it, so a run that goes on at another layout keeps it.
             config = replace(config, data=replace(config.data, data_workers=saved.data_workers))
     config = replace(config, data=config.data.with_image_rule(rule))
-    config.validate(world_size, model)
+    validate(config, world_size, model)
     # float16 weights don't fit bfloat16, which has fewer digits.
     precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
     return replace(

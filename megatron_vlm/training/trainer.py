@@ -22,7 +22,7 @@ from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
 from megatron_vlm.config.images import LOADED
 from megatron_vlm.config.mixture import trained_sources
 from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import describe_stages
+from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import (
     Start,
@@ -184,7 +184,7 @@ class Trainer:
 
     def _build_model(self, start: Start) -> None:
         config, layout = self.config, self.layout
-        layers = config.layers_per_stage(self.model_config)
+        layers = layers_per_stage(config, self.model_config)
         if layout.pp > 1:
             self.say("\n".join(describe_stages(layers, layout.pp)))
         self.chunks = build_model(

@@ -22,6 +22,7 @@ from benchmarks.gpu import ceiling, digits, parity, specs, speed
 from benchmarks.gpu.report import DONE, FAILED, NOT_RUN, bars, table
 from benchmarks.gpu_check import INCOMPLETE, MISSED, STEPS, Step, check, rounds
 from megatron_vlm import parallel
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from tests.distributed import Pool
 from tests.patience import HANG, alive, wait_until
@@ -380,7 +381,7 @@ def test_curves_are_compared_smoothed() -> None:
 def test_digits_flags_are_the_launchers(arm: str) -> None:
     paths = ["--name", "x", "--save-dir", "x", "--data-path", "x", "--megatron-load-dir", "x"]
     config = RunConfig.from_flags([*digits.RUN[1:], *paths, "--train-iters", "100", arm])
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     assert config.training.global_batch_size == 48 and config.logging.log_interval == 1
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_vlm.config.lora import LANGUAGE_TARGETS, LoRAConfig, LoraSection
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import assign, parse_train_modules
 from tests.tiny import tiny_config
@@ -94,10 +95,10 @@ def test_experts_have_no_adapters() -> None:
     model = ModelConfig.from_hf(tiny_config(text="mixtral").to_dict())
     flags = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--megatron-load-dir", "d"]
     flags += ["--seq-length", "100", "--lora-rank", "4"]
-    RunConfig.from_flags([*flags, "--lora-targets", "q_proj", "vision.fc1"]).validate(1, model)
+    validate(RunConfig.from_flags([*flags, "--lora-targets", "q_proj", "vision.fc1"]), 1, model)
     with pytest.raises(
         ValueError, match="can't have adapters; use --lora-targets q_proj k_proj v_proj o_proj"
     ):
-        RunConfig.from_flags(flags).validate(1, model)
+        validate(RunConfig.from_flags(flags), 1, model)
     with pytest.raises(ValueError, match=r"--lora-targets up_proj: .* use --lora-targets vision\.fc1$"):
-        RunConfig.from_flags([*flags, "--lora-targets", "vision.fc1", "up_proj"]).validate(1, model)
+        validate(RunConfig.from_flags([*flags, "--lora-targets", "vision.fc1", "up_proj"]), 1, model)

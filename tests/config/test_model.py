@@ -14,6 +14,7 @@ import transformers
 from megatron_vlm.config.families import TEXT_FAMILIES
 from megatron_vlm.config.language import RopeScaling
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from tests.tiny import FAMILIES, LLAMA3_ROPE, tiny_config
 
@@ -107,11 +108,11 @@ def test_a_sliding_window_is_the_longest_sequence(text: dict[str, Any], window: 
     flags = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--megatron-load-dir", "d"]
     fits = RunConfig.from_flags([*flags, "--seq-length", str(window or 99999)])
     if window is None or window > model.image_tokens:
-        fits.validate(1, model)
+        validate(fits, 1, model)
     if window is not None:
         longer = RunConfig.from_flags([*flags, "--seq-length", str(max(window, model.image_tokens) + 1)])
         with pytest.raises(ValueError, match=f"sliding window of {window} .*--seq-length {window} "):
-            longer.validate(1, model)
+            validate(longer, 1, model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.pipeline import layers_per_stage
+from megatron_vlm.config.rules import broken_rules, validate
 from megatron_vlm.config.run import RunConfig
 from tests.config.test_run_config import BASE
 
 
 def error_of(argv: list[str], world_size: int, model: ModelConfig | None = None) -> str:
     with pytest.raises(ValueError) as error:
-        RunConfig.from_flags(argv).validate(world_size, model)
+        validate(RunConfig.from_flags(argv), world_size, model)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -43,12 +45,12 @@ def test_layout_and_batch_rules() -> None:
     config = RunConfig.from_flags(
         [*BASE, "--tp", "2", "--micro-batch-size", "4", "--global-batch-size", "32"]
     )
-    config.validate(8)
+    validate(config, 8)
     assert (config.dp(8), config.num_microbatches(8)) == (4, 2)
     assert "leaves none" in error_of([*BASE, "--lr-warmup-iters", "10"], 1)
     skipped = [*BASE, "--skip-train-iteration-range"]
     assert "leaves out all 10 iterations" in error_of([*skipped, "6-12", "1-5"], 1)
-    RunConfig.from_flags([*skipped, "1-9"]).validate(1)
+    validate(RunConfig.from_flags([*skipped, "1-9"]), 1)
 
 
 def test_interleaved_stages_need_groups_of_micro_batches() -> None:
@@ -56,7 +58,7 @@ def test_interleaved_stages_need_groups_of_micro_batches() -> None:
     message = error_of([*argv, "--global-batch-size", "24"], 8)
     assert "micro batches in multiples of --pp 4" in message and "has 6" in message
     assert message.endswith("use --global-batch-size 16 or 32")
-    RunConfig.from_flags([*argv, "--global-batch-size", "32"]).validate(8)
+    validate(RunConfig.from_flags([*argv, "--global-batch-size", "32"]), 8)
 
 
 def test_adapters_have_to_be_there_to_be_trained() -> None:
@@ -71,7 +73,7 @@ def test_adapters_are_not_gathered_in_the_background() -> None:
 def test_the_length_defaults_to_one_epoch() -> None:
     at = BASE.index("--train-iters")
     config = RunConfig.from_flags([*BASE[:at], *BASE[at + 2 :], "--global-batch-size", "128"])
-    config.validate(1)
+    validate(config, 1)
     assert config.with_length(1300).train_iterations == 10
     with pytest.raises(ValueError, match="--train-samples 100 is less than one iteration"):
         config.with_length(100)
@@ -93,7 +95,7 @@ def test_epochs_are_passes_over_the_samples(epochs: str, samples: int, expected:
     """To the sample, also where the product of floats would be a little less."""
     flags = ["--epochs", epochs, "--global-batch-size", "4"]
     config = RunConfig.from_flags([*BASE[:-2], *flags])
-    config.validate(1)
+    validate(config, 1)
     assert config.iterations_over(None) is None and config.iterations_over(samples) == expected // 4
     told = config.with_length(samples)
     assert (told.training.train_samples, told.training.epochs) == (expected, None)
@@ -167,7 +169,7 @@ def test_rules_that_need_the_model() -> None:
     first = ["--pp", "2", "--decoder-first-pipeline-num-layers", "4"]
     assert "leave 0 of the 4 layers" in error_of([*BASE, *first], 2, model)
     trained = RunConfig.from_flags([*BASE, "--pp", "2", "--train-vision"])
-    assert trained.layers_per_stage(model) == (1, 3)  # the tower is far larger than this language model
+    assert layers_per_stage(trained, model) == (1, 3)  # the tower is far larger than this language model
     assert "16 tokens" in error_of([*BASE, "--seq-length", "16"], 1, model)
     assert "clip tower has a class token" in error_of([*BASE, "--no-add-class-token"], 1, model)
     tower = dataclasses.replace(model.vision, family="siglip")
@@ -175,10 +177,10 @@ def test_rules_that_need_the_model() -> None:
     assert "siglip tower has no class token" in error_of([*BASE, "--add-class-token"], 1, siglip)
     for flag, fitting in (("--add-class-token", model), ("--no-add-class-token", siglip)):
         config = RunConfig.from_flags([*BASE, flag])
-        config.validate(1, fitting)
+        validate(config, 1, fitting)
         assert RunConfig.from_dict(config.to_dict()) == RunConfig.from_flags(config.to_flags()) == config
     assert "vocabulary of 100" in error_of([*BASE, "--image-token-id", "100"], 1, model)
-    RunConfig.from_flags([*BASE, "--tp", "4", "--pp", "2", "--seq-length", "17"]).validate(8, model)
+    validate(RunConfig.from_flags([*BASE, "--tp", "4", "--pp", "2", "--seq-length", "17"]), 8, model)
 
 
 INIT = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--init"]
@@ -194,8 +196,8 @@ def test_packing_needs_to_know_how_long() -> None:
         RunConfig.from_flags([*flags, "--epochs", "2"]).with_length(1000),
     ):
         with pytest.raises(ValueError, match="--packing needs --train-iters"):
-            config.validate(1)
-    RunConfig.from_flags([*flags, "--train-iters", "5"]).validate(1)
+            validate(config, 1)
+    validate(RunConfig.from_flags([*flags, "--train-iters", "5"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -208,24 +210,24 @@ def test_packing_needs_to_know_how_long() -> None:
 )
 def test_init_needs_a_config_and_nothing_else(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RunConfig.from_flags([*INIT, *flags]).validate(1)
-    RunConfig.from_flags([*INIT, "--tokenizer-load-dir", "d"]).validate(1)
+        validate(RunConfig.from_flags([*INIT, *flags]), 1)
+    validate(RunConfig.from_flags([*INIT, "--tokenizer-load-dir", "d"]), 1)
 
 
 def test_all_broken_rules_are_told_and_validate_raises_the_first() -> None:
     config = RunConfig.from_flags(
         ["--train-iters", "5", "--lr-warmup-iters", "9", "--global-batch-size", "3"]
     )
-    problems = config.problems(world_size=2)
+    problems = broken_rules(config, world_size=2)
     words = ["--data-path", "--megatron-load-dir", "--save-dir", "the warmup of 9", "--global-batch-size 3"]
     assert len(problems) == len(words)  # the batch is met by two rules and told once
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
     with pytest.raises(ValueError) as error:
-        config.validate(world_size=2)
+        validate(config, world_size=2)
     assert str(error.value) == problems[0]
 
 
 def test_a_projector_of_adapters_is_not_left_out_of_checkpoints() -> None:
     argv = [*BASE, "--lora-rank", "4", "--lora-load-dir", "adapter", "--save-trained-only"]
-    RunConfig.from_flags(argv).validate(1)
+    validate(RunConfig.from_flags(argv), 1)
     assert "loses the projector of --lora-load-dir" in error_of([*argv, "--train-modules", "lora"], 1)

@@ -10,6 +10,7 @@ import typing
 import pytest
 
 from megatron_vlm.config.flags import REQUIRED, flag_name
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import SECTIONS, RunConfig
 
 # What every run has to say; the rest has defaults.
@@ -302,7 +303,7 @@ def test_the_stage_chooses_the_recipe(argv, freeze_lm, micro, batch, lr) -> None
 def test_a_learning_rate_of_zero_needs_no_other_flag() -> None:
     config = RunConfig.from_flags([*BASE, "--lr", "0"])
     assert config.optimizer.min_lr == 0.0
-    config.validate(1)
+    validate(config, 1)
 
 
 def test_schedule_lengths() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_vlm.config.language import LanguageConfig
 from megatron_vlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.train_modules import TrainEntry, assign, parse_train_modules
 
@@ -144,4 +145,4 @@ def test_layers_are_checked_with_the_model() -> None:
     flags = ["--name", "a", "--save-dir", "b", "--data-path", "c", "--megatron-load-dir", "d"]
     flags += ["--train-iters", "9", "--train-modules", "language.layers.0-9"]
     with pytest.raises(ValueError, match="layers 0 to 3 of the language model are run"):
-        RunConfig.from_flags(flags).validate(1, MODEL)
+        validate(RunConfig.from_flags(flags), 1, MODEL)

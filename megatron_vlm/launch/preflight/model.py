@@ -16,6 +16,7 @@ from megatron_vlm.config.data_order import (
     held_out_identity,
 )
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.rules import broken_rules
 from megatron_vlm.config.start import (
     Start,
     check_restart,
@@ -115,7 +116,7 @@ def _same_held_out(found: Inspection, start: Start) -> None:
 
 
 def flags(found: Inspection) -> None:
-    found.contradictions += found.config.problems(found.plan.world_size, found.model)
+    found.contradictions += broken_rules(found.config, found.plan.world_size, found.model)
 
 
 def tokenizer(found: Inspection) -> None:
