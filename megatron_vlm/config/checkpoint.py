@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Optional, Union
 
 from megatron_vlm.config.families import other_model
+from megatron_vlm.config.files import reading
+from megatron_vlm.config.model import ModelConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -306,6 +308,17 @@ def read_manifest(path: PathLike) -> Dict[str, Any]:
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} is not what a manifest holds; the file is damaged")
     return manifest
+
+
+def read_model(path: PathLike) -> ModelConfig:
+    """Return the model of the checkpoint that ``path`` means.
+
+    Raises:
+        ValueError: as :func:`read_manifest`, or the manifest describes no model.
+    """
+    described = read_manifest(path)["model"]
+    with reading(resolve_checkpoint(path) / MANIFEST, "copy or convert the checkpoint again"):
+        return ModelConfig.from_dict(described)
 
 
 def write_manifest(folder: PathLike, manifest: Dict[str, Any]) -> None:

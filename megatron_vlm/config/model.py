@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from megatron_vlm.config.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
-from megatron_vlm.config.checkpoint import MANIFEST, PathLike, read_manifest, resolve_checkpoint
 from megatron_vlm.config.families import (
     TOWERS,
     check_choice,
@@ -23,7 +22,7 @@ from megatron_vlm.config.families import (
     llava_config,
     other_model,
 )
-from megatron_vlm.config.files import check_readable, reading
+from megatron_vlm.config.files import check_readable
 from megatron_vlm.config.language import LanguageConfig, RopeScaling, language_config
 from megatron_vlm.config.lora import LoRAConfig
 
@@ -293,17 +292,6 @@ class ModelConfig:
             return model
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a description of a model ({error}); is the manifest damaged?") from None
-
-    @classmethod
-    def of_checkpoint(cls, path: PathLike) -> ModelConfig:
-        """The model of the checkpoint that ``path`` means.
-
-        Raises:
-            ValueError: as :func:`read_manifest`, or the manifest describes no model.
-        """
-        described = read_manifest(path)["model"]
-        with reading(resolve_checkpoint(path) / MANIFEST, "copy or convert the checkpoint again"):
-            return cls.from_dict(described)
 
     def check_layout(self, tp: int, pp: int) -> None:
         """Check that the model can be cut into ``tp`` tensor and ``pp`` pipeline parts.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable, Dict, List, Optional
 
-from megatron_vlm.config import fp8
+from megatron_vlm.config import fp8_rules
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.mixture import one_pass
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing_estimate import estimate_run
 from megatron_vlm.config.pipeline import layers_per_stage
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.token_lengths import estimate_run
 
 
 def validate(config: RunConfig, world_size: int, model: Optional[ModelConfig] = None) -> None:
@@ -40,7 +40,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
         lambda: _schedule(config),
         lambda: _devices(config),
         lambda: _adapters(config),
-        lambda: fp8.check_flags(config),
+        lambda: fp8_rules.check_flags(config),
     ]
     if model is not None:
         known = model  # for mypy: a lambda forgets what was narrowed
@@ -52,7 +52,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
             lambda: layers_per_stage(config, known),
             lambda: _class_token(config, known),
             lambda: _token_ids(config, known),
-            lambda: fp8.check_model(config, known),
+            lambda: fp8_rules.check_model(config, known),
         ]
     rules += [
         lambda: _interleaving(config, world_size),

@@ -21,10 +21,11 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.data import DataSection
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
-from megatron_vlm.config.fp8 import Fp8Config, Fp8Section
+from megatron_vlm.config.fp8 import Fp8Config
+from megatron_vlm.config.fp8_section import Fp8Section
 from megatron_vlm.config.headings import GROUPS
 from megatron_vlm.config.launching import LaunchSection
-from megatron_vlm.config.lora import LoraSection
+from megatron_vlm.config.lora_section import LoraSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import (
     CheckpointSection,

@@ -13,6 +13,7 @@ from megatron_vlm.config.checkpoint import (
     latest_resumable,
     list_checkpoints,
     read_manifest,
+    read_model,
     resolve_checkpoint,
 )
 from megatron_vlm.config.families import LLAVA_FAMILIES
@@ -184,7 +185,7 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
     others: Dict[str, ModelConfig] = {}
     load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
     if load_dir is not None and (not start.resumes or Path(load_dir).is_dir()):
-        others[f"--megatron-load-dir {load_dir}"] = ModelConfig.of_checkpoint(load_dir)
+        others[f"--megatron-load-dir {load_dir}"] = read_model(load_dir)
     if tokenizer_dir is not None and _is_llava(Path(tokenizer_dir)):
         others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)
     for flag, other in others.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers
+from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers, read_model
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
@@ -370,7 +370,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
         folder = checkpoint_layers(config.model.megatron_load_dir, config.model.base, "--megatron-load-dir")[
             -1
         ]
-        return ModelConfig.of_checkpoint(folder), str(folder / HF_FOLDER)
+        return read_model(folder), str(folder / HF_FOLDER)
     if config.model.tokenizer_load_dir is None:
         raise ValueError(
             "--tokenizer-load-dir is missing: the Hugging Face folder of the model, or a checkpoint"

@@ -22,6 +22,7 @@ from megatron_vlm.config.checkpoint import (
     RUN_CONFIG,
     appearing_folder,
     check_replaceable,
+    read_model,
     resolve_checkpoint,
 )
 from megatron_vlm.config.files import check_readable
@@ -118,7 +119,7 @@ def export_adapter(
         ValueError: the checkpoint has no adapters, is damaged, or the output is there already.
     """
     source, target = resolve_checkpoint(checkpoint), Path(folder)
-    lora = ModelConfig.of_checkpoint(source).lora
+    lora = read_model(source).lora
     if lora is None:
         raise ValueError(f"{source} has no adapters; leave --adapter-only out to convert the whole model")
     trained = [entry.name for entry in RunConfig.load(str(source / RUN_CONFIG)).trained]

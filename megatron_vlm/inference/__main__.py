@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 
 from megatron_vlm import rank
-from megatron_vlm.config.checkpoint import resolve_checkpoint
+from megatron_vlm.config.checkpoint import read_model, resolve_checkpoint
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.config.images import LOADED
-from megatron_vlm.config.model import ModelConfig
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +31,7 @@ def _answer(config: GenerationConfig) -> None:
 
     layout = parallel.initialize(config.machine.tp, config.machine.pp, device=config.machine.device)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    model = ModelConfig.of_checkpoint(checkpoint)
+    model = read_model(checkpoint)
     held: list[Questions] = []  # on rank 0, which alone reads files and knows text
 
     def prepare() -> tuple[int, list[int], int]:

@@ -9,9 +9,9 @@ from megatron_vlm.config.dataset import REPORT
 from megatron_vlm.config.flops import Work, causal_pairs, training_flops
 from megatron_vlm.config.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing_estimate import PackingEstimate
 from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.token_lengths import PackingEstimate
 from megatron_vlm.config.units import count_text
 from megatron_vlm.launch.plan import LaunchPlan
 

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.fp8 import unsupported
+from megatron_vlm.config.fp8_rules import unsupported
 from megatron_vlm.parallel.engine import why_not
 from megatron_vlm.parallel.layout import Layout
 

@@ -16,12 +16,12 @@ from megatron_vlm.config.checkpoint import (
     keep_last,
     latest_resumable,
     note_user,
+    read_model,
     write_best,
 )
 from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
 from megatron_vlm.config.images import LOADED
 from megatron_vlm.config.mixture import trained_sources
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.start import (
@@ -84,7 +84,7 @@ class Trainer:
         self.start = start
         self.run = Path(config.checkpoint.run_dir)
         self.hf_source = start.checkpoint / HF_FOLDER
-        self.model_config = ModelConfig.of_checkpoint(start.checkpoint)
+        self.model_config = read_model(start.checkpoint)
         check_same_model(config, start, self.model_config)
         self.model_config = with_adapters(self.model_config, config, start)
         self.config = config = resolve(config, start, self.model_config, layout.world_size)

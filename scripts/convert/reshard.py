@@ -15,6 +15,7 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.config.checkpoint import read_model
 from megatron_vlm.hf import cli
 
 
@@ -52,7 +53,7 @@ def main(argv: List[str]) -> int:
     if args.hf_config:
         model = ModelConfig.from_hf_dir(args.hf_config, "--hf-config")
     else:
-        model = ModelConfig.of_checkpoint(args.megatron_dir)
+        model = read_model(args.megatron_dir)
         cli.tell_of_best(args.megatron_dir)
     classic = ClassicLayout.from_flags(args, model.language.num_layers)
     dtype = getattr(torch, cli.DTYPES[args.dtype]) if args.dtype else None

@@ -14,8 +14,8 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.config.checkpoint import read_model
 from megatron_vlm.config.generation import GenerationConfig
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf import cli
 from megatron_vlm.launch import process
 from megatron_vlm.launch.container import reenter
@@ -26,7 +26,7 @@ from megatron_vlm.launch.preflight.software import check_interpreter
 def main(argv: List[str]) -> int:
     """Generate as ``argv`` says; returns the exit code."""
     config = GenerationConfig.from_flags(argv, prog="generate.py")
-    config.check_model(ModelConfig.of_checkpoint(config.checkpoint))
+    config.check_model(read_model(config.checkpoint))
     cli.tell_of_best(config.checkpoint)
     config.check_files()
     if config.machine.sif_path:

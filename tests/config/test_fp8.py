@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.fp8 import RECIPES, Fp8Config, unsupported
+from megatron_vlm.config.fp8 import RECIPES, Fp8Config
+from megatron_vlm.config.fp8_rules import unsupported
 from megatron_vlm.config.memory import estimate
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.parameters import stage_parameters

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vlm.config.lora import LANGUAGE_TARGETS, LoRAConfig, LoraSection
+from megatron_vlm.config.lora import LANGUAGE_TARGETS, LoRAConfig
+from megatron_vlm.config.lora_section import LoraSection
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig

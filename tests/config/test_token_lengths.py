@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.packing import Packing
-from megatron_vlm.config.token_lengths import TokenLengths, estimate_packing
+from megatron_vlm.config.packing_estimate import estimate_packing
+from megatron_vlm.config.token_lengths import TokenLengths
 from megatron_vlm.data.prepare.histogram import Histogram
 
 # An image of LLaVA-1.5 is 576 tokens, a tile of LLaVA-1.6 as many. Texts are spread as in conversations.

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from megatron_vlm.config.dataset import split_samples
 from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.packing import Packing
-from megatron_vlm.config.token_lengths import estimate_packing
+from megatron_vlm.config.packing_estimate import estimate_packing
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader

@@ -12,8 +12,8 @@ from megatron.core.parallel_state import RankGenerator
 
 from megatron_vlm.config.checkpoint import write_tracker
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing_estimate import PackingEstimate
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.token_lengths import PackingEstimate
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import make_plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vlm.config.fp8 import unsupported
+from megatron_vlm.config.fp8_rules import unsupported
 from megatron_vlm.config.memory import GIB, estimate, suggestions
 from megatron_vlm.config.units import count_text, size_text
 from megatron_vlm.launch import machine, storage

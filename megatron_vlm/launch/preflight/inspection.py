@@ -11,8 +11,8 @@ from typing import List, Optional, Sequence
 from megatron_vlm.config.checkpoint import HF_FOLDER
 from megatron_vlm.config.memory import StageMemory
 from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.config.packing_estimate import PackingEstimate, estimate_run
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.token_lengths import PackingEstimate, estimate_run
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
 

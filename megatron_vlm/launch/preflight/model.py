@@ -8,7 +8,14 @@ import os
 from pathlib import Path
 from typing import Callable, List
 
-from megatron_vlm.config.checkpoint import DATA_STATE, RUN_CONFIG, RUN_STATE, checkpoint_layers, read_manifest
+from megatron_vlm.config.checkpoint import (
+    DATA_STATE,
+    RUN_CONFIG,
+    RUN_STATE,
+    checkpoint_layers,
+    read_manifest,
+    read_model,
+)
 from megatron_vlm.config.data_order import (
     check_held_out,
     check_same_data,
@@ -49,7 +56,7 @@ def checkpoint(found: Inspection) -> None:
         )
         found.resumes = start is not None
         manifest = read_manifest(found.layers[-1])
-        model = ModelConfig.of_checkpoint(found.layers[-1])
+        model = read_model(found.layers[-1])
         found.model = dataclasses.replace(model, lora=config.lora.adapters)
         for layer in found.layers:
             found.errors += storage.shard_problems(layer)
