@@ -1,6 +1,6 @@
 """What a training step allocates, by torch's profiler, which is told of every allocation and release.
 
-Independent of :mod:`megatron_vlm.config.memory`, which predicts it: nothing here knows what a layer keeps.
+Independent of :mod:`megatron_vlm.plan.memory`, which predicts it: nothing here knows what a layer keeps.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_vlm import parallel
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import layers_per_stage
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.models.loss import find_trained
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.plan.pipeline import layers_per_stage
 from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.regimes import set_trainable
 from megatron_vlm.training.step import prepare_for_schedules, train_step

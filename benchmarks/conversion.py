@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.folder import TensorInfo, WeightsWriter, split_into_shards, write_index
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 

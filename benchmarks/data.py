@@ -40,11 +40,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.workload import IGNORE, Workload, save_model, save_shards
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing import Packing
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.processing import load_processing
+from megatron_vlm.plan.grouping import Packing
 
 WORKLOAD = Workload(  # of which only the tokenizer and the image processor are used
     num_layers=1,

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.ours import freeze_tower
 from benchmarks.workload import OPTIMIZER, Workload, make_batches, peak_memory, save_model
 from megatron_vlm import parallel
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models import language
 from megatron_vlm.models.loss import find_trained, linear_cross_entropy
 from megatron_vlm.models.vlm import build_model, find_image_positions

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from megatron_vlm.config.memory import GIB, StageMemory, estimate
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.plan.memory import GIB, StageMemory, estimate
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations")
 # What torch reports of an H100 or A100 of 80 GB.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.workload import IGNORE, OPTIMIZER, Workload, make_batches, peak_memory
 from megatron_vlm import parallel, rank
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.processing import load_processing

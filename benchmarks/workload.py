@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.hf.convert import import_hf
 
 # Both sides: AdamW as LLaVA's recipe has it, at a constant learning rate.

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import megatron_vlm
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.artifacts.dataset import prepare_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

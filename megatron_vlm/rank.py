@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from megatron_vlm.config.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
-from megatron_vlm.config.launching import RANK0_LOG
-from megatron_vlm.config.units import size_text
+from megatron_vlm.config.sections.launch import RANK0_LOG
+from megatron_vlm.system.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
+from megatron_vlm.system.units import size_text
 
 # How gloo, NCCL and torch's store tell that a process at the other end has ended, or its node has.
 _LOST_RANK = re.compile(

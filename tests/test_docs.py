@@ -13,9 +13,9 @@ import pytest
 from megatron.energon.tools.prepare import command as energon_prepare
 
 from megatron_vlm.config.flags import flag_name
-from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import SECTIONS, RunConfig
 from megatron_vlm.launch.container import RUNTIMES
+from megatron_vlm.plan.rules import validate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

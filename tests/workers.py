@@ -15,13 +15,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import parse_train_modules
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.generation import SamplingSection
-from megatron_vlm.config.lora import LoRAConfig
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import StageCosts, deal_layers, layers_per_stage
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.loader import build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
@@ -36,6 +35,7 @@ from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
 from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.plan.pipeline import StageCosts, deal_layers, layers_per_stage
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, BatchReader, GlobalBatch
 from megatron_vlm.training.regimes import set_trainable, table

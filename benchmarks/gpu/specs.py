@@ -23,9 +23,9 @@ from benchmarks.gpu.speed import PIXELS, TINY
 from benchmarks.ours import microbatch
 from benchmarks.workload import Workload, make_batches, save_model
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import parse_train_modules
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import (

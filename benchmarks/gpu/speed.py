@@ -23,13 +23,13 @@ from benchmarks.gpu.timing import find_kernels, find_waits, time_steps
 from benchmarks.ours import freeze_tower, microbatch
 from benchmarks.workload import OPTIMIZER, Workload, llava_config, make_batches, peak_memory
 from megatron_vlm import parallel
-from megatron_vlm.config.flops import Flops, Work, causal_pairs, training_flops
-from megatron_vlm.config.fp8 import Fp8Config
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.fp8 import Fp8Config
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.fused import adam_source
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.plan.flops import Flops, Work, causal_pairs, training_flops
 from megatron_vlm.training.batch import BatchReader
 from megatron_vlm.training.step import prepare_for_schedules, train_step
 

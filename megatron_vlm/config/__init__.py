@@ -1,1 +1,1 @@
-"""What describes a run and a model: typed, checked, standard library only (Python 3.9)."""
+"""What a run is: its flags in sections, typed and checked. Standard library only (Python 3.9)."""

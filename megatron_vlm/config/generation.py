@@ -10,14 +10,14 @@ import os
 from dataclasses import dataclass, fields
 from typing import Dict, Optional, Sequence, Tuple
 
-from megatron_vlm.config.checkpoint import checkpoint_layers
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import checkpoint_layers
+from megatron_vlm.artifacts.image_rule import ALPHAS, ORIENTATIONS
+from megatron_vlm.artifacts.templates import TEMPLATES
 from megatron_vlm.config.checks import between, not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
-from megatron_vlm.config.images import ALPHAS, ORIENTATIONS
-from megatron_vlm.config.launching import LaunchSection
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import ParallelSection
-from megatron_vlm.config.templates import TEMPLATES
+from megatron_vlm.config.sections.launch import LaunchSection
 
 # Headings of --help, in order.
 MODEL = "Model"

@@ -11,10 +11,10 @@ import typing
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple
 
+from megatron_vlm.artifacts.mixture import data_folders, is_mixture
 from megatron_vlm.config.checks import not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
 from megatron_vlm.config.headings import GROUPS
-from megatron_vlm.config.mixture import data_folders, is_mixture
 from megatron_vlm.config.run import SECTIONS, RunConfig
 
 PREVIEW = "What is shown"

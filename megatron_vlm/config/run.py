@@ -18,15 +18,12 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from megatron_vlm.architecture.fp8 import Fp8Config
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import TrainEntry, parse_train_modules
 from megatron_vlm.config.checks import nearest_multiples
-from megatron_vlm.config.data import DataSection
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
-from megatron_vlm.config.fp8 import Fp8Config
-from megatron_vlm.config.fp8_section import Fp8Section
 from megatron_vlm.config.headings import GROUPS
-from megatron_vlm.config.launching import LaunchSection
-from megatron_vlm.config.lora_section import LoraSection
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.sections import (
     CheckpointSection,
     LoggingSection,
@@ -35,9 +32,12 @@ from megatron_vlm.config.sections import (
     ParallelSection,
     TrainingSection,
 )
-from megatron_vlm.config.slurm import SlurmSection
-from megatron_vlm.config.train_modules import TrainEntry, parse_train_modules
-from megatron_vlm.config.units import count_text
+from megatron_vlm.config.sections.data import DataSection
+from megatron_vlm.config.sections.launch import LaunchSection
+from megatron_vlm.config.sections.lora import LoraSection
+from megatron_vlm.config.sections.low_precision import Fp8Section
+from megatron_vlm.config.sections.slurm import SlurmSection
+from megatron_vlm.system.units import count_text
 
 SECTIONS: Dict[str, type] = {
     "model": ModelSection,
@@ -91,7 +91,7 @@ class RunConfig:
 
     Built by :meth:`from_flags` or :meth:`from_dict`, which fill in the defaults that depend on other
     values. The rules inside a section are checked when it is built, those between sections by
-    :func:`megatron_vlm.config.rules.validate`.
+    :func:`megatron_vlm.plan.rules.validate`.
     """
 
     model: ModelSection

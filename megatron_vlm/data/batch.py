@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.config.anyres import Size
+from megatron_vlm.architecture.connectors.anyres import Size
 
 IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
 

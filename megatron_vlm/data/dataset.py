@@ -19,7 +19,7 @@ from megatron.energon import Cooker, CrudeWebdataset, Sample, WorkerConfig, stat
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
-from megatron_vlm.config.dataset import (
+from megatron_vlm.artifacts.dataset import (
     PreparedShard,
     Shard,
     not_prepared,
@@ -29,11 +29,11 @@ from megatron_vlm.config.dataset import (
     shard_counts,
     shards_fingerprint,
 )
-from megatron_vlm.config.files import reading
 from megatron_vlm.data.conversations import read_conversation, read_json
 from megatron_vlm.data.field_maps import FieldMap, read_field_map
 from megatron_vlm.data.shards import ShardReader
 from megatron_vlm.data.templates import Turn
+from megatron_vlm.system.files import reading
 
 _SHOWN = 200  # characters of what energon says
 

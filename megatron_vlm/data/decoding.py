@@ -7,8 +7,8 @@ from typing import IO, Any, Optional, cast
 import numpy as np
 from PIL import ExifTags, Image
 
-from megatron_vlm.config.anyres import Size
-from megatron_vlm.config.images import ImageRule
+from megatron_vlm.architecture.connectors.anyres import Size
+from megatron_vlm.artifacts.image_rule import ImageRule
 from megatron_vlm.data.templates import SampleError
 
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # all pictures of these can be used

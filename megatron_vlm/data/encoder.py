@@ -13,7 +13,6 @@ from megatron.energon import SkipSample, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
 from PIL import Image
 
-from megatron_vlm.config.packing import LengthGroups, Packing
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
 from megatron_vlm.data.conversations import identity_of, read_json
 from megatron_vlm.data.dataset import RAW_COOKER, RawSample
@@ -21,6 +20,7 @@ from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.shuffle import EpochShuffle
 from megatron_vlm.data.templates import SampleError
+from megatron_vlm.plan.grouping import LengthGroups, Packing
 
 logger = logging.getLogger(__name__)
 

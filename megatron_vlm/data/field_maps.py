@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from megatron_vlm.config.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command
+from megatron_vlm.artifacts.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command
 from megatron_vlm.data.conversations import checked_text
 from megatron_vlm.data.prepare.fields import with_options
 from megatron_vlm.data.prepare.values import Rejected

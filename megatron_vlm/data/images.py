@@ -15,8 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from megatron_vlm.config.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
-from megatron_vlm.config.images import LOADED, ImageRule
+from megatron_vlm.architecture.connectors.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
+from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data import decoding
 from megatron_vlm.data.templates import SampleError
 

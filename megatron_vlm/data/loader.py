@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping
 from megatron.energon import WorkerConfig
 from megatron.energon.errors import reraise_exception
 
-from megatron_vlm.config.data_order import check_same_data, grouping
-from megatron_vlm.config.packing import LengthGroups, Packing
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.encoder import VisionLanguageEncoder
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.workers import Taken, Workers
+from megatron_vlm.plan.data_order import check_same_data, grouping
+from megatron_vlm.plan.grouping import LengthGroups, Packing
 
 if TYPE_CHECKING:
     from megatron_vlm.config.run import RunConfig

@@ -10,10 +10,10 @@ from megatron.energon import WorkerConfig
 from megatron.energon.flavors.webdataset.structs import DatasetSubset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
-from megatron_vlm.config.data_order import mixture_fingerprint
-from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, Subset, check_shares, is_mixture
+from megatron_vlm.artifacts.mixture import MixtureConfig, SourceConfig, Subset, check_shares, is_mixture
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.processing import Processing
+from megatron_vlm.plan.data_order import mixture_fingerprint
 
 _SOURCE = "source"  # the subflavor that says which of the datasets a sample is from
 

@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, checkpoint_layers, read_model
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER, checkpoint_layers, read_model
 from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import first_image_rule
-from megatron_vlm.config.units import count_text
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError, Turn
+from megatron_vlm.plan.start import first_image_rule
+from megatron_vlm.system.units import count_text
 
 
 @dataclass(frozen=True)

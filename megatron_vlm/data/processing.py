@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, List, Sequence
 
-from megatron_vlm.config.anyres import Size
-from megatron_vlm.config.images import LOADED, ImageRule
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.connectors.anyres import Size
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
 from megatron_vlm.data.conversations import trainable_turns

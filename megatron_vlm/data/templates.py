@@ -13,8 +13,8 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from megatron_vlm.config.end_tokens import find_end_token
-from megatron_vlm.config.templates import TEMPLATES, unfit
+from megatron_vlm.artifacts.end_tokens import find_end_token
+from megatron_vlm.artifacts.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS, folder_template
 
 IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import appearing_folder
-from megatron_vlm.config.families import (
+from megatron_vlm.architecture.families.known import (
     TEXT_FAMILIES,
     TOWERS,
     check_keys,
@@ -25,7 +24,8 @@ from megatron_vlm.config.families import (
     check_tower,
     original_llava,
 )
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import appearing_folder
 from megatron_vlm.hf.convert import write_conversion, write_weights
 from megatron_vlm.hf.folder import HFFolder, small_files, split_into_shards, write_index
 from megatron_vlm.hf.hub import locate

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import StageCosts, deal_layers
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.mapping import Row
 from megatron_vlm.hf.ops import REPLICATED, Shape, ShardRule
 from megatron_vlm.hf.stored import Stored, reason, saved_tensors
 from megatron_vlm.hf.streaming import same_bits
+from megatron_vlm.plan.pipeline import StageCosts, deal_layers
 
 FORMAT = "classic"
 FILE = "model_optim_rng.pt"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Callable, Iterator, List, NoReturn, Optional
 
-from megatron_vlm.config.checkpoint import of_best
+from megatron_vlm.artifacts.checkpoint import of_best
 from megatron_vlm.hf import Difference
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

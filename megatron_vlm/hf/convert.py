@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, RELEASE, appearing_folder
-from megatron_vlm.config.model import ModelConfig, padded_vocab_size
+from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RELEASE, appearing_folder
 from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.folder import (
     CONVERSION,

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.stored import Stored, reason, saved_tensors, stored_hash, write_at
 from megatron_vlm.hf.streaming import check_finite, dtype_name
+from megatron_vlm.system.files import check_readable
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config.checkpoint import FILES, read_manifest
+from megatron_vlm.artifacts.checkpoint import FILES, read_manifest
 from megatron_vlm.hf.native import NativeReader, Part, promised_parts, read_metadata
 from megatron_vlm.hf.stored import stored_hash
 from megatron_vlm.hf.streaming import HASH, describe

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import (
     HF_FOLDER,
     RUN_CONFIG,
     appearing_folder,
@@ -25,9 +27,6 @@ from megatron_vlm.config.checkpoint import (
     read_model,
     resolve_checkpoint,
 )
-from megatron_vlm.config.files import check_readable
-from megatron_vlm.config.lora import LoRAConfig
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo, open_weights_file
 from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
@@ -35,6 +34,7 @@ from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.ops import Shape
 from megatron_vlm.hf.peft_config import ADAPTER_CONFIG, MERGE, PeftAdapter, read_peft_config
 from megatron_vlm.hf.streaming import check_finite
+from megatron_vlm.system.files import check_readable
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.language import LanguageConfig
-from megatron_vlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vlm.architecture.language import LanguageConfig
+from megatron_vlm.architecture.model import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vlm.hf.ops import (
     COLUMN,
     COPY,

@@ -19,14 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import (
     HF_FOLDER,
     megatron_lms_folder,
     read_manifest,
     resolve_checkpoint,
 )
-from megatron_vlm.config.files import check_readable
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
 from megatron_vlm.hf.folder import (
@@ -44,6 +43,7 @@ from megatron_vlm.hf.mapping import PREFIXES, Carry, Row, Table, build_table, de
 from megatron_vlm.hf.native import LayeredReader, open_weights
 from megatron_vlm.hf.random_weights import RandomWeights
 from megatron_vlm.hf.streaming import HASH, check_finite, describe, same_bits
+from megatron_vlm.system.files import check_readable
 
 CARRIED = "carried.safetensors"
 WEIGHTS = "weights.json"

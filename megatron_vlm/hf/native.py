@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_vlm.config.checkpoint import BASE, FILES, MANIFEST, checkpoint_layers, read_manifest
-from megatron_vlm.config.files import check_readable
+from megatron_vlm.artifacts.checkpoint import BASE, FILES, MANIFEST, checkpoint_layers, read_manifest
 from megatron_vlm.hf.ops import Chunk, Shape
 from megatron_vlm.hf.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
 from megatron_vlm.hf.streaming import HASH, as_bytes, digest
+from megatron_vlm.system.files import check_readable
 
 _METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
@@ -306,7 +306,8 @@ class LayeredReader:
     """Reads a checkpoint that may hold trained weights only: what it lacks comes from what it lies over.
 
     Args:
-        folders: of :func:`~megatron_vlm.config.checkpoint.checkpoint_layers`, the one with all weights first.
+        folders: of :func:`~megatron_vlm.artifacts.checkpoint.checkpoint_layers`, the one with all weights
+            first.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.folder import HFFolder, TensorInfo, cast
 from megatron_vlm.hf.mapping import PREFIXES, build_table
 from megatron_vlm.hf.projector import MMProjector

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config.files import check_readable
-from megatron_vlm.config.lora import LoRAConfig
+from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.system.files import check_readable
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import (
     appearing_folder,
     check_replaceable,
     is_checkpoint,
     read_manifest,
 )
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import reshard, write_conversion, write_weights
 from megatron_vlm.hf.folder import (
     HFFolder,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.folder import TensorInfo, split_into_shards
 from megatron_vlm.hf.mapping import PREFIXES
 

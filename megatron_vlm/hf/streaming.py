@@ -25,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 import megatron_vlm
-from megatron_vlm.config.units import size_text
+from megatron_vlm.system.units import size_text
 
 HASH = "xxh3_128"  # its key in manifests
 MAX_WAITING = 256 << 20  # bytes that are read but not yet written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.artifacts.checkpoint import (
     MANIFEST,
     RELEASE,
     TRACKER,

@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.artifacts.checkpoint import (
     FILES,
     is_checkpoint,
     is_megatron_lms,
     read_manifest,
     resolve_checkpoint,
 )
-from megatron_vlm.config.files import check_readable
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
 from megatron_vlm.hf.hashes import checks
@@ -30,6 +29,7 @@ from megatron_vlm.hf.mapping import detect_prefixes
 from megatron_vlm.hf.megatron import WEIGHTS, MegatronCheckpoint, and_more
 from megatron_vlm.hf.native import read_metadata
 from megatron_vlm.hf.streaming import HASH, Meter, Progress, describe, dtype_name, same_bits
+from megatron_vlm.system.files import check_readable
 
 PathLike = str | os.PathLike[str]
 

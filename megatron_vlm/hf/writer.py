@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.checkpoint import RELEASE, appearing_folder, write_manifest, write_tracker
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import RELEASE, appearing_folder, write_manifest, write_tracker
 from megatron_vlm.hf.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWriter
 from megatron_vlm.hf.mapping import Row, Table
 from megatron_vlm.hf.native import NativeWriter, check_before_loading

@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import partial
 
 from megatron_vlm import rank
-from megatron_vlm.config.checkpoint import read_model, resolve_checkpoint
+from megatron_vlm.artifacts.checkpoint import read_model, resolve_checkpoint
+from megatron_vlm.artifacts.image_rule import LOADED
 from megatron_vlm.config.generation import GenerationConfig
-from megatron_vlm.config.images import LOADED
 
 
 def main(argv: list[str]) -> int:

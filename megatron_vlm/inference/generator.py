@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.config.anyres import Size
+from megatron_vlm.architecture.connectors.anyres import Size
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.tiles import index_features

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, RUN_CONFIG
-from megatron_vlm.config.end_tokens import end_tokens, with_end_token
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RUN_CONFIG
+from megatron_vlm.artifacts.end_tokens import end_tokens, with_end_token
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import saved_config
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.inference.generator import Prompt
+from megatron_vlm.plan.start import saved_config
 
 _KEYS = ("prompt", "image")
 _CARRIED = ("id", "question_id", "meta")  # of no meaning here, written beside the answer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from megatron_vlm.config.data import DataSection
-from megatron_vlm.config.dataset import (
+from megatron_vlm.architecture.train_modules import TrainEntry
+from megatron_vlm.artifacts.dataset import (
     PreparedShard,
     index_problem,
     meta_problems,
@@ -19,11 +19,11 @@ from megatron_vlm.config.dataset import (
     split_samples,
     train_images,
 )
-from megatron_vlm.config.images import LOADED
-from megatron_vlm.config.mixture import MixtureConfig, data_folders, is_mixture
-from megatron_vlm.config.token_lengths import ShortestSample
-from megatron_vlm.config.train_modules import TrainEntry
-from megatron_vlm.config.units import count_text
+from megatron_vlm.artifacts.image_rule import LOADED
+from megatron_vlm.artifacts.mixture import MixtureConfig, data_folders, is_mixture
+from megatron_vlm.artifacts.token_lengths import ShortestSample
+from megatron_vlm.config.sections.data import DataSection
+from megatron_vlm.system.units import count_text
 
 
 def dataset_problems(path: str) -> Iterator[str]:

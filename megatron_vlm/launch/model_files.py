@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.anyres import NO_TILES
-from megatron_vlm.config.end_tokens import end_tokens
-from megatron_vlm.config.families import TEXT_FAMILIES
-from megatron_vlm.config.mixture import MixtureConfig, SourceConfig, is_mixture
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.connectors.anyres import NO_TILES
+from megatron_vlm.architecture.families.known import TEXT_FAMILIES
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.end_tokens import end_tokens
+from megatron_vlm.artifacts.mixture import MixtureConfig, SourceConfig, is_mixture
+from megatron_vlm.artifacts.templates import unfit
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.templates import unfit
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -8,15 +8,15 @@ import sys
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
-from megatron_vlm.config.checkpoint import checkpoint_layers
-from megatron_vlm.config.launching import LaunchSection
-from megatron_vlm.config.mixture import data_folders, is_mixture
+from megatron_vlm.artifacts.checkpoint import checkpoint_layers
+from megatron_vlm.artifacts.mixture import data_folders, is_mixture
 from megatron_vlm.config.run import DETERMINISTIC_ENVIRONMENT, RunConfig
 from megatron_vlm.config.sections import ParallelSection
-from megatron_vlm.config.slurm import SlurmSection
-from megatron_vlm.config.units import count_text
+from megatron_vlm.config.sections.launch import LaunchSection
+from megatron_vlm.config.sections.slurm import SlurmSection
 from megatron_vlm.launch import container, machine
 from megatron_vlm.launch.slurm import starts_again, with_cluster_defaults
+from megatron_vlm.system.units import count_text
 
 NODE_0 = "NODE0"  # stands in a plan for a machine that is not known yet
 DEFAULT_PORT = 9902

@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Any, BinaryIO, Callable, Collection, List, NamedTuple, Optional, Sequence
 
-from megatron_vlm.config.exit_codes import CONTINUE, INTERRUPTED, STOP_SIGNALS
 from megatron_vlm.launch.console import Terminal
+from megatron_vlm.system.exit_codes import CONTINUE, INTERRUPTED, STOP_SIGNALS
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind

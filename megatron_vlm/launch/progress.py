@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.artifacts.checkpoint import (
     BEST,
     BEST_LOSS,
     CHECKPOINTS,
@@ -20,9 +20,9 @@ from megatron_vlm.config.checkpoint import (
     list_checkpoints,
     read_manifest,
 )
-from megatron_vlm.config.exit_codes import CONTINUE, DONE, meaning
-from megatron_vlm.config.units import count_text, times_text
 from megatron_vlm.launch.status import ENDED, QUEUED, RUNNING, STATUS, read_status
+from megatron_vlm.system.exit_codes import CONTINUE, DONE, meaning
+from megatron_vlm.system.units import count_text, times_text
 
 _METRICS, _CONFIG = "metrics.jsonl", "config.json"
 _TAIL_BYTES = 1 << 16

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.dataset import REPORT
-from megatron_vlm.config.flops import Work, causal_pairs, training_flops
-from megatron_vlm.config.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing_estimate import PackingEstimate
-from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import REPORT
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.units import count_text
 from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.plan.flops import Work, causal_pairs, training_flops
+from megatron_vlm.plan.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
+from megatron_vlm.plan.packing_estimate import PackingEstimate
+from megatron_vlm.plan.pipeline import describe_stages, layers_per_stage
+from megatron_vlm.system.units import count_text
 
 _WIDTH = 100  # of the lists of groups
 _MOST_STAGES = 16  # with a line each
@@ -222,7 +222,7 @@ def _image(model: ModelConfig) -> str:
 
 
 def _memory(facts: Facts, on_gpus: bool) -> List[str]:
-    """The estimate of config/memory.py; of a long pipeline the ends and the largest."""
+    """The estimate of plan/memory.py; of a long pipeline the ends and the largest."""
     stages = facts.memory
     if len(stages) > 4:
         largest = max(stages, key=lambda stage: stage.total)

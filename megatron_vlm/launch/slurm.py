@@ -7,7 +7,7 @@ import re
 from typing import List, Mapping, Optional, Sequence
 
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.units import count_text
+from megatron_vlm.system.units import count_text
 
 _FIRST_PORT, _PORTS = 10000, 20000  # below 32768, from where Linux gives ports to clients
 # Steps that SLURM makes itself (batch, interactive, ...) are numbered from here on.

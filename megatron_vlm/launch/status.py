@@ -16,8 +16,8 @@ import sys
 import time
 from typing import Any, BinaryIO, Dict, List, Optional, Sequence
 
-from megatron_vlm.config.exit_codes import DONE, INTERRUPTED, USER_ERROR
-from megatron_vlm.config.start import LOCK, LOCK_SECONDS
+from megatron_vlm.plan.start import LOCK, LOCK_SECONDS
+from megatron_vlm.system.exit_codes import DONE, INTERRUPTED, USER_ERROR
 
 STATUS = "status.json"
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"

@@ -9,8 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.parameters import stage_parameters
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.parameters import stage_parameters
 from megatron_vlm.config.run import RunConfig
 
 # Of one machine alone.

@@ -13,14 +13,14 @@ import time
 from dataclasses import dataclass
 from typing import List, Mapping, Optional, Sequence
 
-from megatron_vlm.config.exit_codes import CONTINUE
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.slurm import GPUS, SlurmSection
+from megatron_vlm.config.sections.slurm import GPUS, SlurmSection
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.progress import job_state
 from megatron_vlm.launch.slurm import step_options
 from megatron_vlm.launch.status import read_status
+from megatron_vlm.system.exit_codes import CONTINUE
 
 FOLDER = "slurm"  # in the run folder: batch scripts, and what their jobs print
 _RUN, _STATUS = (os.path.join(str(CHECKOUT), "scripts", "train", name) for name in ("run.py", "status.py"))

@@ -19,7 +19,8 @@ import threading
 import time
 from typing import Any, List
 
-from megatron_vlm.config.exit_codes import (
+from megatron_vlm.launch.process import STDIN_IS_LAUNCHER, children
+from megatron_vlm.system.exit_codes import (
     CONTINUE,
     DONE,
     INTERRUPTED,
@@ -29,7 +30,6 @@ from megatron_vlm.config.exit_codes import (
     USER_ERROR,
     signal_name,
 )
-from megatron_vlm.launch.process import STDIN_IS_LAUNCHER, children
 
 
 def main(argv: List[str]) -> int:

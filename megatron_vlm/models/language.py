@@ -10,9 +10,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config.language import LanguageConfig, RopeScaling
-from megatron_vlm.config.lora import LoRAConfig
-from megatron_vlm.config.model import padded_vocab_size
+from megatron_vlm.architecture.language import LanguageConfig, RopeScaling
+from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.architecture.model import padded_vocab_size
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.loss import LossParts, linear_cross_entropy

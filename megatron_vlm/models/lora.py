@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_vlm.config.lora import LoRAConfig
+from megatron_vlm.architecture.lora import LoRAConfig
 
 _OWN_STREAM = "model-parallel-rng"  # random numbers that differ between tensor parallel ranks
 # The projections in the order in which the fused linear's output holds them.

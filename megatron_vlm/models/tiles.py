@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.anyres import Tiling
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.connectors.anyres import Tiling
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import to_device
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlm.config.fp8 import Fp8Config
-from megatron_vlm.config.language import LanguageConfig
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.pipeline import StageCosts, deal_layers
+from megatron_vlm.architecture.fp8 import Fp8Config
+from megatron_vlm.architecture.language import LanguageConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import weight_gradient_kernels
+from megatron_vlm.plan.pipeline import StageCosts, deal_layers
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def transformer_configs(
         dtype: of the parameters: ``torch.float32`` or ``torch.bfloat16``.
         sequence_parallel: shard the language model's activations between its tensor parallel parts.
         deterministic: ask the kernels for reproducible sums.
-        layers_per_stage: see :func:`megatron_vlm.config.pipeline.deal_layers`; None for an even deal.
+        layers_per_stage: see :func:`megatron_vlm.plan.pipeline.deal_layers`; None for an even deal.
         recompute: which activations the backward pass computes again: "none", "selective" or "full".
         recompute_num_layers: with "full", the layers of each stage, and of the tower; None for all.
         fused_rope: rotate queries and keys with Transformer Engine's kernel. Without it, packed samples

@@ -8,7 +8,7 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.lora import VISION_PROJECTIONS, add_adapters
 from megatron_vlm.models.recompute import ask_for_gradient
 from megatron_vlm.models.specs import layer_spec, standalone_norm

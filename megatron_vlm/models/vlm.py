@@ -12,9 +12,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vlm.config.engine import check_kernel_switches
-from megatron_vlm.config.fp8 import Fp8Config
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.fp8 import Fp8Config
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
@@ -26,6 +25,7 @@ from megatron_vlm.models.transformer_configs import TransformerConfigs, transfor
 from megatron_vlm.models.vision import VisionTower
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import accumulate_weight_gradients
+from megatron_vlm.system.transformer_engine import check_kernel_switches
 
 
 class VisionLanguageModel(MegatronModule):

@@ -14,14 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.validation import verify_checkpoint_and_load_strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_vlm.config.checkpoint import checkpoint_layers, latest_resumable, read_manifest
-from megatron_vlm.config.files import reading
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import checkpoint_layers, latest_resumable, read_manifest
 from megatron_vlm.hf.hashes import checks, share
 from megatron_vlm.hf.native import NativeReader, check_before_loading, open_weights
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel import first_told, on_first_rank
+from megatron_vlm.system.files import reading
 
 _FORMAT = "metadata.json"  # of a checkpoint: megatron-core's name of its format, and the version
 # Each layer is saved under its own number, as its parameters are named.

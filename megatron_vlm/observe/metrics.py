@@ -32,7 +32,7 @@ class IterationMetrics:
     images: int  # in this iteration
     tokens_per_second: float
     images_per_second: float
-    tflops_per_gpu: float  # of the model's products, see config/flops.py; a rank is a GPU, on CPUs too
+    tflops_per_gpu: float  # of the model's products, see plan/flops.py; a rank is a GPU, on CPUs too
     tflops_per_gpu_without_vision: float  # the tower's left out
     mfu: float | None  # of the device's peak; None where that is not known
     mfu_without_vision: float | None

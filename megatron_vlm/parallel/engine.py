@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from megatron_vlm.config.engine import engine_problem
+from megatron_vlm.system.transformer_engine import engine_problem
 
 _PACKAGE = "transformer_engine"
 _LIBRARY_FOLDERS = [

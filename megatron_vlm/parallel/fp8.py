@@ -7,16 +7,16 @@ import importlib.util
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.fp8_rules import unsupported
 from megatron_vlm.parallel.engine import why_not
 from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.plan.fp8_rules import unsupported
 
 
 def check_ranks(recipe: str, layout: Layout) -> None:
     """Check that every rank can compute by a recipe; a collective call, so that all of them end alike.
 
     Args:
-        recipe: of :data:`megatron_vlm.config.fp8.RECIPES`.
+        recipe: of :data:`megatron_vlm.architecture.fp8.RECIPES`.
 
     Raises:
         ValueError: one can't; on every rank, for the reason of the first that can't.

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.units import count_text
 from megatron_vlm.parallel import cpu
+from megatron_vlm.system.units import count_text
 
 T = TypeVar("T")
 

@@ -10,13 +10,13 @@ import sys
 from functools import partial
 
 from megatron_vlm import rank
-from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.plan.rules import validate
 from megatron_vlm.training.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
-    """Run this rank; returns the exit code, see :mod:`megatron_vlm.config.exit_codes`."""
+    """Run this rank; returns the exit code, see :mod:`megatron_vlm.system.exit_codes`."""
     rank.begin(takes_signals=True)
     stop = StopRequest().listen()
     try:

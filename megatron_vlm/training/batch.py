@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_vlm.config.flops import causal_pairs
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, to_device
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.processing import Processing
@@ -27,6 +26,7 @@ from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.tiles import FeatureIndex, index_features
 from megatron_vlm.models.vlm import find_image_positions
 from megatron_vlm.parallel import Layout
+from megatron_vlm.plan.flops import causal_pairs
 from megatron_vlm.training.sources import SourceTotals, token_sources
 
 # Lengths are padded up to a multiple of this. cuDNN's attention is planned anew for every shape that it

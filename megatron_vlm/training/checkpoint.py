@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_vlm
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.artifacts.checkpoint import (
     BASE,
     DATA_STATE,
     FILES,
@@ -43,7 +43,6 @@ from megatron_vlm.config.checkpoint import (
     write_manifest,
     write_tracker,
 )
-from megatron_vlm.config.files import reading
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.templates import ChatTemplate
 from megatron_vlm.hf.hashes import hash_file, tensors_by_place
@@ -54,6 +53,7 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, saved_name, sharded_weights
 from megatron_vlm.parallel import Layout, sharded_files
 from megatron_vlm.parallel.optimizer import MASTER_WEIGHTS, Optimizer
+from megatron_vlm.system.files import reading
 
 RNG_FOLDER = "rng"
 _WAY_ON = "move the checkpoint's folder away, and the run goes on from the one before it"

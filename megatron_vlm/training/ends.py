@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_vlm.config.end_tokens import end_tokens
-from megatron_vlm.config.mixture import MixtureConfig, is_mixture
+from megatron_vlm.artifacts.end_tokens import end_tokens
+from megatron_vlm.artifacts.mixture import MixtureConfig, is_mixture
 from megatron_vlm.data.processing import Processing
 
 

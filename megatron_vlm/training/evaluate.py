@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_vlm.config.data_order import check_held_out
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch, fill_up
 from megatron_vlm.data.loader import ValidationLoader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel import Layout, on_first_rank
+from megatron_vlm.plan.data_order import check_held_out
 from megatron_vlm.training.batch import BatchReader, sample_names
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.signals import StopRequest

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.config.train_modules import LANGUAGE
-from megatron_vlm.config.units import count_text
+from megatron_vlm.architecture.train_modules import LANGUAGE
 from megatron_vlm.parallel import Layout
+from megatron_vlm.system.units import count_text
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.regimes import MODULES, Regime

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.flops import Work, peak_tflops, training_flops
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.observe.metrics import IterationMetrics
 from megatron_vlm.parallel import Layout
+from megatron_vlm.plan.flops import Work, peak_tflops, training_flops
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.step import StepResult

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.train_modules import LANGUAGE, PROJECTOR, VISION, TrainEntry, assign
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION, TrainEntry, assign
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, is_padded, named_parameters, saved_name, sharded_weights
 from megatron_vlm.parallel import Layout

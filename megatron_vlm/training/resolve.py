@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_vlm import parallel
-from megatron_vlm.config.images import LOADED
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.rules import validate
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.image_rule import LOADED
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, saved_config
 from megatron_vlm.data.mixture import Mixture
+from megatron_vlm.plan.rules import validate
+from megatron_vlm.plan.start import Start, saved_config
 
 
 def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:

@@ -6,11 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_vlm import parallel
-from megatron_vlm.config.exit_codes import DONE
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, check_restart
 from megatron_vlm.models.weights import check_state_files
 from megatron_vlm.observe.sinks import Sinks
+from megatron_vlm.plan.start import Start, check_restart
+from megatron_vlm.system.exit_codes import DONE
 from megatron_vlm.training import run_folder
 from megatron_vlm.training.guards import Watchdog
 from megatron_vlm.training.signals import StopRequest
@@ -24,7 +24,7 @@ def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = N
         stop: asks the run to end before its end.
 
     Returns:
-        The exit code, see :mod:`megatron_vlm.config.exit_codes`.
+        The exit code, see :mod:`megatron_vlm.system.exit_codes`.
 
     Raises:
         ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.

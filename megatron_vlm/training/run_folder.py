@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import IO
 
-from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, read_manifest, resolve_checkpoint
+from megatron_vlm.artifacts.checkpoint import BEST, CHECKPOINTS, read_manifest, resolve_checkpoint
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import LOCK, LOCK_SECONDS, Start, own_checkpoint
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.observe.metrics import LOGS
 from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
+from megatron_vlm.plan.start import LOCK, LOCK_SECONDS, Start, own_checkpoint
 from megatron_vlm.training.checkpoint import load_data_state
 
 CONFIG = "config.json"

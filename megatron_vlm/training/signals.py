@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.exit_codes import (
+from megatron_vlm.system.exit_codes import (
     CONTINUE,
     INTERRUPTED,
     SAME_REQUEST_SECONDS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.artifacts.checkpoint import (
     BEST,
     CHECKPOINTS,
     HF_FOLDER,
@@ -19,17 +19,9 @@ from megatron_vlm.config.checkpoint import (
     read_model,
     write_best,
 )
-from megatron_vlm.config.exit_codes import CONTINUE, DONE, STOPPED
-from megatron_vlm.config.images import LOADED
-from megatron_vlm.config.mixture import trained_sources
-from megatron_vlm.config.pipeline import describe_stages, layers_per_stage
+from megatron_vlm.artifacts.image_rule import LOADED
+from megatron_vlm.artifacts.mixture import trained_sources
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import (
-    Start,
-    check_same_model,
-    check_same_run,
-    with_adapters,
-)
 from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing
@@ -39,6 +31,14 @@ from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import check_unchanged, load_weights
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
+from megatron_vlm.plan.pipeline import describe_stages, layers_per_stage
+from megatron_vlm.plan.start import (
+    Start,
+    check_same_model,
+    check_same_run,
+    with_adapters,
+)
+from megatron_vlm.system.exit_codes import CONTINUE, DONE, STOPPED
 from megatron_vlm.training import checkpoint
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState

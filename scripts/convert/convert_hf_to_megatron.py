@@ -35,7 +35,7 @@ def main(argv: List[str]) -> int:
 
     import torch
 
-    from megatron_vlm.config.model import ModelConfig
+    from megatron_vlm.architecture.model import ModelConfig
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import import_hf
 

@@ -47,7 +47,7 @@ def main(argv: List[str]) -> int:
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if args.sif_path:
-        from megatron_vlm.config.checkpoint import checkpoint_layers
+        from megatron_vlm.artifacts.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
         bases = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
@@ -57,8 +57,8 @@ def main(argv: List[str]) -> int:
 
     import torch
 
-    from megatron_vlm.config.checkpoint import HF_FOLDER
-    from megatron_vlm.config.model import ModelConfig
+    from megatron_vlm.architecture.model import ModelConfig
+    from megatron_vlm.artifacts.checkpoint import HF_FOLDER
     from megatron_vlm.hf.convert import export_hf
     from megatron_vlm.hf.lora import export_adapter
     from megatron_vlm.hf.megatron import find_checkpoint

@@ -54,7 +54,7 @@ def main(argv: List[str]) -> int:
     if not importing and (args.projector or args.verify):
         raise ValueError("--projector and --verify are for import")
     if args.sif_path:
-        from megatron_vlm.config.checkpoint import checkpoint_layers, is_checkpoint
+        from megatron_vlm.artifacts.checkpoint import checkpoint_layers, is_checkpoint
         from megatron_vlm.launch.container import reenter
 
         paths = [args.checkpoint] + ([args.projector] if importing else [])

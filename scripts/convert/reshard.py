@@ -15,7 +15,7 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.checkpoint import read_model
+from megatron_vlm.artifacts.checkpoint import read_model
 from megatron_vlm.hf import cli
 
 
@@ -36,7 +36,7 @@ def main(argv: List[str]) -> int:
     cli.add_container_flags(parser)
     args = parser.parse_args(argv)
     if args.sif_path:
-        from megatron_vlm.config.checkpoint import checkpoint_layers
+        from megatron_vlm.artifacts.checkpoint import checkpoint_layers
         from megatron_vlm.launch.container import reenter
 
         inputs = [] if args.hf_config else checkpoint_layers(args.megatron_dir, args.base)[:-1]
@@ -46,7 +46,7 @@ def main(argv: List[str]) -> int:
 
     import torch
 
-    from megatron_vlm.config.model import ModelConfig
+    from megatron_vlm.architecture.model import ModelConfig
     from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import reshard
 

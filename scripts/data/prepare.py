@@ -20,9 +20,9 @@ from typing import ClassVar, Dict, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.templates import TEMPLATES
-from megatron_vlm.config.units import count_text
+from megatron_vlm.artifacts.templates import TEMPLATES
 from megatron_vlm.hf import cli
+from megatron_vlm.system.units import count_text
 
 
 def main(argv: List[str]) -> int:

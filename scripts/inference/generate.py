@@ -14,7 +14,7 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from megatron_vlm.config.checkpoint import read_model
+from megatron_vlm.artifacts.checkpoint import read_model
 from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.hf import cli
 from megatron_vlm.launch import process

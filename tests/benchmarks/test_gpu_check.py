@@ -22,8 +22,8 @@ from benchmarks.gpu import ceiling, digits, parity, specs, speed
 from benchmarks.gpu.report import DONE, FAILED, NOT_RUN, bars, table
 from benchmarks.gpu_check import INCOMPLETE, MISSED, STEPS, Step, check, rounds
 from megatron_vlm import parallel
-from megatron_vlm.config.rules import validate
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.plan.rules import validate
 from tests.distributed import Pool
 from tests.patience import HANG, alive, wait_until
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import write_manifest
+from megatron_vlm.artifacts.checkpoint import write_manifest
 from megatron_vlm.config.generation import GenerationConfig
 
 ASKED = ["--megatron-dir", "runs/demo", "--prompt", "Hi"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.slurm import time_limit
+from megatron_vlm.config.sections.slurm import time_limit
 
 SITE = {
     "partition": "gpu",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.processing import Processing, load_processing

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from megatron_vlm.config.templates import TEMPLATES, unfit
+from megatron_vlm.artifacts.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import SYSTEM_PROMPTS
 from megatron_vlm.data.templates import ChatTemplate, SampleError, Turn
 from tests.data.tiny_data import llama_tokenizer, qwen_tokenizer

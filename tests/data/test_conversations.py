@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.conversations import read_conversation, read_json, trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset

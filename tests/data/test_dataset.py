@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command, split_parts, split_samples
+from megatron_vlm.artifacts.dataset import prepare_command, split_parts, split_samples
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.templates import SampleError, Turn
 from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems

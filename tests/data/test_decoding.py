@@ -15,8 +15,8 @@ from PIL import ExifTags, Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
-from megatron_vlm.config.images import FIRST_RULE, LOADED, ImageRule
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.image_rule import FIRST_RULE, LOADED, ImageRule
 from megatron_vlm.data import decoding
 from megatron_vlm.data.images import normalize
 from megatron_vlm.data.prepare.pictures import Encoding

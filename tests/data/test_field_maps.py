@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from megatron import energon
 
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.field_maps import NOT_TRAINED, SAMPLE_TYPES
 from megatron_vlm.data.templates import SampleError, Turn

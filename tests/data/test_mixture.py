@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.data_order import data_identity
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.mixture import one_pass
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing import Packing
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import prepare_command
+from megatron_vlm.artifacts.mixture import one_pass
 from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
@@ -28,6 +26,8 @@ from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview import show
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
+from megatron_vlm.plan.data_order import data_identity
+from megatron_vlm.plan.grouping import Packing
 from tests.data.tiny_data import content, make_conversations, make_samples, prepare, write_shards
 
 WORKERS = (1, 2, 4)

@@ -22,10 +22,8 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from megatron_vlm.config.dataset import split_samples
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing import Packing
-from megatron_vlm.config.packing_estimate import estimate_packing
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import split_samples
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import TrainLoader
@@ -33,6 +31,8 @@ from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.lengths import Lengths
 from megatron_vlm.data.prepare.shards import Rendering
 from megatron_vlm.data.processing import load_processing
+from megatron_vlm.plan.grouping import Packing
+from megatron_vlm.plan.packing_estimate import estimate_packing
 from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
 from tests.data.tiny_data import SCRIPT, llava, picture, samples_in, samples_of
 

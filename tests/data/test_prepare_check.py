@@ -14,8 +14,8 @@ from typing import Any, Callable
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.check import check

@@ -19,8 +19,8 @@ import transformers
 from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from megatron_vlm.config.dataset import prepare_command
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, collate, collate_packed
 from megatron_vlm.data.dataset import PreparedDataset

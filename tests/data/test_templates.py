@@ -14,7 +14,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import ChatTemplate, SampleError, Turn

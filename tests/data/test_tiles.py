@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from megatron_vlm.config.anyres import UNCUT
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.connectors.anyres import UNCUT
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import collate
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SampleError

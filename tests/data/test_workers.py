@@ -115,7 +115,7 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
     """Both with a process that is killed while its workers hang, and with one that ends without close()."""
     script = textwrap.dedent("""
         import os, sys, time
-        from megatron_vlm.config.model import ModelConfig
+        from megatron_vlm.architecture.model import ModelConfig
         from megatron_vlm.data.dataset import PreparedDataset
         from megatron_vlm.data.loader import TrainLoader
         from megatron_vlm.data.processing import Processing, load_processing

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from benchmarks.conversion import make_llava, measure, write_tokenizer
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.build import build_llava

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata
 from transformers import LlavaForConditionalGeneration
 
-from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.hf.classic import BESIDE, LOCAL, TE, ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf, reshard
 from megatron_vlm.hf.native import NativeReader, open_weights

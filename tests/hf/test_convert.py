@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
-from megatron_vlm.config.checkpoint import read_manifest, resolve_checkpoint
+from megatron_vlm.artifacts.checkpoint import read_manifest, resolve_checkpoint
 from megatron_vlm.hf import streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.folder import HFFolder

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from megatron_vlm.config.checkpoint import FILES, read_manifest, write_manifest
+from megatron_vlm.artifacts.checkpoint import FILES, read_manifest, write_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.hashes import checks, hash_file, share, tensors_by_place

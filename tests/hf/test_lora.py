@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, RUN_CONFIG, read_manifest, write_manifest
-from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RUN_CONFIG, read_manifest, write_manifest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.lora import export_adapter, find_adapters, read_adapter

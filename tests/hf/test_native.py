@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.mapping import build_table, detect_prefixes
 from megatron_vlm.hf.native import NativeReader, NativeWriter, check_before_loading, read_metadata

@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.config.lora import LANGUAGE_TARGETS, LoRAConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.lora import LANGUAGE_TARGETS, LoRAConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.lora import find_adapters, merged, read_adapter
 from megatron_vlm.hf.mapping import build_table, detect_prefixes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, write_manifest
+from megatron_vlm.artifacts.checkpoint import BEST, CHECKPOINTS, write_manifest
 from megatron_vlm.hf import cli
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.verify import verify

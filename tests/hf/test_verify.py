@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.config.checkpoint import read_manifest
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.native import NativeReader, NativeWriter

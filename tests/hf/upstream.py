@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.language import LanguageConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.language import LanguageConfig
+from megatron_vlm.architecture.model import ModelConfig
 
 
 def load_classic_and_save(

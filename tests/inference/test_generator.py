@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.anyres import ANYRES
+from megatron_vlm.architecture.connectors.anyres import ANYRES
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.inference.generator import Prompt
 from tests.distributed import Pool

@@ -13,10 +13,10 @@ import torch
 import transformers
 from PIL import Image
 
-from megatron_vlm.config.checkpoint import RUN_CONFIG
-from megatron_vlm.config.end_tokens import end_tokens
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import RUN_CONFIG
+from megatron_vlm.artifacts.end_tokens import end_tokens
 from megatron_vlm.config.generation import GenerationConfig
-from megatron_vlm.config.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.inference.questions import Questions
 from tests.data.tiny_data import asked, jpeg

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.config.checkpoint import HF_FOLDER, write_manifest
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER, write_manifest
 from megatron_vlm.hf.native import NativeWriter
 from megatron_vlm.hf.ops import Chunk
 

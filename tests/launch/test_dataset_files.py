@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.launch import dataset_files
 from tests.data.tiny_data import make_samples, prepare, write_shards

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.mixture import MixtureConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.mixture import MixtureConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.data.mixture import Mixture, Source

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.checkpoint import BEST, CHECKPOINTS, write_best, write_manifest
+from megatron_vlm.artifacts.checkpoint import BEST, CHECKPOINTS, write_best, write_manifest
 from megatron_vlm.launch import status
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.progress import closing, describe

@@ -10,14 +10,14 @@ import runpy
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from megatron_vlm.config.checkpoint import write_tracker
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing_estimate import PackingEstimate
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import write_tracker
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import make_plan
 from megatron_vlm.launch.report import Facts, rank_groups, screen
+from megatron_vlm.plan.packing_estimate import PackingEstimate
 from tests.launch.conftest import write_checkpoint, write_dataset
 
 LAYOUTS = [*itertools.product((1, 2, 3, 8), repeat=3), (8, 8, 16)]

@@ -18,8 +18,9 @@ from megatron_vlm.launch.container import CHECKOUT
 from tests.patience import HANG
 
 RUN = str(CHECKOUT / "scripts" / "train" / "run.py")
-FOLDERS = [CHECKOUT / "megatron_vlm" / name for name in ("config", "launch")]
-PARTS = sorted(path for folder in FOLDERS for path in folder.glob("*.py")) + [Path(RUN)]
+FLOORS = ("system", "architecture", "artifacts", "config", "plan", "launch")
+FOLDERS = [CHECKOUT / "megatron_vlm" / name for name in FLOORS]
+PARTS = sorted(path for folder in FOLDERS for path in folder.rglob("*.py")) + [Path(RUN)]
 
 
 def find_python39() -> str | None:
@@ -202,7 +203,7 @@ def test_only_the_standard_library_is_imported() -> None:
             for name in names:
                 assert name.split(".")[0] in allowed, f"{path}: {name}"
                 if name.startswith("megatron_vlm."):
-                    assert name.split(".")[1] in ("config", "launch"), f"{path}: {name}"
+                    assert name.split(".")[1] in FLOORS, f"{path}: {name}"
 
 
 def test_a_dry_run_imports_little(tmp_path) -> None:

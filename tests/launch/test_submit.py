@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.slurm import SlurmSection
+from megatron_vlm.config.sections.slurm import SlurmSection
 from megatron_vlm.launch import status, submit
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.plan import make_plan, plan_job

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.config.model import ModelConfig, padded_vocab_size
+from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf.classic import BESIDE, FILE, POST_NORM, ClassicLayout, ClassicReader, ClassicWriter
 from megatron_vlm.hf.mapping import Row, build_table
 from megatron_vlm.hf.parts import TARGET

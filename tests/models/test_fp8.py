@@ -17,9 +17,9 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.fp8 import Fp8Config
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.fp8 import Fp8Config
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.models import projector as projector_module
 from megatron_vlm.models.projector import Projector

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.language import scaled_frequencies
 from tests.tiny import LLAMA3_ROPE
 

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from megatron_vlm.config.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoRAConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import import_hf
 from tests.distributed import ROUNDING, Pool
 from tests.models.test_parity import make_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.packing import boundaries
 from tests.distributed import Pool
 from tests.models.test_parity import Reference, check, make_batch

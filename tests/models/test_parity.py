@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.anyres import UNCUT, Size
-from megatron_vlm.config.model import ModelConfig, padded_vocab_size
+from megatron_vlm.architecture.connectors.anyres import UNCUT, Size
+from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.folder import HFFolder
 from megatron_vlm.hf.mapping import build_table, detect_prefixes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from tests.distributed import DEVICE, Pool
 from tests.tiny import tiny_config

@@ -34,8 +34,8 @@ from transformer_engine.pytorch.tensor.float8_tensor import (  # noqa: E402
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage  # noqa: E402
 
 from megatron_vlm import parallel  # noqa: E402
-from megatron_vlm.config.fp8 import Fp8Config  # noqa: E402
-from megatron_vlm.config.model import ModelConfig  # noqa: E402
+from megatron_vlm.architecture.fp8 import Fp8Config  # noqa: E402
+from megatron_vlm.architecture.model import ModelConfig  # noqa: E402
 from megatron_vlm.models import scaling, vlm  # noqa: E402
 from megatron_vlm.parallel.optimizer import wrap_model  # noqa: E402
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules  # noqa: E402

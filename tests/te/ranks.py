@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.models import scaling, vlm
 from megatron_vlm.models.scaling import load_scaling_state, scaling_state
 from megatron_vlm.models.weights import load_weights, sharded_weights

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_vlm.config.model import ModelConfig, padded_vocab_size
+from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from tests.tiny import ALL, tiny_config
 
 FILE = Path(__file__).with_name("keys.json")

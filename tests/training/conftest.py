@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.anyres import ANYRES
-from megatron_vlm.config.dataset import prepare_command
+from megatron_vlm.architecture.connectors.anyres import ANYRES
+from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.hf.convert import import_hf
 from tests.data.tiny_data import make_samples, prepare, write_shards
 from tests.tiny import save_llava

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import FILES, TRACKER, read_manifest, write_manifest
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.train_modules import parse_train_modules
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import parse_train_modules
+from megatron_vlm.artifacts.checkpoint import FILES, TRACKER, read_manifest, write_manifest
 from megatron_vlm.hf.hashes import checks
 from megatron_vlm.hf.verify import check_manifest
 from megatron_vlm.models.vlm import build_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import transformers
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.training.ends import describe_ends
 from tests.training.conftest import Trainable

@@ -14,16 +14,16 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.checkpoint import resolve_checkpoint
-from megatron_vlm.config.data_order import held_out_identity
-from megatron_vlm.config.dataset import split_parts
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import resolve_checkpoint
+from megatron_vlm.artifacts.dataset import split_parts
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.hf.convert import export_hf
+from megatron_vlm.plan.data_order import held_out_identity
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.training.test_layouts import layout_flags

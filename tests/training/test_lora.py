@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.start import Start, with_adapters
 from megatron_vlm.hf.convert import export_hf
 from megatron_vlm.hf.lora import export_adapter, read_adapter
+from megatron_vlm.plan.start import Start, with_adapters
 from tests.distributed import Pool
 from tests.models.test_parity import make_batch
 from tests.training.conftest import Trainable

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.flops import Work, causal_pairs, training_flops
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import read_manifest
+from megatron_vlm.plan.flops import Work, causal_pairs, training_flops
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.training.test_run import metrics

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.training.schedule import Schedule
 from tests.distributed import Pool

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_vlm.config.checkpoint import FILES, read_manifest, write_manifest
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import FILES, read_manifest, write_manifest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.native import NativeReader

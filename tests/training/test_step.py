@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm import parallel
-from megatron_vlm.config.checkpoint import read_manifest
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.train_modules import parse_train_modules
+from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.config.train_modules import parse_train_modules
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.models.vlm import build_model

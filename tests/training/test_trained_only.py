@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config.checkpoint import checkpoint_layers, read_manifest
+from megatron_vlm.artifacts.checkpoint import checkpoint_layers, read_manifest
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool

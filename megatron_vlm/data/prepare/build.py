@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config.dataset import PREPARED, REPORT, ends_hash
-from megatron_vlm.config.units import size_text
+from megatron_vlm.artifacts.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
 from megatron_vlm.data.prepare.ignored import merge
@@ -39,6 +38,7 @@ from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finish
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
 from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measure
+from megatron_vlm.system.units import size_text
 
 VERSION = 2  # of what is written; a folder begun by another version is not gone on with
 MOST_SAMPLES = 10_000  # in a shard, exclusive: what energon's documentation asks for

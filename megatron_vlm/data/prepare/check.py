@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.config.dataset import PREPARED, index_problem, meta_problems, shard_counts, split_parts
+from megatron_vlm.artifacts.dataset import PREPARED, index_problem, meta_problems, shard_counts, split_parts
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows
 from megatron_vlm.data.field_maps import read_field_map

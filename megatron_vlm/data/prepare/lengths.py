@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.config.model import ModelConfig
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.prepare.pictures import Picture
 from megatron_vlm.data.prepare.shards import Rendering

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.config.units import count_text
 from megatron_vlm.data.prepare.histogram import Histogram, bin_label
 from megatron_vlm.data.prepare.losses import DUPLICATE, UNTRAINED, Losses
 from megatron_vlm.data.prepare.plan import SPLITS
 from megatron_vlm.data.prepare.shards import ShardFacts
+from megatron_vlm.system.units import count_text
 
 _BAR = 40
 _MOST_FILES = 20

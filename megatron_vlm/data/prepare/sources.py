@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from megatron_vlm.config.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
+from megatron_vlm.artifacts.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
 from megatron_vlm.data.prepare.files import irregular
 from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
 from megatron_vlm.data.prepare.values import Image, Rejected, TarPart, named_fields

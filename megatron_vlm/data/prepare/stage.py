@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlm.config.units import size_text
 from megatron_vlm.data.conversations import identity_of
 from megatron_vlm.data.prepare.files import irregular, read_json, write_json
 from megatron_vlm.data.prepare.ignored import IgnoredFields
@@ -25,6 +24,7 @@ from megatron_vlm.data.prepare.losses import LossLog
 from megatron_vlm.data.prepare.records import Conversation, to_conversation
 from megatron_vlm.data.prepare.sources import Unit, read_unit
 from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
+from megatron_vlm.system.units import size_text
 
 INDEX = np.dtype(
     [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_vlm.config.fp8_rules import unsupported
-from megatron_vlm.config.memory import GIB, estimate, suggestions
-from megatron_vlm.config.units import count_text, size_text
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.plan import NODE_0
 from megatron_vlm.launch.preflight.inspection import Inspection
+from megatron_vlm.plan.fp8_rules import unsupported
+from megatron_vlm.plan.memory import GIB, estimate, suggestions
+from megatron_vlm.system.units import count_text, size_text
 
 
 def gpus(found: Inspection) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from megatron_vlm.config.checkpoint import HF_FOLDER
-from megatron_vlm.config.memory import StageMemory
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.packing_estimate import PackingEstimate, estimate_run
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch.plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
+from megatron_vlm.plan.memory import StageMemory
+from megatron_vlm.plan.packing_estimate import PackingEstimate, estimate_run
 
 _WIDTH = 100  # of the list of checks that found nothing
 

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Callable, List
 
-from megatron_vlm.config.checkpoint import (
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.checkpoint import (
     DATA_STATE,
     RUN_CONFIG,
     RUN_STATE,
@@ -16,15 +17,16 @@ from megatron_vlm.config.checkpoint import (
     read_manifest,
     read_model,
 )
-from megatron_vlm.config.data_order import (
+from megatron_vlm.launch import model_files, storage
+from megatron_vlm.launch.preflight.inspection import Inspection
+from megatron_vlm.plan.data_order import (
     check_held_out,
     check_same_data,
     data_identity,
     held_out_identity,
 )
-from megatron_vlm.config.model import ModelConfig
-from megatron_vlm.config.rules import broken_rules
-from megatron_vlm.config.start import (
+from megatron_vlm.plan.rules import broken_rules
+from megatron_vlm.plan.start import (
     Start,
     check_restart,
     check_same_model,
@@ -34,8 +36,6 @@ from megatron_vlm.config.start import (
     saved_config,
     with_adapters,
 )
-from megatron_vlm.launch import model_files, storage
-from megatron_vlm.launch.preflight.inspection import Inspection
 
 
 def checkpoint(found: Inspection) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from megatron_vlm.config.checkpoint import CHECKPOINTS, read_manifest
-from megatron_vlm.config.units import count_text, size_text
+from megatron_vlm.artifacts.checkpoint import CHECKPOINTS, read_manifest
 from megatron_vlm.launch import storage
 from megatron_vlm.launch.preflight.inspection import Inspection
+from megatron_vlm.system.units import count_text, size_text
 
 
 def save_folder(found: Inspection) -> None:

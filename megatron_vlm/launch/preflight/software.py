@@ -6,14 +6,14 @@ import os
 import sys
 from typing import Optional
 
-from megatron_vlm.config.checkpoint import HF_FOLDER
-from megatron_vlm.config.dataset import shard_counts
-from megatron_vlm.config.engine import check_kernel_switches, engine_problem
-from megatron_vlm.config.mixture import data_folders, is_mixture
+from megatron_vlm.artifacts.checkpoint import HF_FOLDER
+from megatron_vlm.artifacts.dataset import shard_counts
+from megatron_vlm.artifacts.mixture import data_folders, is_mixture
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.container import check_image
 from megatron_vlm.launch.plan import named_variables
 from megatron_vlm.launch.preflight.inspection import Inspection
+from megatron_vlm.system.transformer_engine import check_kernel_switches, engine_problem
 
 
 def interpreter(found: Inspection) -> None:

@@ -1,0 +1,1 @@
+"""What turns pixels, frames or sound into features, a file for each kind."""

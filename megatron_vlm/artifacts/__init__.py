@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, datasets, mixtures, templates. Standard library only (Python 3.9)."""
