@@ -13,7 +13,8 @@ import pytest
 from megatron.energon.tools.prepare import command as energon_prepare
 
 from megatron_vlm.config.flags import flag_name
-from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.sections import SECTIONS
 from megatron_vlm.launch.container import RUNTIMES
 from megatron_vlm.plan.rules import validate
 

@@ -15,7 +15,8 @@ from megatron_vlm.artifacts.mixture import data_folders, is_mixture
 from megatron_vlm.config.checks import not_negative, positive
 from megatron_vlm.config.flags import FlagParser, flag
 from megatron_vlm.config.headings import GROUPS
-from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.sections import SECTIONS
 
 PREVIEW = "What is shown"
 _OF_RUN = (  # those that say how a sample is read; shown in --help with run.py's own words

@@ -25,33 +25,20 @@ from megatron_vlm.config.checks import nearest_multiples
 from megatron_vlm.config.flags import FlagParser, flag_name, negative_flag_name
 from megatron_vlm.config.headings import GROUPS
 from megatron_vlm.config.sections import (
+    SECTIONS,
     CheckpointSection,
+    DataSection,
+    Fp8Section,
+    LaunchSection,
     LoggingSection,
+    LoraSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
+    SlurmSection,
     TrainingSection,
 )
-from megatron_vlm.config.sections.data import DataSection
-from megatron_vlm.config.sections.launch import LaunchSection
-from megatron_vlm.config.sections.lora import LoraSection
-from megatron_vlm.config.sections.low_precision import Fp8Section
-from megatron_vlm.config.sections.slurm import SlurmSection
 from megatron_vlm.system.units import count_text
-
-SECTIONS: Dict[str, type] = {
-    "model": ModelSection,
-    "parallel": ParallelSection,
-    "data": DataSection,
-    "training": TrainingSection,
-    "low_precision": Fp8Section,
-    "lora": LoraSection,
-    "optimizer": OptimizerSection,
-    "checkpoint": CheckpointSection,
-    "logging": LoggingSection,
-    "launch": LaunchSection,
-    "slurm": SlurmSection,
-}
 
 # LLaVA's recipe; a run without a stage starts from stage 2's.
 _STAGE_DEFAULTS: Dict[int, Dict[str, Any]] = {

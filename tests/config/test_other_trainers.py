@@ -15,7 +15,8 @@ import pytest
 import transformers
 
 from megatron_vlm.config import other_trainers
-from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.sections import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 # Arguments in the documents of trainers that people come from.

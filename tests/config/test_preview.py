@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_vlm.config.preview import _OF_RUN, PreviewConfig
-from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.sections import SECTIONS
 
 
 def test_a_runs_own_command_line_will_do() -> None:

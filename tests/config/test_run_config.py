@@ -10,7 +10,8 @@ import typing
 import pytest
 
 from megatron_vlm.config.flags import REQUIRED, flag_name
-from megatron_vlm.config.run import SECTIONS, RunConfig
+from megatron_vlm.config.run import RunConfig
+from megatron_vlm.config.sections import SECTIONS
 from megatron_vlm.plan.rules import validate
 
 # What every run has to say; the rest has defaults.
