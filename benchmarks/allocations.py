@@ -22,7 +22,7 @@ from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.plan.pipeline import layers_per_stage
 from megatron_vlm.training.batch import Batch, GlobalBatch
-from megatron_vlm.training.regimes import set_trainable
+from megatron_vlm.training.freezing import set_trainable
 from megatron_vlm.training.step import prepare_for_schedules, train_step
 
 _LAST_STEP = "the step that is measured"

@@ -38,7 +38,7 @@ from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.plan.pipeline import StageCosts, deal_layers, layers_per_stage
 from megatron_vlm.training import trainer
 from megatron_vlm.training.batch import Batch, BatchReader, GlobalBatch
-from megatron_vlm.training.regimes import set_trainable, table
+from megatron_vlm.training.freezing import set_trainable, table
 from megatron_vlm.training.run import run
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules, train_step

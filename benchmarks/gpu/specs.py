@@ -38,7 +38,7 @@ from megatron_vlm.models.weights import (
 from megatron_vlm.parallel import sharded_files
 from megatron_vlm.parallel.optimizer import wrap_model
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
-from megatron_vlm.training.regimes import set_trainable
+from megatron_vlm.training.freezing import set_trainable
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules
 
 WORKLOAD = Workload(

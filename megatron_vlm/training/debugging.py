@@ -16,7 +16,7 @@ from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel.optimizer import Optimizer
 from megatron_vlm.training.batch import Batch, GlobalBatch
-from megatron_vlm.training.regimes import MODULES, Regime
+from megatron_vlm.training.freezing import MODULES, Regime
 
 
 class Debugger:

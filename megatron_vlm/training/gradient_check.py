@@ -18,7 +18,7 @@ from megatron_vlm.parallel import Layout
 from megatron_vlm.system.units import count_text
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
-from megatron_vlm.training.regimes import MODULES, Regime
+from megatron_vlm.training.freezing import MODULES, Regime
 
 # A tensor may rightly have no gradient for a while: LoRA's first factor until the second has moved, and
 # a warmup that begins at zero keeps that still for an iteration.

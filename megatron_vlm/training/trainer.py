@@ -45,10 +45,10 @@ from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.debugging import Debugger
 from megatron_vlm.training.ends import describe_ends
 from megatron_vlm.training.evaluate import Evaluator, note_evaluation, stops_early, without_evaluations
+from megatron_vlm.training.freezing import set_trainable, table
 from megatron_vlm.training.gradient_check import GradientCheck
 from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.meter import Meter
-from megatron_vlm.training.regimes import set_trainable, table
 from megatron_vlm.training.resolve import resolve
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.signals import StopRequest

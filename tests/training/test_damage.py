@@ -21,7 +21,7 @@ from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import check_unchanged, load_sharded, load_weights, named_parameters
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training.checkpoint import find_not_finite
-from megatron_vlm.training.regimes import set_trainable
+from megatron_vlm.training.freezing import set_trainable
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.training.test_run import failure

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vlm.training import debugging
-from megatron_vlm.training.regimes import Regime
+from megatron_vlm.training.freezing import Regime
 
 
 @pytest.mark.parametrize(

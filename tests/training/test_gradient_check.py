@@ -16,8 +16,8 @@ import torch
 from megatron_vlm import parallel
 from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.freezing import Regime
 from megatron_vlm.training.gradient_check import GradientCheck
-from megatron_vlm.training.regimes import Regime
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import train

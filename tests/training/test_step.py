@@ -22,7 +22,7 @@ from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training import batch as batch_module
 from megatron_vlm.training.batch import BatchReader
-from megatron_vlm.training.regimes import set_trainable
+from megatron_vlm.training.freezing import set_trainable
 from megatron_vlm.training.step import prepare_for_schedules, train_step
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
