@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import errno
 import io
 import os
@@ -20,6 +19,7 @@ from typing import NoReturn, TextIO
 
 from megatron_vlm.config.sections.launch import RANK0_LOG
 from megatron_vlm.system.exit_codes import DONE, STOP_SIGNALS, USER_ERROR
+from megatron_vlm.system.processes import die_with_parent
 from megatron_vlm.system.units import size_text
 
 # How gloo, NCCL and torch's store tell that a process at the other end has ended, or its node has.
@@ -31,8 +31,6 @@ _LOST_RANK = re.compile(
 _LOST_WORKER = re.compile(r"a data loader worker [^\n]*")
 _GO_ON = "a run with --save-optim goes on by the same command"
 _ERROR, _CRASH = "error", "crash"  # what a rank tells the others before it ends by itself
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None)
 
 
 def begin(takes_signals: bool = False) -> None:
@@ -194,12 +192,8 @@ def _leave_nothing_behind() -> None:
     checkpoint), must not go on beside the run that takes its place."""
     if sys.platform != "linux":
         return
-    os.register_at_fork(after_in_child=_die_with_parent)
+    os.register_at_fork(after_in_child=die_with_parent)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+        die_with_parent()
         if os.environ.get("MEGATRON_VLM_TORCHRUN_PID", str(os.getppid())) != str(os.getppid()):
             sys.exit(1)  # it died before this could be asked for
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -97,6 +97,11 @@ class ModelConfig:
     anyres: Optional[AnyRes] = None  # how images are cut into tiles; None: each is one tile
 
     @property
+    def precision(self) -> str:
+        """The precision of training and generation where no flag gives one: ``bf16`` or ``fp32``."""
+        return "bf16" if self.dtype == "bfloat16" else "fp32"
+
+    @property
     def num_vision_layers_run(self) -> int:
         """Tower blocks that the features need; the later ones are carried, not run."""
         return max(self.feature_layers)

@@ -9,7 +9,6 @@ a launcher can check a checkpoint without torch.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,8 @@ from typing import Any, Collection, Dict, Iterator, List, Optional, Union
 
 from megatron_vlm.architecture.families.known import other_model
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.system.files import reading
+from megatron_vlm.system.files import reading, sync, write_whole
+from megatron_vlm.system.locks import locked
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -102,7 +102,7 @@ def keep_last(root: PathLike, count: int, also: Collection[PathLike] = ()) -> Li
     for folder in deleted:
         trash = folder.with_name(f".{folder.name}.deleted")
         os.rename(folder, trash)
-        _fsync(root)
+        sync(root)
         shutil.rmtree(trash, ignore_errors=True)
     return deleted
 
@@ -125,7 +125,7 @@ def _in_use(folder: Path) -> bool:
 
 def write_best(root: PathLike, iteration: int, loss: float) -> None:
     """Say which checkpoint ``root`` holds as the best one, atomically."""
-    _write_atomically(Path(root) / BEST_LOSS, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
+    write_whole(Path(root) / BEST_LOSS, json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def resolve_checkpoint(path: PathLike, flag: str = "") -> Path:
@@ -284,7 +284,7 @@ def _read_tracker(root: Path) -> Union[int, str]:
 
 def write_tracker(root: PathLike, iteration: Union[int, str]) -> None:
     """Make ``iteration`` (or ``"release"``) the latest checkpoint of ``root``, atomically."""
-    _write_atomically(Path(root) / TRACKER, str(iteration))
+    write_whole(Path(root) / TRACKER, str(iteration))
 
 
 def read_manifest(path: PathLike) -> Dict[str, Any]:
@@ -331,7 +331,7 @@ def write_manifest(folder: PathLike, manifest: Dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"manifest: {', '.join(missing)} missing")
     text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1)
-    _write_atomically(Path(folder) / MANIFEST, text + "\n")
+    write_whole(Path(folder) / MANIFEST, text + "\n")
 
 
 @contextmanager
@@ -349,39 +349,18 @@ def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
     with ExitStack() as locks:
         with ExitStack() as start:  # of several processes that begin at once, one goes on
             final.parent.mkdir(parents=True, exist_ok=True)
-            start.enter_context(_locked(final.parent))
+            start.enter_context(locked(final.parent))
             if staging.is_dir():
-                with _locked(staging, or_say=f"{final}: another process is writing it"):
+                with locked(staging, or_say=f"{final}: another process is writing it"):
                     pass
             start_folder(final, replace)
-            locks.enter_context(_locked(staging))
+            locks.enter_context(locked(staging))
         try:
             yield staging
             finish_folder(staging, final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _locked(folder: Path, or_say: str = "") -> Iterator[None]:
-    """Hold a lock on a folder, until this process ends at the latest; none where the file system has none.
-
-    Raises:
-        ValueError: another process holds it; without ``or_say`` this waits instead.
-    """
-    descriptor = None
-    try:
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if or_say else 0))
-            except BlockingIOError:
-                raise ValueError(or_say) from None
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def start_folder(final: PathLike, replace: bool = False) -> Path:
@@ -409,8 +388,8 @@ def finish_folder(staging: PathLike, final: PathLike) -> None:
     staging, final = Path(staging), Path(os.path.realpath(final))
     for folder, _, names in os.walk(staging):
         for name in names:
-            _fsync(Path(folder) / name)
-        _fsync(Path(folder))
+            sync(Path(folder) / name)
+        sync(Path(folder))
     old = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -421,7 +400,7 @@ def finish_folder(staging: PathLike, final: PathLike) -> None:
         if old.exists() and not final.exists():
             os.rename(old, final)
         raise
-    _fsync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -453,19 +432,3 @@ def check_replaceable(path: PathLike, marks: Collection[str], what: str) -> None
         return
     if os.path.lexists(path):
         raise ValueError(f"{path} is no {what}; --force doesn't replace it")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

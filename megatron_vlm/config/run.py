@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -38,6 +37,7 @@ from megatron_vlm.config.sections import (
     SlurmSection,
     TrainingSection,
 )
+from megatron_vlm.system.files import read_json, write_whole
 from megatron_vlm.system.units import count_text
 
 # LLaVA's recipe; a run without a stage starts from stage 2's.
@@ -161,11 +161,7 @@ class RunConfig:
 
     def save(self, path: str) -> None:
         """Write the config as JSON: whole or not at all."""
-        staging = f"{path}.incomplete"
-        with open(staging, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.replace(staging, path)
+        write_whole(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     def to_dict(self) -> Dict[str, Dict[str, Any]]:
         """``{section: {field: value}}`` as plain JSON values."""
@@ -410,12 +406,11 @@ def _parser() -> FlagParser:
 
 def _load_json(path: str, name: str = "--config") -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(path)
     except OSError as error:
         raise ValueError(f"{name} {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{name} {path}: not valid JSON ({error})") from None
+        raise ValueError(f"{name} {error}") from None
 
 
 def _over_site(site: Dict[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError, Turn
 from megatron_vlm.plan.start import first_image_rule
+from megatron_vlm.system.files import write_whole
 from megatron_vlm.system.units import count_text
 
 
@@ -114,7 +115,9 @@ def show(config: PreviewConfig) -> int:
         views.append(dataclasses.replace(view, shard=os.path.join(source.name, view.shard)))
     about = _about(config.run, processings, views)
     if config.preview.html is not None:
-        _write(Path(config.preview.html), page(views, about, config.run.data.seq_length, config.preview.ids))
+        write_whole(
+            Path(config.preview.html), page(views, about, config.run.data.seq_length, config.preview.ids)
+        )
         print(f"{config.preview.html}: {about['samples']}", file=sys.stderr)
     if config.preview.json:
         values = {**about, "views": [to_json(view) for view in views]}
@@ -396,10 +399,3 @@ def _about(config: RunConfig, processings: Sequence[Processing], views: Sequence
         "images": str(processings[0].images.rule),
         "--seq-length": f"{config.data.seq_length}",
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none."""
-    staging = path.with_name(f".{path.name}.incomplete")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

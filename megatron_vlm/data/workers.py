@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import gc
 import io
@@ -17,7 +16,6 @@ import json
 import os
 import select
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -35,6 +33,7 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.encoder import STOPPED
 from megatron_vlm.data.state import from_json, to_json
+from megatron_vlm.system.processes import die_with_parent
 
 # What next() gives: a microbatch and, every now and then, the worker's state right after it, as JSON.
 Taken = Tuple[Microbatch, "str | None"]
@@ -252,11 +251,7 @@ class _Share(IterableDataset[Taken]):
 
 def _init_worker(parent: int, worker_id: int) -> None:
     """Runs first in each forked worker."""
-    # A rank that is killed takes its workers with it (prctl(2): PR_SET_PDEATHSIG = 1).
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)  # a rank that is killed takes its workers with it
     # Signals to the process group are for the trainer: it may still save, and needs its workers for that.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)

@@ -150,7 +150,7 @@ def load_generator(
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    precision = precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
+    precision = precision or model.precision
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # The local layers on GPUs too: Transformer Engine's attention knows nothing of the cache.
     chunks = build_model(model, layout, dtype, impl="local")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, Callable, Collection, List, NamedTuple, Option
 
 from megatron_vlm.launch.console import Terminal
 from megatron_vlm.system.exit_codes import CONTINUE, INTERRUPTED, STOP_SIGNALS
+from megatron_vlm.system.processes import adopt_orphans, die_with_parent
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _GRACE_SECONDS = 1.0  # for processes that the child leaves behind
@@ -21,7 +21,6 @@ _MESSAGE_BYTES = 8192  # of the end of its output, in which a message is looked 
 # Tells the child that its stdin ends when this process does, which launch/torchrun.py watches: the parent
 # death signal alone does not pass a container runtime, which loses it when it changes credentials.
 STDIN_IS_LAUNCHER = "MEGATRON_VLM_STDIN_IS_LAUNCHER"
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class Ended(NamedTuple):
@@ -52,9 +51,7 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
     Raises:
         ValueError: the program is not there, or the log file cannot be made.
     """
-    prctl = _prctl()
-    if prctl:
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process
+    adopt_orphans()
     with _open_log(log_path) as log:
         try:
             child = subprocess.Popen(
@@ -64,7 +61,7 @@ def run(command: Sequence[str], log_path: str, held: Collection[signal.Signals] 
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_prepare(os.getpid(), prctl, held),
+                preexec_fn=_prepare(os.getpid(), held),
             )
         except OSError as error:
             raise ValueError(f"{command[0]}: {error.strerror}") from None
@@ -202,21 +199,9 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _prepare(
-    parent: int, prctl: Optional[Callable[[int, int], int]], held: Collection[signal.Signals]
-) -> Callable[[], None]:
+def _prepare(parent: int, held: Collection[signal.Signals]) -> Callable[[], None]:
     def before_exec() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
-        if prctl:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
+        die_with_parent(parent)
 
     return before_exec
-
-
-def _prctl() -> Optional[Callable[[int, int], int]]:
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None, use_errno=True).prctl
-    return lambda option, value: int(function(option, value, 0, 0, 0))

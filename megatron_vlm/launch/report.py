@@ -109,7 +109,7 @@ def _layout(plan: LaunchPlan, model: Optional[ModelConfig]) -> List[str]:
 
 
 def _precision(config: RunConfig, model: Optional[ModelConfig]) -> str:
-    stored = {"bfloat16": "bf16", "": ""}.get(model.dtype if model else "", "fp32")
+    stored = model.precision if model is not None else ""
     fp8 = f" with FP8 {config.fp8.recipe}" if config.fp8 is not None else ""
     return (config.training.precision or stored) + fp8
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import os
 import socket
@@ -18,6 +17,8 @@ from typing import Any, BinaryIO, Dict, List, Optional, Sequence
 
 from megatron_vlm.plan.start import LOCK, LOCK_SECONDS
 from megatron_vlm.system.exit_codes import DONE, INTERRUPTED, USER_ERROR
+from megatron_vlm.system.files import read_json, write_whole
+from megatron_vlm.system.locks import is_locked, take_lock
 
 STATUS = "status.json"
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
@@ -46,7 +47,7 @@ def wait_until_free(run_dir: str) -> None:
     _held.append(own)
     deadline = time.monotonic() + LOCK_SECONDS
     told = False
-    while _is_locked(os.path.join(run_dir, LOCK)) or not _take(own):
+    while is_locked(os.path.join(run_dir, LOCK)) or not take_lock(own):
         if time.monotonic() > deadline:
             raise ValueError(f"{run_dir}: another process is training here; stop it, or give another --name")
         if not told:
@@ -124,28 +125,10 @@ def note_ended(run_dir: str, exit_code: int, message: str) -> None:
 def read_status(run_dir: str) -> Optional[Dict[str, Any]]:
     """The file's content; None where there is none, or where it is damaged."""
     try:
-        with open(os.path.join(run_dir, STATUS), encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(os.path.join(run_dir, STATUS))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("state") in (QUEUED, RUNNING, ENDED) else None
-
-
-def _is_locked(path: str) -> bool:
-    try:
-        with open(path, "rb+") as file:
-            os.lockf(file.fileno(), os.F_TEST, 0)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES) and os.access(path, os.W_OK)
-    return False
-
-
-def _take(file: BinaryIO) -> bool:
-    try:
-        os.lockf(file.fileno(), os.F_TLOCK, 0)
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
-    return True
 
 
 def _starts(status: Dict[str, Any]) -> int:
@@ -167,14 +150,8 @@ def _size(run_dir: str) -> int:
 
 
 def _replace(run_dir: str, fields: Dict[str, Any]) -> None:
-    text = json.dumps(fields, indent=1) + "\n"
-    temporary = os.path.join(run_dir, f".{STATUS}.{os.getpid()}.incomplete")
     try:
         os.makedirs(run_dir, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, os.path.join(run_dir, STATUS))
+        write_whole(os.path.join(run_dir, STATUS), json.dumps(fields, indent=1) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         raise ValueError(f"{os.path.join(run_dir, STATUS)}: {error.strerror}") from None

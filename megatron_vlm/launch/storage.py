@@ -106,7 +106,7 @@ def checkpoint_bytes(config: RunConfig, model: ModelConfig, with_optimizer: bool
     trains = config.trains(model)
     padding = config.model.make_vocab_size_divisible_by * config.parallel.tp  # is saved too
     parameters = stage_parameters(model, 1, [model.language.num_layers], padding)[0]
-    in_bf16 = (config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")) == "bf16"
+    in_bf16 = (config.training.precision or model.precision) == "bf16"
     size = 0
     for parameter in parameters:
         trained = trains(parameter.name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
+
+from megatron_vlm.system.files import write_whole
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"  # one object per evaluation
@@ -105,9 +106,7 @@ class MetricsLog:
             return
         with open(self.path.with_name(superseded(self.path.name)), "ab") as file:
             file.writelines(line + b"\n" for line in moved)
-        temporary = self.path.with_name(f".{self.path.name}.incomplete")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(temporary, self.path)
+        write_whole(self.path, b"".join(line + b"\n" for line in kept))
 
     def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Append one line; it survives a kill of this process at once."""

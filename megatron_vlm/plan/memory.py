@@ -114,7 +114,7 @@ def estimate(
 
 
 def _shape(config: RunConfig, model: ModelConfig, device: str) -> Shape:
-    precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
+    precision = config.training.precision or model.precision
     default = "transformer_engine" if device == "cuda" and precision == "bf16" else "local"
     impl = config.parallel.transformer_impl or default
     multiple = config.sequence_multiple

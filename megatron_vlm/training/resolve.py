@@ -33,7 +33,7 @@ def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int
     config = replace(config, data=config.data.with_image_rule(rule))
     validate(config, world_size, model)
     # float16 weights don't fit bfloat16, which has fewer digits.
-    precision = config.training.precision or ("bf16" if model.dtype == "bfloat16" else "fp32")
+    precision = config.training.precision or model.precision
     return replace(
         config,
         checkpoint=replace(config.checkpoint, restart=False),  # not again, when this one goes on

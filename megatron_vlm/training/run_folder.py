@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import time
 from pathlib import Path
 from typing import IO
@@ -15,6 +13,7 @@ from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.observe.metrics import LOGS
 from megatron_vlm.observe.sinks import TENSORBOARD, WANDB
 from megatron_vlm.plan.start import LOCK, LOCK_SECONDS, Start, own_checkpoint
+from megatron_vlm.system.locks import take_lock
 from megatron_vlm.training.checkpoint import load_data_state
 
 CONFIG = "config.json"
@@ -33,21 +32,14 @@ def lock(run: Path) -> IO[str]:
     deadline = time.monotonic() + LOCK_SECONDS
     told = False
     while True:
-        try:
-            # Not flock: that one is held by whatever this process forks, too.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if take_lock(file):
             return file
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return file  # a file system without locks
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{run}: another process is training here; stop it, or give another --name"
-                ) from None
-            if not told:
-                print(f"{run}: another process is training here; waiting for it to end", flush=True)
-                told = True
-            time.sleep(0.2)
+        if time.monotonic() > deadline:
+            raise ValueError(f"{run}: another process is training here; stop it, or give another --name")
+        if not told:
+            print(f"{run}: another process is training here; waiting for it to end", flush=True)
+            told = True
+        time.sleep(0.2)
 
 
 def choose_start(config: RunConfig, run: Path) -> Start:

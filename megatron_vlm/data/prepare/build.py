@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -27,7 +26,7 @@ import numpy as np
 
 from megatron_vlm.artifacts.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.data.prepare.energon import energon_prepare
-from megatron_vlm.data.prepare.files import read_json, write_bytes, write_json
+from megatron_vlm.data.prepare.files import read_json_if_there, write_json
 from megatron_vlm.data.prepare.ignored import merge
 from megatron_vlm.data.prepare.losses import DUPLICATE, Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
@@ -38,6 +37,8 @@ from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finish
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
 from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measure
+from megatron_vlm.system.files import write_whole
+from megatron_vlm.system.locks import locked
 from megatron_vlm.system.units import size_text
 
 VERSION = 2  # of what is written; a folder begun by another version is not gone on with
@@ -213,13 +214,8 @@ def _named_space(options: Options) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(partial: str) -> Iterator[None]:
     os.makedirs(partial, exist_ok=True)
-    with open(os.path.join(partial, "lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{partial}: another prepare.py is at work there") from None
-        except OSError:
-            pass  # a file system without locks
+    lock = os.path.join(partial, "lock")
+    with open(lock, "w"), locked(lock, or_say=f"{partial}: another prepare.py is at work there"):
         yield
 
 
@@ -235,7 +231,7 @@ def _settings(options: Options, units: Sequence[Unit]) -> dict[str, Any]:
 
 def _check_settings(options: Options, units: Sequence[Unit]) -> None:
     path = os.path.join(options.partial, "settings.json")
-    settings, begun = _settings(options, units), read_json(path)
+    settings, begun = _settings(options, units), read_json_if_there(path)
     if begun is not None and begun != settings:
         if not options.force and _any_shard(options):
             names = [name for name in settings if settings[name] != begun.get(name)]
@@ -379,7 +375,7 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
     meta = os.path.join(dataset, ".nv-meta")
     # energon draws a new one each time; the same data has the same here.
     identity = uuid.uuid5(uuid.NAMESPACE_OID, "".join(f"{shard.name} {shard.hash}\n" for shard in shards))
-    write_bytes(os.path.join(meta, "index.uuid"), str(identity).encode())
+    write_whole(os.path.join(meta, "index.uuid"), str(identity).encode())
     listed = {
         s.name: {
             "samples": s.samples,
@@ -391,7 +387,7 @@ def _finish(options: Options, shards: Sequence[ShardFacts], report: dict[str, An
     }
     write_json(os.path.join(meta, PREPARED), {"version": VERSION, "hash": HASH, "shards": listed}, indent=1)
     write_json(os.path.join(dataset, REPORT), report, indent=1)
-    write_bytes(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="replace"))
+    write_whole(os.path.join(dataset, "report.md"), to_markdown(report).encode(errors="replace"))
     if os.path.isdir(options.save_dir):
         os.rename(options.save_dir, os.path.join(options.partial, f"replaced-{uuid.uuid4()}"))
     os.rename(dataset, options.save_dir)

@@ -19,14 +19,14 @@ from megatron_vlm.artifacts.dataset import PREPARED, index_problem, meta_problem
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows
 from megatron_vlm.data.field_maps import read_field_map
-from megatron_vlm.data.prepare.files import read_json
+from megatron_vlm.data.prepare.files import read_json_if_there
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.shards import content_hash
 from megatron_vlm.data.prepare.sources import MEMBER, check_end
 from megatron_vlm.data.prepare.values import Rejected
-from megatron_vlm.data.prepare.workers import die_with_parent
 from megatron_vlm.data.shards import read_index
 from megatron_vlm.data.templates import SampleError
+from megatron_vlm.system.processes import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check(
     if not os.path.isdir(os.path.join(path, ".nv-meta")):
         raise ValueError(f"--check {path}: not prepared, it has no .nv-meta")
     counts = shard_counts(path)
-    listed = (read_json(os.path.join(path, ".nv-meta", PREPARED)) or {}).get("shards")
+    listed = (read_json_if_there(os.path.join(path, ".nv-meta", PREPARED)) or {}).get("shards")
     dataset = PreparedDataset(path, "train", (), read_field_map(path), "")
     tasks = [
         _Task(dataset, name, number, count, None if listed is None else listed.get(name))

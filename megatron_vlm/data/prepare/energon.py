@@ -8,7 +8,7 @@ import os
 import shutil
 
 from megatron_vlm.data.prepare.plan import SPLITS
-from megatron_vlm.data.prepare.workers import die_with_parent
+from megatron_vlm.system.processes import die_with_parent
 
 
 def energon_prepare(dataset: str, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and what is no file at all."""
+"""Files that people give, and what is none; JSON files that are made of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import stat
 from typing import IO, Any
+
+from megatron_vlm.system.files import read_json, write_whole
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -36,24 +38,17 @@ def open_regular(path: str) -> IO[bytes]:
 
 
 def write_json(path: str, value: Any, indent: int | None = None) -> None:
-    """Write a JSON file under another name first."""
-    write_bytes(path, json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="replace") + b"\n")
+    """Write a JSON file that is there whole or not at all."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="replace") + b"\n")
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Write a file under another name first."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def read_json_if_there(path: str) -> Any:
+    """Return a JSON file's value, or None if there is no such file.
 
-
-def read_json(path: str) -> Any:
-    """A JSON file's value; None if there is no such file."""
+    Raises:
+        ValueError: it isn't JSON.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(path)
     except FileNotFoundError:
         return None

@@ -17,7 +17,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron_vlm.data.conversations import identity_of
-from megatron_vlm.data.prepare.files import open_regular, read_json, write_json
+from megatron_vlm.data.prepare.files import open_regular, read_json_if_there, write_json
 from megatron_vlm.data.prepare.histogram import Histogram
 from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
@@ -121,7 +121,7 @@ def losses_of(done: str) -> str:
 
 def finished(plan: ShardPlan, folder: str, done: str) -> ShardFacts | None:
     """What a shard holds if it is written and as long as it was."""
-    found = read_json(done)
+    found = read_json_if_there(done)
     if found is None:
         return None
     facts = ShardFacts(**found)

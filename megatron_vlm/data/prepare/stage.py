@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data.conversations import identity_of
-from megatron_vlm.data.prepare.files import irregular, read_json, write_json
+from megatron_vlm.data.prepare.files import irregular, read_json_if_there, write_json
 from megatron_vlm.data.prepare.ignored import IgnoredFields
 from megatron_vlm.data.prepare.losses import LossLog
 from megatron_vlm.data.prepare.records import Conversation, to_conversation
@@ -118,7 +118,7 @@ def stage_unit(
 
 def unit_facts(path: str) -> dict[str, Any] | None:
     """What :func:`stage_unit` has counted; None if it has not come to its end."""
-    return read_json(path + ".json")
+    return read_json_if_there(path + ".json")
 
 
 def unit_index(path: str) -> np.ndarray:

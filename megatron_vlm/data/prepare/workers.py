@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +13,7 @@ from typing import Any
 
 from megatron_vlm.data.prepare.shards import Measure, Rendering, write_shard
 from megatron_vlm.data.prepare.stage import stage_unit
+from megatron_vlm.system.processes import die_with_parent
 
 _SECONDS = 0.2  # between two looks at how far they are
 
@@ -126,14 +125,6 @@ def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
         except KeyboardInterrupt:
             _end_children(others)
             raise
-
-
-def die_with_parent(parent: int) -> None:
-    """Let this process end when its parent is killed, whose next start writes the same files."""
-    if sys.platform == "linux":  # prctl(2): PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _advance(amount: int) -> None:
