@@ -3,6 +3,7 @@
 # make kill-test   its test that kills a run at random moments, with KILLS=20 kills instead of 3
 # make bench       this trainer beside transformers' Trainer, and what the loss saves; writes benchmarks/results/
 # make gpu-check   what only a GPU can show, in under eight minutes; writes benchmarks/results/; without one a dry run
+# make same-numbers REF=<commit>  the same losses, tokens and weights as that commit's, to the last bit (ARGS=--demo)
 # make check       lint, format, types, import contract
 # make setup       .venv with pinned versions; the others call it, and it does nothing when it is up to date
 # make clean       remove what these made
@@ -33,7 +34,7 @@ PP ?= 1
 JOBS ?= 2
 KILLS ?= 20
 
-.PHONY: help setup demo test kill-test bench gpu-check check clean
+.PHONY: help setup demo test kill-test bench gpu-check same-numbers check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -72,6 +73,9 @@ OWN_PYTHON := $(if $(wildcard $(BIN)/python),,$(shell python3 -c '$(HAS_ENGINE)'
 GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or $(OWN_PYTHON),$(BIN)/python))
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+same-numbers: setup
+	$(BIN)/python -m benchmarks.same_numbers --ref $(REF) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check
