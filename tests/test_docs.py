@@ -19,7 +19,10 @@ from megatron_vlm.launch.container import RUNTIMES
 from megatron_vlm.plan.rules import validate
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/compat/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RUN = "scripts/train/run.py"
 # Of programs that a test machine need not have.
 FLAGS_OF_OTHERS = {
@@ -123,6 +126,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     ]:
         known |= flags_of(str(script.relative_to(ROOT)))
     known |= flags_of("-m", "benchmarks.memory") | flags_of("-m", "benchmarks.gpu_check")
+    known |= flags_of("-m", "benchmarks.same_numbers")
     known |= {flag.replace("--", "--no-", 1) for flag in flags_of(RUN)}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     assert mentioned <= known
