@@ -18,6 +18,7 @@ from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.models.loss import find_trained
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.plan.pipeline import layers_per_stage
@@ -78,12 +79,14 @@ def _build(config: RunConfig, model: ModelConfig, layout: parallel.Layout) -> tu
     chunks = build_model(
         model,
         layout,
-        dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-        sequence_parallel=config.parallel.sequence_parallel,
-        vocab_divisible_by=config.model.make_vocab_size_divisible_by,
-        layers_per_stage=layers_per_stage(config, model),
-        recompute=config.parallel.recompute,
-        recompute_num_layers=config.parallel.recompute_num_layers,
+        ModelOptions(
+            dtype=_dtype(config),
+            sequence_parallel=config.parallel.sequence_parallel,
+            vocab_divisible_by=config.model.make_vocab_size_divisible_by,
+            layers_per_stage=layers_per_stage(config, model),
+            recompute=config.parallel.recompute,
+            recompute_num_layers=config.parallel.recompute_num_layers,
+        ),
     )
     set_trainable(chunks, config.trained, layout)
     with torch.no_grad():

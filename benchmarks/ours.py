@@ -16,6 +16,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.processing import load_processing
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -37,7 +38,7 @@ def from_memory(
     """The training step on collated batches: hand out, normalise, forward, backward, update."""
     dtype = torch.bfloat16 if layout.device.type == "cuda" else torch.float32
     model = ModelConfig.from_hf_dir(str(folder / "hf"))
-    chunks = build_model(model, layout, dtype)
+    chunks = build_model(model, layout, ModelOptions(dtype))
     freeze_tower(chunks)
     load_weights(folder / "megatron" / "release", chunks)
     models = wrap_model(chunks, distributed_optimizer=False, overlap_grad_reduce=layout.dp > 1)

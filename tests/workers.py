@@ -28,6 +28,7 @@ from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.loss import find_trained
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.tiles import index_features
@@ -112,13 +113,10 @@ def logits_and_gradients(
     layout = parallel.initialize(sizes.tp, sizes.pp, vpp=sizes.vpp)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     layers = deal_layers(model.language.num_layers, StageCosts(layer=1), sizes.pp, sizes.vpp, sizes.first)
-    chunks = build_model(
-        model,
-        layout,
-        sequence_parallel=sizes.sequence_parallel,
-        layers_per_stage=layers,
-        recompute=sizes.recompute,
+    options = ModelOptions(
+        sequence_parallel=sizes.sequence_parallel, layers_per_stage=layers, recompute=sizes.recompute
     )
+    chunks = build_model(model, layout, options)
     set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
@@ -210,10 +208,12 @@ def plain_and_for_fp8(argv: list[str]) -> list[tuple[float, dict[str, torch.Tens
         chunks = build_model(
             model,
             layout,
-            sequence_parallel=config.parallel.sequence_parallel,
-            layers_per_stage=layers_per_stage(config, model),
-            impl="local",
-            fp8=fp8,
+            ModelOptions(
+                sequence_parallel=config.parallel.sequence_parallel,
+                layers_per_stage=layers_per_stage(config, model),
+                impl="local",
+                fp8=fp8,
+            ),
         )
         set_trainable(chunks, parse_train_modules("all"), layout)
         load_weights(checkpoint, chunks)
@@ -245,9 +245,11 @@ def packed_and_apart(argv: list[str]) -> list[tuple[float, int, dict[str, torch.
     chunks = build_model(
         model,
         layout,
-        sequence_parallel=config.parallel.sequence_parallel,
-        layers_per_stage=layers_per_stage(config, model),
-        recompute=config.parallel.recompute,
+        ModelOptions(
+            sequence_parallel=config.parallel.sequence_parallel,
+            layers_per_stage=layers_per_stage(config, model),
+            recompute=config.parallel.recompute,
+        ),
     )
     set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(checkpoint, chunks)
@@ -302,7 +304,7 @@ def train_on(
     """Train on given batches, an iteration each; losses and the table of what is trained."""
     layout = parallel.initialize(sizes.tp, sizes.pp)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    chunks = build_model(model, layout, ModelOptions(sequence_parallel=sizes.sequence_parallel))
     regime = set_trainable(chunks, parse_train_modules(train_modules), layout)
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
@@ -331,7 +333,7 @@ def train_adapters(
     lr, weight_decay, clip_grad = hyperparameters
     layout = parallel.initialize(sizes.tp, sizes.pp)
     model = replace(ModelConfig.from_dict(read_manifest(checkpoint)["model"]), lora=lora)
-    chunks = build_model(model, layout, sequence_parallel=sizes.sequence_parallel)
+    chunks = build_model(model, layout, ModelOptions(sequence_parallel=sizes.sequence_parallel))
     set_trainable(chunks, parse_train_modules("projector|lora"), layout)
     load_weights(Path(checkpoint), chunks)
     start_adapters(Path(checkpoint), chunks, seed=0, peft_adapter=adapter)
@@ -416,8 +418,8 @@ def arguments_of_build_model(argv: list[str]) -> dict[str, Any]:
     """What the flags of a run come to for :func:`build_model`; nothing is trained."""
     found: dict[str, Any] = {}
 
-    def record(*_: Any, **arguments: Any) -> Any:
-        found.update(arguments)
+    def record(model: Any, layout: Any, options: ModelOptions) -> Any:
+        found.update(vars(options))
         raise InterruptedError
 
     build, trainer.build_model = trainer.build_model, record

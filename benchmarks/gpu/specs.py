@@ -27,6 +27,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.train_modules import parse_train_modules
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import (
     load_sharded,
@@ -99,7 +100,7 @@ def loaded(
 ) -> list[VisionLanguageModel]:
     """The model of a checkpoint, all of it trained."""
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    chunks = build_model(model, layout, dtype, impl=impl)
+    chunks = build_model(model, layout, ModelOptions(dtype, impl=impl))
     set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(checkpoint, chunks)
     return chunks
@@ -151,7 +152,7 @@ def round_trip(checkpoint: Path, folder: Path, layout: parallel.Layout, impl: st
         {"model": sharded_weights(loaded(checkpoint, layout, impl, torch.bfloat16))}, str(folder)
     )
     expected = loaded(checkpoint, layout, "local", torch.bfloat16)
-    blank = build_model(expected[0].model_config, layout, torch.bfloat16, impl="local")
+    blank = build_model(expected[0].model_config, layout, ModelOptions(torch.bfloat16, impl="local"))
     found = load_sharded(folder, {"model": sharded_weights(blank)})["model"]
     return all(
         torch.equal(found[name].to(parameter.device), parameter)

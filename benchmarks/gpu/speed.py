@@ -25,6 +25,7 @@ from benchmarks.workload import OPTIMIZER, Workload, llava_config, make_batches,
 from megatron_vlm import parallel
 from megatron_vlm.architecture.fp8 import Fp8Config
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.fused import adam_source
@@ -107,7 +108,7 @@ Step = Callable[[], float]
 def our_step(workload: Workload, layout: parallel.Layout, fp8: bool) -> Step:
     """A training step of this project; returns its loss."""
     model = ModelConfig.from_hf(llava_config(workload, IMAGE_TOKEN).to_dict())
-    chunks = build_model(model, layout, torch.bfloat16, fp8=Fp8Config() if fp8 else None)
+    chunks = build_model(model, layout, ModelOptions(torch.bfloat16, fp8=Fp8Config() if fp8 else None))
     freeze_tower(chunks)
     with torch.no_grad():
         for chunk in chunks:

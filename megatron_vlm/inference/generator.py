@@ -17,6 +17,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model, find_image_positions
 from megatron_vlm.models.weights import check_unchanged, load_weights
@@ -153,7 +154,7 @@ def load_generator(
     precision = precision or model.precision
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # The local layers on GPUs too: Transformer Engine's attention knows nothing of the cache.
-    chunks = build_model(model, layout, dtype, impl="local")
+    chunks = build_model(model, layout, ModelOptions(dtype, impl="local"))
 
     def say(message: str) -> None:
         if layout.rank == 0:

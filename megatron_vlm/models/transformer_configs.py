@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlm.architecture.fp8 import Fp8Config
 from megatron_vlm.architecture.language import LanguageConfig
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import weight_gradient_kernels
 from megatron_vlm.plan.pipeline import StageCosts, deal_layers
@@ -50,31 +51,15 @@ class TransformerConfigs:
 
 
 def transformer_configs(
-    model: ModelConfig,
-    layout: Layout,
-    dtype: torch.dtype = torch.float32,
-    sequence_parallel: bool = False,
-    deterministic: bool = False,
-    layers_per_stage: Sequence[int] | None = None,
-    recompute: str = "none",
-    recompute_num_layers: int | None = None,
-    fused_rope: bool = False,
-    fp8: Fp8Config | None = None,
+    model: ModelConfig, layout: Layout, options: ModelOptions = ModelOptions(), fused_rope: bool = False
 ) -> TransformerConfigs:
-    """The configs of a model on this layout.
+    """Return the configs of a model on this layout.
 
     Args:
-        dtype: of the parameters: ``torch.float32`` or ``torch.bfloat16``.
-        sequence_parallel: shard the language model's activations between its tensor parallel parts.
-        deterministic: ask the kernels for reproducible sums.
-        layers_per_stage: see :func:`megatron_vlm.plan.pipeline.deal_layers`; None for an even deal.
-        recompute: which activations the backward pass computes again: "none", "selective" or "full".
-        recompute_num_layers: with "full", the layers of each stage, and of the tower; None for all.
         fused_rope: rotate queries and keys with Transformer Engine's kernel. Without it, packed samples
             make the host wait for the GPU twice in each layer.
-        fp8: of the language model and the projector; the tower's tokens are seldom aligned, and its work is
-            little. None: no FP8.
     """
+    dtype, fp8 = options.dtype, options.fp8
     on_gpu = layout.device.type == "cuda"
     common: dict[str, Any] = dict(
         tensor_model_parallel_size=layout.tp,
@@ -92,11 +77,12 @@ def transformer_configs(
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         calculate_per_token_loss=True,
-        deterministic_mode=deterministic,
+        deterministic_mode=options.deterministic,
         cross_entropy_loss_fusion=False,
     )
     language, vision, projector = model.language, model.vision, model.projector
-    recomputation = _recomputation(recompute, recompute_num_layers or language.num_layers + vision.num_layers)
+    all_layers = language.num_layers + vision.num_layers
+    recomputation = _recomputation(options.recompute, options.recompute_num_layers or all_layers)
     return TransformerConfigs(
         vision=TransformerConfig(
             num_layers=model.num_vision_layers_run,
@@ -139,13 +125,13 @@ def transformer_configs(
             qk_layernorm=language.qk_norm,
             **_experts(language),
             pipeline_model_parallel_size=layout.pp,
-            pipeline_model_parallel_layout=_pipeline_layout(model, layout, layers_per_stage),
+            pipeline_model_parallel_layout=_pipeline_layout(model, layout, options.layers_per_stage),
             pipeline_dtype=dtype,
             # Gloo mixes the two directions of a batched exchange up, and interleaved stages exchange
             # with both neighbours at a time, which at PP 2 are one rank.
             batch_p2p_comm=on_gpu and layout.vpp == 1,
             overlap_p2p_comm=layout.vpp > 1,
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=options.sequence_parallel,
             apply_rope_fusion=fused_rope,
             **(_fp8_of_layers(fp8) if fp8 is not None else {}),
             **recomputation,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vlm.architecture.fp8 import Fp8Config
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
@@ -204,46 +202,21 @@ def find_image_positions(
 
 
 def build_model(
-    model: ModelConfig,
-    layout: Layout,
-    dtype: torch.dtype = torch.float32,
-    sequence_parallel: bool = False,
-    deterministic: bool = False,
-    impl: str | None = None,
-    vocab_divisible_by: int = 128,
-    layers_per_stage: Sequence[int] | None = None,
-    recompute: str = "none",
-    recompute_num_layers: int | None = None,
-    fp8: Fp8Config | None = None,
+    model: ModelConfig, layout: Layout, options: ModelOptions = ModelOptions()
 ) -> list[VisionLanguageModel]:
-    """This rank's chunks of the model, on the layout's device, with weights not yet set.
+    """Return this rank's chunks of the model, on the layout's device, with weights not yet set.
 
     One chunk, unless pipeline stages are interleaved.
 
-    Args:
-        impl: layer spec, ``"local"`` or ``"transformer_engine"``; None for what is there.
-        layers_per_stage, recompute, recompute_num_layers, fp8: see :func:`transformer_configs`.
-
     Raises:
-        ValueError: ``impl`` is not to be had here, or FP8 is wanted and it is not Transformer Engine's.
+        ValueError: the layer spec is not to be had here, or FP8 is wanted and it is not Transformer Engine's.
     """
     check_kernel_switches(os.environ)
-    wanted = impl or ("transformer_engine" if fp8 is not None else None)
-    impl = choose_transformer_impl(layout.device.type, wanted, dtype)
-    configs = transformer_configs(
-        model,
-        layout,
-        dtype,
-        sequence_parallel,
-        deterministic,
-        layers_per_stage,
-        recompute,
-        recompute_num_layers,
-        fused_rope=impl == "transformer_engine",
-        fp8=fp8,
-    )
+    wanted = options.impl or ("transformer_engine" if options.fp8 is not None else None)
+    impl = choose_transformer_impl(layout.device.type, wanted, options.dtype)
+    configs = transformer_configs(model, layout, options, fused_rope=impl == "transformer_engine")
     chunks = [
-        VisionLanguageModel(model, configs, layout, impl, vocab_divisible_by, chunk).to(layout.device)
+        VisionLanguageModel(model, configs, layout, impl, options.vocab_divisible_by, chunk).to(layout.device)
         for chunk in range(layout.vpp)
     ]
     if impl == "transformer_engine":

@@ -26,6 +26,7 @@ from megatron_vlm.data.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.preview import describe
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.scaling import load_scaling_state, unmoved
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import check_unchanged, load_weights
@@ -190,15 +191,17 @@ class Trainer:
         self.chunks = build_model(
             self.model_config,
             layout,
-            dtype=self._dtype,
-            sequence_parallel=config.parallel.sequence_parallel,
-            deterministic=config.training.deterministic,
-            impl=config.parallel.transformer_impl,
-            vocab_divisible_by=config.model.make_vocab_size_divisible_by,
-            layers_per_stage=layers,
-            recompute=config.parallel.recompute,
-            recompute_num_layers=config.parallel.recompute_num_layers,
-            fp8=config.fp8,
+            ModelOptions(
+                dtype=self._dtype,
+                sequence_parallel=config.parallel.sequence_parallel,
+                deterministic=config.training.deterministic,
+                impl=config.parallel.transformer_impl,
+                vocab_divisible_by=config.model.make_vocab_size_divisible_by,
+                layers_per_stage=layers,
+                recompute=config.parallel.recompute,
+                recompute_num_layers=config.parallel.recompute_num_layers,
+                fp8=config.fp8,
+            ),
         )
         self.regime = set_trainable(self.chunks, config.trained, layout)
         load_weights(start.checkpoint, self.chunks, config.model.base)

@@ -13,6 +13,7 @@ from megatron_vlm.architecture.lora import LANGUAGE_TARGETS, VISION_TARGETS, LoR
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.architecture.parameters import stage_parameters
 from megatron_vlm.architecture.train_modules import LANGUAGE
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import named_parameters, saved_name, sharded_weights
 from tests.distributed import Pool
@@ -25,7 +26,7 @@ Sizes = dict[str, int]
 def built(model: ModelConfig, sizes: Layout, layers: list[int]) -> tuple[int, list[Sizes]]:
     """This rank's pipeline stage and, for each of its chunks, elements by name in checkpoints."""
     layout = parallel.initialize(sizes.tp, sizes.pp, vpp=sizes.vpp)
-    chunks = build_model(model, layout, layers_per_stage=layers)
+    chunks = build_model(model, layout, ModelOptions(layers_per_stage=layers))
     weights = sharded_weights(chunks)
     found: list[Sizes] = [{} for _ in chunks]
     for name, parameter in named_parameters(chunks):

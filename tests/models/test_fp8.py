@@ -22,6 +22,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.models import projector as projector_module
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.transformer_configs import transformer_configs
 from megatron_vlm.models.vlm import build_model
@@ -39,10 +40,10 @@ MODEL = ModelConfig.from_hf(tiny_config().to_dict())
 def built(fp8: Fp8Config | None) -> tuple[dict[str, Any], bool, str | None]:
     """What the configs of the parts, of data parallelism and of the optimizer say of precision."""
     layout = parallel.initialize()
-    configs = transformer_configs(MODEL, layout, torch.bfloat16, fp8=fp8)
+    configs = transformer_configs(MODEL, layout, ModelOptions(torch.bfloat16, fp8=fp8))
     gather = fp8 is not None and fp8.param_gather
     models = wrap_model(
-        build_model(MODEL, layout, torch.bfloat16, impl="local", fp8=fp8),
+        build_model(MODEL, layout, ModelOptions(torch.bfloat16, impl="local", fp8=fp8)),
         distributed_optimizer=gather,
         overlap_grad_reduce=False,
         fp8_param_gather=gather,
@@ -87,7 +88,7 @@ def test_without_fp8_nothing_is(pool: Pool) -> None:
 def gathered(overlap: bool) -> list[int]:
     """How many weights are turned over for the backward pass when they are gathered for a checkpoint."""
     layout = parallel.initialize()
-    chunks = build_model(MODEL, layout, torch.bfloat16)
+    chunks = build_model(MODEL, layout, ModelOptions(torch.bfloat16))
     models = wrap_model(chunks, True, overlap, overlap)
     optimizer = Optimizer(models, 0.1, 0.9, 0.999, 1e-8, 1.0)
     turned: list[int] = []
@@ -113,7 +114,7 @@ def masters(checkpoint: str, folder: Path) -> dict[str, list[tuple[torch.Tensor,
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
 
     def start() -> tuple[Any, Optimizer, list[torch.Tensor]]:
-        (chunk,) = build_model(model, layout, torch.bfloat16)
+        (chunk,) = build_model(model, layout, ModelOptions(torch.bfloat16))
         entries, in_fp8 = sharded_weights([chunk]), Fp8Config().weights(model.language.num_layers)
         for name, parameter in named_parameters([chunk]):
             if saved_name(entries[name]) in in_fp8:
@@ -171,7 +172,7 @@ def test_master_weights_are_not_of_rounded_ones(pool: Pool, tmp_path: Path) -> N
 def refused() -> str:
     layout = parallel.initialize()
     with pytest.raises(ValueError) as error:
-        build_model(MODEL, layout, fp8=Fp8Config())
+        build_model(MODEL, layout, ModelOptions(fp8=Fp8Config()))
     return str(error.value)
 
 
@@ -188,7 +189,9 @@ def projected(model: ModelConfig, recipe: str, tiles: int) -> dict[bool, dict[st
     weights: dict[str, torch.Tensor] = {}
     results: dict[bool, dict[str, Any]] = {}
     for fp8 in (None, Fp8Config(recipe)):
-        projector = Projector(model, transformer_configs(model, layout, fp8=fp8).projector, "local")
+        projector = Projector(
+            model, transformer_configs(model, layout, ModelOptions(fp8=fp8)).projector, "local"
+        )
         rows: list[int] = []
         for name, module in projector.named_modules():
             if name.startswith("encoder."):

@@ -7,6 +7,7 @@ import torch
 
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model, find_image_positions
 from tests.distributed import DEVICE, Pool
 from tests.tiny import tiny_config
@@ -21,7 +22,7 @@ def forward_and_backward(model: ModelConfig, recompute: str, only_layers: bool) 
         only_layers: train the language model's layers alone, so that nothing before them needs a gradient.
     """
     layout = parallel.initialize()
-    (chunk,) = build_model(model, layout, recompute=recompute, recompute_num_layers=None)
+    (chunk,) = build_model(model, layout, ModelOptions(recompute=recompute))
     torch.manual_seed(1)
     for name, parameter in chunk.named_parameters():
         parameter.data.normal_(0.0, 0.15)

@@ -37,6 +37,7 @@ from megatron_vlm import parallel  # noqa: E402
 from megatron_vlm.architecture.fp8 import Fp8Config  # noqa: E402
 from megatron_vlm.architecture.model import ModelConfig  # noqa: E402
 from megatron_vlm.models import scaling, vlm  # noqa: E402
+from megatron_vlm.models.options import ModelOptions  # noqa: E402
 from megatron_vlm.parallel.optimizer import wrap_model  # noqa: E402
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
@@ -206,7 +207,7 @@ def _loss(
 ) -> tuple[float, float, list[float]]:
     """The loss, the norm of the gradients, and the scales that the next pass goes by."""
     with mock.patch.object(vlm, "choose_transformer_impl", lambda *_: "transformer_engine"):
-        chunks = vlm.build_model(model, layout, torch.bfloat16, recompute=recompute, fp8=fp8)
+        chunks = vlm.build_model(model, layout, ModelOptions(torch.bfloat16, recompute=recompute, fp8=fp8))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in chunks[0].named_parameters():

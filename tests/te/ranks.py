@@ -16,6 +16,7 @@ from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.models import scaling, vlm
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.scaling import load_scaling_state, scaling_state
 from megatron_vlm.models.weights import load_weights, sharded_weights
 from megatron_vlm.parallel import sharded_files
@@ -41,7 +42,7 @@ def keys(model: dict[str, Any], tp: int) -> list[tuple[Shapes, list[str], Shapes
 
 
 def _keys(model: dict[str, Any], layout: parallel.Layout) -> tuple[Shapes, list[str], Shapes]:
-    (chunk,) = vlm.build_model(ModelConfig.from_dict(model), layout, vocab_divisible_by=8)
+    (chunk,) = vlm.build_model(ModelConfig.from_dict(model), layout, ModelOptions(vocab_divisible_by=8))
     state = chunk.state_dict()
     tensors = {name: list(t.shape) for name, t in state.items() if not name.endswith("_extra_state")}
     saved = {}

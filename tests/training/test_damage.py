@@ -17,6 +17,7 @@ from megatron_vlm.architecture.train_modules import parse_train_modules
 from megatron_vlm.artifacts.checkpoint import FILES, TRACKER, read_manifest, write_manifest
 from megatron_vlm.hf.hashes import checks
 from megatron_vlm.hf.verify import check_manifest
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import check_unchanged, load_sharded, load_weights, named_parameters
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -166,7 +167,7 @@ def not_finite(checkpoint: str) -> list[str | None]:
     """What is found after each of three changes, of which each is on one rank."""
     layout = parallel.initialize(1, 1)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    chunks = build_model(model, layout, torch.bfloat16)
+    chunks = build_model(model, layout, ModelOptions(torch.bfloat16))
     set_trainable(chunks, parse_train_modules("projector|language"), layout)
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, distributed_optimizer=True, overlap_grad_reduce=False)

@@ -17,6 +17,7 @@ from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.processing import build_processing
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -68,7 +69,7 @@ def steps(argv: list[str], microbatches: list[Microbatch], multiple: int) -> tup
     layout = parallel.initialize()
     checkpoint = Path(str(config.model.megatron_load_dir)) / "release"
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
-    chunks = build_model(model, layout, torch.bfloat16 if "--bf16" in argv else torch.float32)
+    chunks = build_model(model, layout, ModelOptions(torch.bfloat16 if "--bf16" in argv else torch.float32))
     set_trainable(chunks, parse_train_modules("all"), layout)
     load_weights(checkpoint, chunks)
     models = wrap_model(chunks, config.parallel.dist_optim, overlap_grad_reduce=False)
