@@ -117,10 +117,12 @@ def install() -> None:
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
     _replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
 
-    # For --device cpu on a machine with CUDA, where import_megatron_core() left compilation on.
-    from torch._dynamo import config as dynamo_config
+    # For --device cpu on a machine with CUDA, where import_megatron_core() left compilation on. Elsewhere
+    # importing torch's compiler to switch it off would take every rank a third of a second.
+    if torch.cuda.is_available():
+        from torch._dynamo import config as dynamo_config
 
-    _replace(dynamo_config, "disable", True)
+        _replace(dynamo_config, "disable", True)
 
     # What it takes from Transformer Engine or apex where they are installed runs on GPUs only.
     from megatron.core import utils
