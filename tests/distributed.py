@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -35,6 +36,27 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # on gets more than this within IDLE seconds.
 IDLE, _IDLE_CPU = 120.0, 0.5
 
+
+# Ranks on the CPU are forked off a process that has imported what they need, so that it is imported once and
+# not by each of them. On GPUs each starts afresh: CUDA doesn't outlive a fork.
+CONTEXT: Any = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")
+if DEVICE == "cpu":
+    CONTEXT.set_forkserver_preload(
+        [
+            "tests.workers",
+            "megatron_vlm.hf.convert",
+            "tqdm",
+            # What transformers imports when it is first asked for it.
+            "transformers.models.auto.tokenization_auto",
+            "transformers.models.auto.image_processing_auto",
+            "transformers.models.auto.processing_auto",
+            "transformers.models.llama.tokenization_llama",
+            "transformers.models.clip.image_processing_pil_clip",
+        ]
+    )
+# Ranks look for garbage once in so many tasks, since it takes each of them a quarter of a second: gloo's
+# threads end with the last reference to their group, of which most tasks leave none behind.
+_TASKS_BETWEEN_COLLECTIONS = 10
 
 # What gloo says where a connection is lost while ranks make a group, which happens now and then. Groups are
 # made before a test's work begins, so the test can begin again.
@@ -67,7 +89,7 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    while True:
+    for number in itertools.count(1):
         task = tasks.get()
         if task is None:
             return
@@ -88,7 +110,8 @@ def _worker(rank: int, tasks: Any, results: Any) -> None:
             results.put((rank, None, traceback.format_exc()))
         finally:
             parallel.finalize()
-            gc.collect()  # gloo's threads end with the last reference to their group
+            if number % _TASKS_BETWEEN_COLLECTIONS == 0:
+                gc.collect()
 
 
 class Pool:
@@ -104,11 +127,10 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(self.size)]
+        self.results = CONTEXT.Queue()
+        self.tasks = [CONTEXT.Queue() for _ in range(self.size)]
         self.processes = [
-            context.Process(target=_worker, args=(rank, self.tasks[rank], self.results))
+            CONTEXT.Process(target=_worker, args=(rank, self.tasks[rank], self.results))
             for rank in range(self.size)
         ]
         for process in self.processes:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm import rank
+from tests.distributed import CONTEXT
 from tests.patience import HANG
 
 
@@ -86,10 +87,9 @@ def lose_another(number: int, store: str, how: str, said: Path, codes: multiproc
 @pytest.mark.parametrize("how", ["ends", "hangs", "user error", "crash"])
 def test_a_lost_rank_is_one_line(tmp_path: Path, how: str) -> None:
     """It says that the same command goes on only where the other has not ended by an error of its own."""
-    context = multiprocessing.get_context("spawn")
-    codes: multiprocessing.Queue[int] = context.Queue()
+    codes: multiprocessing.Queue[int] = CONTEXT.Queue()
     ranks = [
-        context.Process(target=lose_another, args=(n, tmp_path / "store", how, tmp_path / f"{n}", codes))
+        CONTEXT.Process(target=lose_another, args=(n, tmp_path / "store", how, tmp_path / f"{n}", codes))
         for n in (0, 1)
     ]
     for process in ranks:

@@ -1,6 +1,5 @@
 """A conversion that can't go on, is told to end, or is killed: nothing is left, or the whole."""
 
-import multiprocessing
 import os
 import random
 import runpy
@@ -17,6 +16,7 @@ from benchmarks.conversion import make_llava
 from megatron_vlm.hf import Difference, convert, folder, native, stored
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.verify import verify
+from tests.distributed import CONTEXT
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run
 
@@ -123,10 +123,8 @@ def test_killed_at_any_moment(to_kill: tuple[Path, Path, float], tmp_path: Path,
         "reshard": ["reshard", f"--megatron-dir={checkpoint}", f"--save-dir={output}", "--pp=2"],
         "to Hugging Face": ["convert_megatron_to_hf", f"--megatron-dir={checkpoint}", f"--hf-dir={output}"],
     }[way] + (["--format=classic"] if way in ("classic", "reshard") else [])
-    context = multiprocessing.get_context("forkserver")  # imports once, then starts in milliseconds
-    context.set_forkserver_preload(["megatron_vlm.hf.convert", "tqdm"])
     for number in [signal.SIGKILL, signal.SIGTERM] * KILLS:
-        process = context.Process(target=run_script, args=(log, *command))
+        process = CONTEXT.Process(target=run_script, args=(log, *command))
         process.start()
         time.sleep(random.uniform(0, 1.5 * seconds))
         os.kill(process.pid or 0, number)
@@ -138,7 +136,7 @@ def test_killed_at_any_moment(to_kill: tuple[Path, Path, float], tmp_path: Path,
         if output.exists() or process.exitcode == 0:
             assert verify(source, output)
             shutil.rmtree(output)
-    process = context.Process(target=run_script, args=(log, *command))
+    process = CONTEXT.Process(target=run_script, args=(log, *command))
     process.start()
     process.join()
     assert process.exitcode == 0 and verify(source, output)
