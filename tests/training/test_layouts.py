@@ -1,4 +1,4 @@
-"""Every layout trains alike: 20 iterations of losses equal those of one rank, across save and reload too."""
+"""Every layout trains alike: losses equal those of one rank, across save and reload too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import Layout, arguments_of_build_model, train, train_in_small_buckets
 
-ITERATIONS = 20
+ITERATIONS = 12  # the losses fall by 1 % and more
 LAYOUTS = [
     Layout(tp=2),
     Layout(tp=2, sequence_parallel=True),
@@ -193,7 +193,7 @@ def test_evaluation_while_weights_are_gathered(
         losses = run(pool, layout, deep, tmp_path, name, *flags, *more, worker=train_in_small_buckets)
         lines = (tmp_path / name / "validation.jsonl").read_text().splitlines()
         found[name] = losses, [json.loads(line)["loss"] for line in lines]
-    assert len(set(found["calm"][1])) == 5
+    assert len(set(found["calm"][1])) == ITERATIONS // 4 > 2
     assert found["overlapped"] == found["calm"]
 
 

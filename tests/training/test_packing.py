@@ -58,7 +58,7 @@ def test_packed_samples_train_like_samples_apart(
 def test_every_layout_trains_alike_on_packed_sequences(
     pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
 ) -> None:
-    """20 iterations within 1e-5 of one rank, through the trainer, with interleaved stages too."""
+    """Within 1e-5 of one rank, through the trainer, with interleaved stages too."""
     trainable = trainables["deep"]
     expected = run(pool, Layout(), trainable, tmp_path, "one", *PACKING, "--no-save")
     for layout in (
