@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from megatron_vlm.hf.native import NativeReader
+from tests.distributed import Pool
 from tests.patience import HANG
 from tests.training.conftest import Trainable
 from tests.training.test_evaluate import without_times
+from tests.workers import train
 
 # A kill costs a start of the whole stack. `make kill-test` does 20.
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -30,7 +32,7 @@ MOMENTS = ["saving", "training", "starting", "training"]
 RUN = Path(__file__).parents[2] / "scripts" / "train" / "run.py"
 
 
-def command(trainable: Trainable, folder: Path, name: str) -> list[str]:
+def flags_of(trainable: Trainable, folder: Path, name: str) -> list[str]:
     mixture = folder / "mix.yaml"
     mixture.write_text(
         f"datasets:\n  pictures: {{path: {trainable.data}, weight: 2}}\n"
@@ -38,7 +40,7 @@ def command(trainable: Trainable, folder: Path, name: str) -> list[str]:
     )
     flags = trainable.flags(folder, name, "-g", "2", "--dist-optim", "--train-vision", "--save-optim")
     flags += ["--packing", "--packing-buffer-size", "12", "--data-path", str(mixture)]
-    return [sys.executable, str(RUN), *flags, "--save-interval", "8", "--train-iters", str(ITERATIONS)]
+    return [*flags, "--save-interval", "8", "--train-iters", str(ITERATIONS)]
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -105,17 +107,16 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def test_killed_runs_go_on_exactly(trainables: dict[str, Trainable], tmp_path: Path) -> None:
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run(command(trainables["untied"], tmp_path, "calm"), check=True, **quiet)
+def test_killed_runs_go_on_exactly(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
+    pool.run(2, train, flags_of(trainables["untied"], tmp_path, "calm"))
 
     seed = int(os.environ.get("KILL_SEED", str(time.time_ns())))
     print(f"KILL_SEED={seed}")
     random.seed(seed)
-    again = command(trainables["untied"], tmp_path, "killed")
+    again = [sys.executable, str(RUN), *flags_of(trainables["untied"], tmp_path, "killed")]
     run = tmp_path / "killed"
     for number in range(KILLS):
-        started = subprocess.Popen(again, **quiet)
+        started = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         moment, target = MOMENTS[number % len(MOMENTS)], TARGETS[number % len(TARGETS)]
         wait_for(moment, started, run)
         while (victim := find(started, target)) is None:

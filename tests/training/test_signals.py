@@ -199,18 +199,17 @@ def start(command: list[str], run: Path, iterations: int, out: Path) -> subproce
     return started
 
 
-def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
+def test_under_run_py(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path) -> None:
     """Ended by SIGUSR1 to the launcher, SIGTERM to every process as SLURM does, SIGTERM to one rank, and by
     Ctrl-C: of a terminal, which reaches run.py alone, and under srun, which reaches all."""
 
-    def command(name: str) -> list[str]:
-        flags = trainables["untied"].flags(tmp_path, name, "-g", "2", "--dist-optim", "--save-optim")
-        more = ["--train-iters", "120", "--save-interval", "1000"]
-        return [sys.executable, str(RUN), *flags, *more]
+    def flags(name: str) -> list[str]:
+        more = ["-g", "2", "--dist-optim", "--save-optim", "--train-iters", "120", "--save-interval", "1000"]
+        return trainables["untied"].flags(tmp_path, name, *more)
 
     run, out = tmp_path / "run", tmp_path / "out"
-    # Only torchrun logs iterations to where this looks, so what ends it does not matter here.
-    subprocess.run(command("calm"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, str(RUN), *flags("run")]
+    assert codes(pool.run(2, train, flags("calm"))) == {DONE}
     for number, targets in [
         (signal.SIGUSR1, ["run.py"]),
         (signal.SIGTERM, ["run.py", "torchrun", "ranks", "workers"]),
@@ -218,7 +217,7 @@ def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
         (signal.SIGINT, ["run.py"]),
         (signal.SIGINT, ["run.py", "torchrun", "ranks", "workers"]),
     ]:
-        started = start(command("run"), run, 4, out)
+        started = start(command, run, 4, out)
         family = tree(started.pid)
         assert len(family["ranks"]) == 2 and len(family["workers"]) >= 2
         family["one rank"] = family["ranks"][1:]
@@ -232,7 +231,7 @@ def test_under_run_py(trainables: dict[str, Trainable], tmp_path: Path) -> None:
         status = json.loads((run / "status.json").read_text())
         assert (status["state"], status["exit_code"], status["message"]) == ("ended", CONTINUE, last)
     assert iteration < 120
-    subprocess.run(command("run"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert json.loads((run / "status.json").read_text())["starts"] == 6
     assert_same_ends(run, tmp_path / "calm")
 
