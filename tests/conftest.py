@@ -53,12 +53,18 @@ def pool() -> Iterator[Pool]:
 class ByFile(LoadScopeScheduling):
     """Gives a worker one file at a time, for its fixtures, and tests/cluster at once: there is one cluster.
 
-    In the order of the paths, so that tests/cluster, which takes longest by far, does not begin last. Not
-    ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 are lost.
+    Not ``--dist loadgroup``: with pytest 9.2 the groups of pytest-xdist 3.8 are lost.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the folders that take longest, so that several workers end with files of seconds."""
+    if hasattr(config, "workerinput"):
+        first = ("tests/cluster/", "tests/training/")
+        items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
 
 
 @pytest.hookimpl(optionalhook=True)
