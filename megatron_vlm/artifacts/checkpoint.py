@@ -178,7 +178,7 @@ def _what_instead(path: Path) -> str:
 
 
 def is_checkpoint(path: PathLike) -> bool:
-    """Whether ``path`` is what :func:`resolve_checkpoint` takes, rather than a Hugging Face folder."""
+    """Return whether ``path`` is what :func:`resolve_checkpoint` takes, rather than a Hugging Face folder."""
     own = any((Path(path) / name).exists() for name in (MANIFEST, TRACKER, CHECKPOINTS))
     return own or is_megatron_lms(path) or bool(_roots_in(Path(path)))  # refused, with what to do
 
@@ -195,7 +195,7 @@ def _roots_in(path: Path) -> List[str]:
 
 
 def of_best(path: PathLike) -> str:
-    """What to say where ``path`` is a run folder whose last checkpoint is taken and that has a best one."""
+    """Return a hint where ``path`` is a run folder whose last checkpoint is taken and that has a best one."""
     path = Path(path)
     if (path / MANIFEST).is_file() or (path / TRACKER).is_file() or not (path / BEST / TRACKER).is_file():
         return ""
@@ -223,7 +223,8 @@ def megatron_lms_folder(path: PathLike) -> Path:
 
 
 def is_megatron_lms(path: PathLike) -> bool:
-    """Whether ``path`` means a checkpoint that Megatron-LM itself wrote: ranks' files without a manifest."""
+    """Return whether ``path`` means a checkpoint that Megatron-LM itself wrote: ranks' files without a
+    manifest."""
     try:
         return not (megatron_lms_folder(path) / MANIFEST).exists()
     except ValueError:
@@ -377,8 +378,8 @@ def start_folder(final: PathLike, replace: bool = False) -> Path:
 
 
 def staging_folder(final: PathLike) -> Path:
-    """Where :func:`start_folder` puts the folder that becomes ``final``; equal on every rank. Where a link
-    leads, not where it lies: that may be another file system."""
+    """Return the folder that :func:`start_folder` makes and that becomes ``final``; equal on every rank.
+    Where a link leads, not where it lies: that may be another file system."""
     final = Path(os.path.realpath(final))
     return final.with_name(f".{final.name}.incomplete")
 

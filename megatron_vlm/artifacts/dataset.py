@@ -57,7 +57,8 @@ def _question_fields(files: List[str], fields: Dict[str, Any]) -> Tuple[str, Dic
 
 
 def not_prepared(path: str) -> str:
-    """What is said of a path that is no folder on which ``energon prepare`` was run: what makes one of it."""
+    """Return the message for a path that is no folder on which ``energon prepare`` was run: what makes one of
+    it."""
     records = _records(path)
     if records is not None:
         made = re.sub(r"(?<=[^/])(\.\w+)?(\.gz)?/*$", "", path, count=1) + "-prepared"
@@ -97,7 +98,8 @@ def _is_records(name: str) -> bool:
 
 
 def holds_conversations(path: str) -> bool:
-    """Whether a folder's samples are conversations: prepared so, or its first JSON file has ``messages``."""
+    """Return whether a folder's samples are conversations: prepared so, or its first JSON file has
+    ``messages``."""
     try:
         with open(os.path.join(path, ".nv-meta", "dataset.yaml"), encoding="utf-8") as file:
             return "CrudeWebdataset" in file.read()
@@ -156,8 +158,8 @@ def shard_counts(path: str) -> Dict[str, int]:
 
 
 def samples_end(shard: str, samples: int) -> Optional[int]:
-    """Where a shard's last sample ends, by the index that energon wrote beside it: 64-bit offsets, of each
-    sample and of that end. None where the index is gone, or shorter than that.
+    """Return where a shard's last sample ends, by the index that energon wrote beside it: 64-bit offsets, of
+    each sample and of that end. None where the index is gone, or shorter than that.
 
     Raises:
         OSError: it is there, and can't be read.
@@ -174,7 +176,7 @@ def samples_end(shard: str, samples: int) -> Optional[int]:
 
 
 def meta_problems(path: str) -> Iterator[str]:
-    """What is wrong with the loader's files in ``.nv-meta``, as far as it can be seen without YAML."""
+    """Yield what is wrong with the loader's files in ``.nv-meta``, as far as it can be seen without YAML."""
     meta = os.path.join(path, ".nv-meta")
     splits = [name for name in ("split.yaml", "split.json") if os.path.exists(os.path.join(meta, name))]
     if not splits:
@@ -187,7 +189,8 @@ def meta_problems(path: str) -> Iterator[str]:
 
 
 def index_problem(path: str) -> str:
-    """What is wrong with energon's index of a folder's samples, as far as its beginning tells; else empty."""
+    """Return what is wrong with energon's index of a folder's samples, as far as its beginning tells; else
+    empty."""
     try:
         with open(os.path.join(path, ".nv-meta", "index.sqlite"), "rb") as file:
             is_database = file.read(16) == b"SQLite format 3\0"
@@ -215,14 +218,15 @@ def _top_keys(path: str) -> List[str]:
 
 @dataclass(frozen=True)
 class PreparedShard:
-    """What scripts/data/prepare.py has noted of a shard: its bytes, and :func:`ends_hash`, None in a folder
+    """A shard as scripts/data/prepare.py has noted it: its bytes, and :func:`ends_hash`, None in a folder
     that an older version made."""
 
     size: int
     ends: Optional[str]
 
     def difference(self, path: str) -> str:
-        """What tells a file from the one that was prepared, as far as its size and ends do; else empty."""
+        """Return what tells a file from the one that was prepared, as far as its size and ends do; else
+        empty."""
         size = os.path.getsize(path)
         if size != self.size:
             return f"{size} bytes, it had {self.size}"

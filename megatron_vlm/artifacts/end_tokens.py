@@ -56,5 +56,6 @@ def end_tokens(folder: Path, default: Optional[int] = None) -> List[int]:
 
 
 def with_end_token(ends: List[int], end_token_id: Optional[int]) -> List[int]:
-    """What an exported model stops at: the tokens that its folder names, and the one that training taught."""
+    """Return the tokens that an exported model stops at: those that its folder names, and the one that
+    training taught."""
     return list(ends) if end_token_id is None or end_token_id in ends else [*ends, end_token_id]

@@ -11,7 +11,8 @@ ALPHAS = ("drop", "white")
 
 @dataclass(frozen=True)
 class ImageRule:
-    """How image files are read; by default as transformers does where a processor is given a path.
+    """The rule by which image files are read; by default as transformers does where a processor is given a
+    path.
 
     Attributes:
         orientation: ``exif``, turned as the file says; ``stored``, as the pixels lie in it.

@@ -24,7 +24,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def is_mixture(path: str) -> bool:
-    """Whether ``--data-path`` names a mixture and not a dataset's folder."""
+    """Return whether ``--data-path`` names a mixture and not a dataset's folder."""
     return path.endswith((".yaml", ".yml"))
 
 
@@ -89,7 +89,7 @@ class SourceConfig:
 
     @property
     def passes(self) -> int:
-        """How often each sample counts in one pass over the mixture."""
+        """The number of times that each sample counts in one pass over the mixture."""
         return self.epochs or 1
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """All datasets of a mixture, in the file's order."""
+    """The datasets of a mixture, in the file's order."""
 
     path: str
     sources: Tuple[SourceConfig, ...]
@@ -130,7 +130,8 @@ class MixtureConfig:
 
     @property
     def weighted(self) -> bool:
-        """Whether datasets are drawn from by weight, without end, and not each for a number of epochs."""
+        """Return whether datasets are drawn from by weight, without end, and not each for a number of
+        epochs."""
         return any(source.weight is not None for source in self.sources)
 
     def lines(self) -> List[str]:
@@ -193,7 +194,8 @@ def _train_samples(path: str, config: MixtureConfig) -> Optional[List[Tuple[Sour
 
 
 def worker_shares(path: str) -> Dict[str, int]:
-    """What :func:`check_shares` takes of a training split; empty where that can't be told without YAML.
+    """Return the shares of a training split that :func:`check_shares` takes; empty where that can't be told
+    without YAML.
 
     Raises:
         ValueError: as :func:`one_pass`.

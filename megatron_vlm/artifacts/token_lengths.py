@@ -31,7 +31,8 @@ class TokenLengths:
 
     @classmethod
     def read(cls, folder: str) -> Optional[TokenLengths]:
-        """Of a prepared dataset; None where its tokens weren't counted, or its report is damaged."""
+        """Read the lengths of a prepared dataset; None where its tokens weren't counted, or its report is
+        damaged."""
         try:
             with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
                 report = json.load(file)
@@ -74,7 +75,7 @@ def _skew(bins: Sequence[Tuple[int, int, int]], total: int) -> float:
 
 @dataclass(frozen=True)
 class ShortestSample:
-    """What prepare.py's report says of the shortest sample of a dataset, and how its tokens were counted.
+    """The shortest sample of a dataset, as prepare.py's report has it, and how its tokens were counted.
 
     Attributes:
         images: the fewest of a sample.
@@ -92,7 +93,7 @@ class ShortestSample:
 
     @classmethod
     def read(cls, folder: str) -> Optional[ShortestSample]:
-        """None where there is no whole report, or it isn't of the shards that are there."""
+        """Read a report; None where there is no whole one, or it isn't of the shards that are there."""
         file_name = os.path.join(folder, REPORT)
         try:
             with open(file_name, encoding="utf-8") as file:
@@ -112,8 +113,8 @@ class ShortestSample:
             return None
 
     def counted_like(self, folder: Optional[str], template: Optional[str], lang: str) -> bool:
-        """Whether a run surely has as many tokens: its tokenizer folder is the one they were counted with,
-        unchanged since, and its template is named and the same.
+        """Return whether a run surely has as many tokens: its tokenizer folder is the one they were counted
+        with, unchanged since, and its template is named and the same.
 
         Args:
             folder, template, lang: flags of the run.

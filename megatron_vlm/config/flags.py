@@ -122,7 +122,7 @@ class FlagParser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ``ArgumentParser``'s; a flag may also be spelled with underscores."""
+        """Parse as ``ArgumentParser`` does; a flag may also be spelled with underscores."""
         return super().parse_known_args([self._spelled(word) for word in args], namespace)
 
     def read(self, argv: Sequence[str]) -> Dict[str, Any]:

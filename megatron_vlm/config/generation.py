@@ -116,13 +116,13 @@ class PromptSection:
 
 
 def incomplete(output: str) -> str:
-    """Where answers are until all of them are there."""
+    """Return the file that holds answers until all of them are there."""
     return f"{output}.incomplete"
 
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """How the next token is chosen, and when to stop."""
+    """The flags that say how the next token is chosen, and when to stop."""
 
     max_new_tokens: Optional[int] = flag(
         SAMPLING,
@@ -154,7 +154,7 @@ class SamplingSection:
 
 @dataclass(frozen=True)
 class MachineSection:
-    """What the model runs on."""
+    """The flags that say what the model runs on."""
 
     tp: int = flag(MACHINE, 1, "tensor-parallel size")
     pp: int = flag(MACHINE, 1, "pipeline-parallel size")
@@ -184,7 +184,7 @@ SECTIONS: Dict[str, type] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """All flags, in sections; the rules inside a section are checked when it is built."""
+    """The flags of generation, in sections; the rules inside a section are checked when it is built."""
 
     source: SourceSection
     prompts: PromptSection
@@ -214,12 +214,12 @@ class GenerationConfig:
 
     @property
     def parallel(self) -> ParallelSection:
-        """How the ranks cut the model."""
+        """The layout of the ranks."""
         return ParallelSection(tp=self.machine.tp, pp=self.machine.pp, device=self.machine.device)
 
     @property
     def launch(self) -> LaunchSection:
-        """How the ranks are started: on this machine, one copy of the model."""
+        """The way the ranks are started: on this machine, one copy of the model."""
         return LaunchSection(gpus=self.machine.tp * self.machine.pp, node=1, rank=0)
 
     @property

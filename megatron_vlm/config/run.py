@@ -229,13 +229,13 @@ class RunConfig:
 
     @property
     def fp8(self) -> Optional[Fp8Config]:
-        """How matrix products in FP8 are done; None without ``--fp8``."""
+        """The way matrix products in FP8 are done; None without ``--fp8``."""
         return self.low_precision.config if self.training.fp8 else None
 
     @property
     def sequence_multiple(self) -> int:
-        """What sequences are padded to a multiple of: tensor parallel ranks cut them into equal parts with
-        sequence parallelism, and FP8 multiplies aligned numbers of tokens."""
+        """The number that sequences are padded to a multiple of: tensor parallel ranks cut them into equal
+        parts with sequence parallelism, and FP8 multiplies aligned numbers of tokens."""
         parallel, fp8 = self.parallel, self.fp8
         if fp8 is None:
             return parallel.tp if parallel.sequence_parallel else 1
@@ -298,7 +298,8 @@ class RunConfig:
         return self._samples_over(num_samples) // self.training.global_batch_size
 
     def with_length(self, num_samples: int) -> RunConfig:
-        """The same run, its length in samples where the flags give it in passes, or not at all: one pass.
+        """Return the same run, its length in samples where the flags give it in passes, or not at all: one
+        pass.
 
         Args:
             num_samples: of one pass over the training split.
@@ -334,7 +335,8 @@ class RunConfig:
         return (*entries, TrainEntry("lora"))
 
     def trains(self, model: ModelConfig) -> Callable[[str], bool]:
-        """Whether a parameter is trained, by the name that checkpoints have for it.
+        """Return a function that says whether a parameter is trained, by the name that checkpoints have for
+        it.
 
         Raises:
             ValueError: the model has no such part, see :meth:`TrainEntry.patterns`.

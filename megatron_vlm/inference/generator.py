@@ -26,7 +26,7 @@ from megatron_vlm.parallel import Layout
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given."""
+    """A prompt: what the model is given."""
 
     number: int  # among all prompts of the input; what is drawn depends on it
     input_ids: list[int]  # each image is ModelConfig.count_tokens placeholders

@@ -94,7 +94,7 @@ def _read_line(where: str, line: str, folder: Path) -> Question:
 
 
 class Questions:
-    """All questions, checked, and what turns them into prompts: the tokenizer, template and image processor
+    """The questions, checked, and what turns them into prompts: the tokenizer, template and image processor
     of the training run.
 
     Args:

@@ -124,7 +124,7 @@ def container_command(
 
 
 def missing_sources(bind: str) -> List[str]:
-    """What a ``--bind`` names and this machine does not have."""
+    """Return the sources of ``--bind`` that this machine does not have."""
     sources = [spec.split(":")[0] for spec in bind.split(",")]
     return [source for source in sources if not os.path.exists(source)]
 

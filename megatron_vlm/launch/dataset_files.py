@@ -73,7 +73,8 @@ def _folder_problems(path: str, needs_train: bool = True) -> Iterator[str]:
 
 
 def index_doubts(path: str) -> Iterator[str]:
-    """What is wrong with energon's index of samples, with which training only looks for exchanged shards."""
+    """Yield what is wrong with energon's index of samples, with which training only looks for exchanged
+    shards."""
     for folder in data_folders(path):
         problem = index_problem(folder)
         if problem:

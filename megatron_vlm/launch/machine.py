@@ -15,7 +15,7 @@ _INTERFACE_PREFIXES = ("ib", "hsn", "en", "eth")  # InfiniBand, Slingshot, Ether
 
 
 def installed(package: str) -> bool:
-    """Whether this Python has a package; it isn't imported."""
+    """Return whether this Python has a package; it isn't imported."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -114,7 +114,7 @@ def fastest_interface(names: List[str]) -> Optional[str]:
 
 
 def knows_host(name: str) -> bool:
-    """Whether a host's name, or an IP, has an address for this machine."""
+    """Return whether a host's name, or an IP, has an address for this machine."""
     try:
         return bool(socket.getaddrinfo(name, None))
     except (OSError, UnicodeError):

@@ -33,7 +33,7 @@ _BUILDER = "scripts/convert/build_llava_jp.py"
 
 
 def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> Iterator[str]:
-    """What is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
+    """Return what is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
     if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
         yield f"{_named(folder, config)}: holds no tokenizer; give the Hugging Face folder of the model"
         return
@@ -44,7 +44,7 @@ def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> It
 
 
 def end_token_problems(folder: str) -> Iterator[str]:
-    """What keeps a run from telling an exported model where to stop: files that don't say it now."""
+    """Return what keeps a run from telling an exported model where to stop: files that don't say it now."""
     try:
         end_tokens(Path(folder))
     except ValueError as error:
@@ -52,7 +52,7 @@ def end_token_problems(folder: str) -> Iterator[str]:
 
 
 def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
-    """What is wrong with the image processor, which is that of the first folder that has one."""
+    """Return what is wrong with the image processor, which is that of the first folder that has one."""
     with_images = [f for f in folders if any(os.path.isfile(os.path.join(f, p)) for p in _PROCESSOR_FILES)]
     if not with_images:
         yield (
@@ -101,7 +101,7 @@ def uncut_problems(model: ModelConfig, config: RunConfig) -> Iterator[str]:
 
 
 def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
-    """What trains, but not as one would think: how many tokens an image is."""
+    """Return warnings of what trains, but not as one would think: how many tokens an image is."""
     if model.feature_strategy == "default" and not model.vision.has_class_token:
         yield (
             f"vision_feature_select_strategy 'default' drops the first position of an image, and the "

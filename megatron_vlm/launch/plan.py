@@ -49,7 +49,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What this node runs."""
+    """The command that a node runs, and its environment."""
 
     config: RunConfig  # with node, rank, master address and job id filled in
     device: str  # "cuda" or "cpu"
@@ -64,7 +64,8 @@ class LaunchPlan:
 def make_plans(
     config: RunConfig, environ: Mapping[str, str], problems: List[str], doubts: List[str]
 ) -> List[LaunchPlan]:
-    """As :func:`make_plan`: for this node, or where several are only planned and none is named, for each.
+    """Make plans as :func:`make_plan`: for this node, or where several are only planned and none is named,
+    for each.
 
     Of many nodes node 0's plan stands for all.
 
@@ -138,7 +139,7 @@ def make_plan(
 
 
 def plan_job(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
-    """What the nodes of a job will run, as far as the flags say it.
+    """Plan what the nodes of a job will run, as far as the flags say it.
 
     Its command is not that of the ranks: each node makes its own. It is empty, or the container with all
     that this machine can bind.

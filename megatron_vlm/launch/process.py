@@ -24,7 +24,7 @@ STDIN_IS_LAUNCHER = "MEGATRON_VLM_STDIN_IS_LAUNCHER"
 
 
 class Ended(NamedTuple):
-    """How a child ended."""
+    """The end of a child."""
 
     code: int  # 128 + n when signal n ended it
     message: str  # its last line that begins with "error: ", else its last one

@@ -51,7 +51,7 @@ def _is_run(path: str) -> bool:
 
 
 def progress(run: str) -> Dict[str, Any]:
-    """What is known of a run.
+    """Return what is known of a run.
 
     Returns:
         ``state`` (one word: queued, running, gone, done, continues, failed or unknown), ``says`` (the
@@ -117,7 +117,7 @@ def describe(found: Dict[str, Any]) -> str:
 
 
 def closing(run: str, script: str, sif_path: Optional[str] = None) -> str:
-    """What a run that is done leaves: its losses, where its weights are, and commands to go on with.
+    """Return what a run that is done leaves: its losses, where its weights are, and commands to go on with.
 
     Args:
         script: path of run.py as it was started; the commands name the others beside it.

@@ -22,7 +22,7 @@ _INDENT = " " * 9
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files of a run say, as far as they are there.
+    """The facts that the files of a run tell, as far as they are there.
 
     Attributes:
         start: one line: where the run begins.

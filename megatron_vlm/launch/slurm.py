@@ -101,13 +101,13 @@ def step_command(nodes: int, environ: Mapping[str, str], run: Sequence[str]) -> 
 
 
 def step_options() -> List[str]:
-    """How a step ends when one of its nodes does, whatever the site's default."""
+    """Return options that end a step when one of its nodes ends, whatever the site's default."""
     # Not --kill-on-bad-exit: it would kill a node that is about to end with 75, too, one moment later.
     return ["--kill-on-bad-exit=0", f"--wait={STEP_WAIT_SECONDS}"]
 
 
 def starts_again(environ: Mapping[str, str]) -> bool:
-    """Whether SLURM has started this job before: it was requeued, or a node of it failed."""
+    """Return whether SLURM has started this job before: it was requeued, or a node of it failed."""
     return _number(environ, "SLURM_RESTART_COUNT") > 0
 
 

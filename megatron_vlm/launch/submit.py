@@ -123,7 +123,7 @@ def hand_in(job: Job) -> List[str]:
 
 
 def what_now(job: Job, ids: Sequence[str], run_dir: str) -> str:
-    """How to follow and to end what was submitted."""
+    """Say how to follow and to end what was submitted."""
     log = job.log.replace("%%", "%").replace("%A", ids[0]).replace("%j", ids[0])
     then = f", then {', '.join(ids[1:])}" if len(ids) > 1 else ""
     return "\n".join(

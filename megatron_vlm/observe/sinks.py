@@ -39,7 +39,7 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """All sinks of a run, as one. Empty until :meth:`open`, which only rank 0 calls, so that the other
+    """The sinks of a run, as one. Empty until :meth:`open`, which only rank 0 calls, so that the other
     ranks may log as well and nothing comes of it.
 
     A sink that fails once the run is under way is left out from then on, and says so once.

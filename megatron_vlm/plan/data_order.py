@@ -34,15 +34,15 @@ def grouping(config: RunConfig, workers: int) -> Optional[Union[Packing, LengthG
 
 
 def mixture_fingerprint(fingerprints: Mapping[str, str]) -> str:
-    """Of all datasets of a mixture, by their names; of a folder that is all there is (name: "") its own."""
+    """Return the fingerprint of a mixture's datasets, by their names; of a lone folder (name: "") its own."""
     if list(fingerprints) == [""]:
         return fingerprints[""]
     return hashlib.sha256(repr(list(fingerprints.items())).encode()).hexdigest()[:16]
 
 
 def data_identity(config: RunConfig, workers: int) -> Dict[str, Any]:
-    """What a training loader of this run would save, as far as files tell without energon; what they don't
-    tell is left out.
+    """Return what a training loader of this run would save, as far as files tell without energon; what they
+    don't tell is left out.
 
     Raises:
         ValueError: as :meth:`MixtureConfig.load`.
@@ -97,8 +97,8 @@ def check_same_data(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def held_out_identity(path: str) -> Optional[Dict[str, Any]]:
-    """What tells the samples of evaluations from others, as training computes it; None where that can't be
-    told without YAML.
+    """Return what tells the samples of evaluations from others, as training computes it; None where that
+    can't be told without YAML.
 
     Raises:
         ValueError: as :meth:`MixtureConfig.load`.

@@ -89,13 +89,13 @@ class LengthGroups:
         )
 
     def buffer_within(self, share: int) -> int:
-        """As :meth:`Packing.buffer_within`."""
+        """Return the same as :meth:`Packing.buffer_within`."""
         step = self.size * self.in_a_row
         return max(1, min(self.buffer_size, share) // step) * step
 
     def select(self, lengths: Sequence[int], has_image: Sequence[bool], round_number: int) -> List[List[int]]:
-        """As :meth:`Packing.select`. Workers with the same round number take the lengths in the same order,
-        so that their parts of an iteration are alike."""
+        """Select as :meth:`Packing.select`. Workers with the same round number take the lengths in the same
+        order, so that their parts of an iteration are alike."""
         order = sorted(range(len(lengths)), key=lambda index: (has_image[index], lengths[index]))
         step = self.size * self.in_a_row
         parts = [order[start : start + step] for start in range(0, len(order), step)]

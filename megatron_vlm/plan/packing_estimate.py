@@ -17,7 +17,7 @@ _DRAWN = 4000  # samples, at least: enough that the estimate changes by less tha
 
 @dataclass(frozen=True)
 class PackingEstimate:
-    """How many samples share a sequence, and the folders by whose tokenizers these were counted."""
+    """The number of samples that share a sequence, and the folders by whose tokenizers they were counted."""
 
     samples_per_sequence: float
     counted_with: Tuple[str, ...]

@@ -35,7 +35,7 @@ _TRAINED_PARTS = ("stage", "train_modules", "freeze_lm", "train_vision")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start of the run begins.
+    """The checkpoint at which a start of the run begins.
 
     Attributes:
         checkpoint: folder to load.
@@ -53,7 +53,7 @@ class Start:
 
 
 def own_checkpoint(run: Path) -> Optional[Start]:
-    """Where a run goes on; None if it has not begun.
+    """Return the checkpoint at which a run goes on; None if it has not begun.
 
     Raises:
         ValueError: it has only checkpoints without optimizer state.
@@ -92,8 +92,8 @@ def saved_config(checkpoint: Path) -> RunConfig:
 
 
 def first_image_rule(config: RunConfig) -> ImageRule:
-    """How the run of these flags began to read image files, as its newest checkpoint says; else as a new one
-    does."""
+    """Return how the run of these flags began to read image files, as its newest checkpoint says; else as a
+    new one does."""
     checkpoint = config.checkpoint
     named = checkpoint.save_dir is not None and checkpoint.name is not None
     saved = list_checkpoints(Path(checkpoint.run_dir) / CHECKPOINTS) if named else []

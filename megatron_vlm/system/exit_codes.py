@@ -24,7 +24,7 @@ _MEANINGS = {
 
 
 def meaning(code: int) -> str:
-    """What an exit code says, in a few words."""
+    """Say in a few words what an exit code means."""
     if code in _MEANINGS:
         return _MEANINGS[code]
     if code > 128:

@@ -32,7 +32,8 @@ _BY_NAME: Dict[str, Argument] = {
 
 
 def answer(typed: str, value: Any = None, own: bool = False) -> Optional[str]:
-    """What is said of an argument: one line that begins with it. None where no other trainer here has it.
+    """Return what is said of an argument: one line that begins with it. None where no other trainer here has
+    it.
 
     Args:
         typed: as it was typed, ``--learning_rate``, or a key of a file, ``learning-rate``.

@@ -32,7 +32,7 @@ class Argument:
     values: Mapping[str, str] = field(default_factory=dict)
 
     def answer(self, value: Optional[str]) -> Tuple[str, bool]:
-        """What is said to a value, None where there is none, and whether it is said to that value alone."""
+        """Return the answer to a value, None where there is none, and whether it is that value's alone."""
         if value is not None:
             given = value.strip().lower()
             for key in (given, "true" if given in _TRUE else "false" if given in _FALSE else given):
@@ -64,7 +64,7 @@ def switch(flags: str, note: str = "") -> Dict[str, str]:
 
 
 def filled(text: str, value: Optional[str]) -> str:
-    """What is said, with a value in its place, as a shell takes it; without one, its name."""
+    """Return an answer with a value in its place, as a shell takes it; without one, its name."""
     if value is None:
         text = re.sub(r"(?<=[\w-]) \{value\}", "", text)
         return text.replace("{value}", "X").replace("{folder}", "<folder>").replace("{name}", "<name>")

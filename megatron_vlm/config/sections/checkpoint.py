@@ -17,7 +17,7 @@ from megatron_vlm.config.headings import (
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """Where the run lives, and what it saves."""
+    """The flags that say where the run lives, and what it saves."""
 
     save_dir: Optional[str] = flag(SAVE_LOAD, None, "folder of all runs; this one lives in <save-dir>/<name>")
     name: Optional[str] = flag(LOGGING, None, "name of the run and of its folder")

@@ -14,7 +14,7 @@ from megatron_vlm.config.headings import DATA, TRAINING
 
 @dataclass(frozen=True)
 class DataSection:
-    """What the model is trained on."""
+    """The flags that say what the model is trained on."""
 
     data_path: Optional[str] = flag(
         DATA, None, "dataset folder on which `energon prepare` was run, or a mixture of several: a .yaml file"
@@ -83,10 +83,11 @@ class DataSection:
             raise ValueError("--group-by-length has no padding to save with --packing; drop one of them")
 
     def image_rule(self, otherwise: ImageRule = LOADED) -> ImageRule:
-        """How image files are read, as the flags say; what they leave out is as in ``otherwise``."""
+        """Return the rule by which image files are read, as the flags say; what they leave out is as in
+        ``otherwise``."""
         return otherwise.but(self.image_orientation, self.image_alpha)
 
     def with_image_rule(self, otherwise: ImageRule = LOADED) -> DataSection:
-        """The same, with that rule written out."""
+        """Return the same section with that rule written out."""
         rule = self.image_rule(otherwise)
         return replace(self, image_orientation=rule.orientation, image_alpha=rule.alpha)

@@ -15,7 +15,7 @@ RANK0_LOG = "MEGATRON_VLM_RANK0_LOG"  # environment variable: where rank 0 keeps
 
 @dataclass(frozen=True)
 class LaunchSection:
-    """How the processes are started; the training itself reads nothing here."""
+    """The flags that say how the processes are started; the training itself reads nothing here."""
 
     gpus: int = flag(
         GPU,

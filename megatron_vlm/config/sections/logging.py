@@ -16,7 +16,10 @@ from megatron_vlm.config.headings import (
 
 @dataclass(frozen=True)
 class LoggingSection:
-    """Where numbers go, and what watches over them; ``metrics.jsonl`` in the run folder is always written."""
+    """The flags that say where numbers go, and what watches over them.
+
+    ``metrics.jsonl`` in the run folder is always written.
+    """
 
     log_interval: int = flag(LOGGING, 1, "iterations between two lines of the log")
     peak_tflops: Optional[float] = flag(

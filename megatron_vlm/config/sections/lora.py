@@ -59,7 +59,7 @@ class LoraSection:
 
     @property
     def adapters(self) -> Optional[LoRAConfig]:
-        """What the flags ask for; None without ``--lora-rank``."""
+        """The adapters that the flags ask for; None without ``--lora-rank``."""
         if self.lora_rank is None:
             return None
         wanted = {name for t in self.lora_targets or ("all-linear",) for name in TARGET_GROUPS.get(t, (t,))}

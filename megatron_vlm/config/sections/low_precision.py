@@ -14,7 +14,7 @@ _WITH_PARAM_GATHER = ("tensorwise", "blockwise")
 
 @dataclass(frozen=True)
 class Fp8Section:
-    """How ``--fp8`` is done."""
+    """The flags that say how ``--fp8`` is done."""
 
     fp8_recipe: Optional[str] = flag(
         FP8,
@@ -62,7 +62,7 @@ class Fp8Section:
 
     @property
     def config(self) -> Fp8Config:
-        """What is done where FP8 is on."""
+        """The way matrix products are done where FP8 is on."""
         ends = self.first_last_layers_bf16
         start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
         return Fp8Config(

@@ -17,7 +17,7 @@ from megatron_vlm.config.headings import (
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """How the model is cut, what runs it, and what it keeps in memory."""
+    """The flags that say how the model is cut, what runs it, and what it keeps in memory."""
 
     tp: int = flag(PARALLEL, 1, "tensor-parallel size: each layer is cut into this many parts")
     pp: int = flag(PARALLEL, 1, "pipeline-parallel size: the layers are dealt to this many stages")

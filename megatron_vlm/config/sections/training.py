@@ -19,7 +19,7 @@ from megatron_vlm.config.headings import (
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """How long, in which batches and in which precision."""
+    """The flags that say how long, in which batches and in which precision is trained."""
 
     micro_batch_size: int = flag(
         PARALLEL,
@@ -147,7 +147,7 @@ class TrainingSection:
         return tuple(merged)
 
     def skips(self, iteration: int) -> bool:
-        """Whether the flags leave this iteration out (1 is the first)."""
+        """Return whether the flags leave this iteration out (1 is the first)."""
         return any(first <= iteration <= last for first, last in self.skipped_ranges)
 
 

@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int], None]  # what is done, how much of it, of h
 
 @dataclass(frozen=True)
 class Options:
-    """What :func:`prepare` is asked for. The flags of scripts/data/prepare.py are these, by name.
+    """The options of :func:`prepare`. The flags of scripts/data/prepare.py are these, by name.
 
     Attributes:
         image_root: see :class:`~megatron_vlm.data.prepare.stage.Reading`.
@@ -126,7 +126,7 @@ class Options:
 
 @dataclass
 class Staged:
-    """What the first pass has found.
+    """The findings of the first pass.
 
     Attributes:
         read: records of each file.

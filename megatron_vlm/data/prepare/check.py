@@ -43,7 +43,7 @@ class _Task:
 def check(
     path: str, workers: int = 1, progress: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> Iterator[str]:
-    """All that is wrong with a prepared folder, a line each, with the shard's and the sample's name.
+    """Yield all that is wrong with a prepared folder, a line each, with the shard's and the sample's name.
 
     Raises:
         ValueError: it was never prepared, or what says what it holds is gone.

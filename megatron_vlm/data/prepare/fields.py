@@ -36,7 +36,7 @@ OBJECT_MARKERS = ("<ref-object>", "<bbox>")  # ms-swift's: filled from the recor
 
 
 def is_trained(turn: Mapping[str, Any]) -> bool | None:
-    """Whether a turn's keys say that it is trained; None where it has none of them.
+    """Return whether a turn's keys say that it is trained; None where it has none of them.
 
     A turn is not trained as soon as one of its keys says so.
 
@@ -58,7 +58,7 @@ def is_trained(turn: Mapping[str, Any]) -> bool | None:
 
 
 def asks_for_loss(turn: Mapping[str, Any]) -> bool:
-    """Whether one of a turn's keys says that it is trained."""
+    """Return whether one of a turn's keys says that it is trained."""
     return any(_flag(turn[key]) is LOSS_KEYS[key] for key in turn.keys() & LOSS_KEYS.keys())
 
 

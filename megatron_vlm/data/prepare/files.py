@@ -19,7 +19,8 @@ _KINDS = (
 
 
 def irregular(mode: int) -> str:
-    """What a path of this mode is if it is no file that can be read to its end; empty for one that can."""
+    """Return what a path of this mode is if it is no file that can be read to its end; empty for one that
+    can."""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "")
 
 

@@ -37,7 +37,7 @@ class IgnoredFields:
 
 
 def merge(states: Iterable[tuple[Mapping[str, list[Any]], int]], places: Places) -> dict[str, dict[str, Any]]:
-    """All units' fields, the most frequent first.
+    """Merge all units' fields, the most frequent first.
 
     Args:
         states: of the units, in order, and how many places of the input come before each.

@@ -41,7 +41,7 @@ class LossLog:
 
 
 class Places:
-    """Where a sample stands in the files that people gave.
+    """The places of samples in the files that people gave.
 
     Args:
         paths: of the units, in order; those of one file follow each other.
@@ -77,7 +77,7 @@ class Losses:
             examples.append(f"{loss['file']}:{loss['position']}{identity}{detail}")
 
     def state(self) -> dict[str, Any]:
-        """As JSON, the most frequent reason first."""
+        """The counts as JSON, the most frequent reason first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in ordered}
 
@@ -93,7 +93,7 @@ class Losses:
 
 
 def read_logs(logs: Iterable[tuple[str, int]], places: Places) -> Iterator[dict[str, Any]]:
-    """What logs hold, in their order.
+    """Yield the entries of logs, in their order.
 
     Args:
         logs: paths, and how many places of the input come before what each counts from.

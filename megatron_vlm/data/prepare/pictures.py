@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to images.
+    """The way images are stored.
 
     Attributes:
         max_side: pixels; a longer side is reduced to it, the other in proportion.

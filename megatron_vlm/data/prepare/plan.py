@@ -22,7 +22,7 @@ class ShardPlan:
 
 
 def sample_rows(units: Sequence[np.ndarray], positions: Sequence[int]) -> np.ndarray:
-    """All units' samples as :data:`ROW`, numbered through in the order of the input.
+    """Return all units' samples as :data:`ROW`, numbered through in the order of the input.
 
     Args:
         units: each unit's index, see :data:`~megatron_vlm.data.prepare.stage.INDEX`.

@@ -116,7 +116,7 @@ def _files(files: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """What became of the records, in a line."""
+    """Say in a line what became of the records."""
     read, kept = report["read"], report["kept"]
     dropped = ""
     if read > kept:

@@ -33,7 +33,7 @@ _REPORT_EVERY = 16
 
 @dataclass(frozen=True)
 class Rendering:
-    """What training will be told by flags of the same names: how samples become tokens."""
+    """The way samples become tokens, as flags of the same names will tell training."""
 
     tokenizer_load_dir: str
     template: str | None
@@ -42,7 +42,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a finished shard holds."""
+    """The content of a finished shard."""
 
     name: str
     samples: int
@@ -120,7 +120,7 @@ def losses_of(done: str) -> str:
 
 
 def finished(plan: ShardPlan, folder: str, done: str) -> ShardFacts | None:
-    """What a shard holds if it is written and as long as it was."""
+    """Return the content of a shard that is written and as long as it was; else None."""
     found = read_json_if_there(done)
     if found is None:
         return None
@@ -131,7 +131,7 @@ def finished(plan: ShardPlan, folder: str, done: str) -> ShardFacts | None:
 
 
 def content_hash(path: str) -> str:
-    """What :attr:`ShardFacts.hash` is, of a file."""
+    """Return the :attr:`ShardFacts.hash` of a file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -46,7 +46,7 @@ class Unit:
 
 @dataclass
 class Raw:
-    """What stands at one position of a unit.
+    """One position of a unit, as it stands there.
 
     Attributes:
         position: from 1 on: the line, the array's element, the row, the tar's sample.
@@ -63,7 +63,7 @@ class Raw:
 
 
 def find_units(inputs: Sequence[str]) -> list[Unit]:
-    """All units of files and folders, in a fixed order.
+    """Find all units of files and folders, in a fixed order.
 
     Raises:
         ValueError: there is nothing to read, or it is of no known kind.
@@ -88,7 +88,7 @@ def read_unit(unit: Unit) -> Iterator[Raw]:
 
 
 def kind_of(path: str) -> str:
-    """What a file is, by its first bytes: ``json``, ``jsonl``, ``parquet``, ``arrow`` or ``tar``.
+    """Return the kind of a file, by its first bytes: ``json``, ``jsonl``, ``parquet``, ``arrow`` or ``tar``.
 
     Raises:
         ValueError: none of these.

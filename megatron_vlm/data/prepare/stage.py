@@ -42,7 +42,7 @@ _REPORT_EVERY = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read.
+    """The way records are read.
 
     Attributes:
         shape: the only one that they may have; None for any.
@@ -117,7 +117,7 @@ def stage_unit(
 
 
 def unit_facts(path: str) -> dict[str, Any] | None:
-    """What :func:`stage_unit` has counted; None if it has not come to its end."""
+    """Return the counts of :func:`stage_unit`; None if it has not come to its end."""
     return read_json_if_there(path + ".json")
 
 

@@ -34,7 +34,7 @@ Image = str | bytes | TarPart  # a path, an encoded image, or where one lies
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value says that there is none: null, pandas' NaN, empty, Arrow's struct of nulls."""
+    """Return whether a value says that there is none: null, pandas' NaN, empty, Arrow's struct of nulls."""
     if value is None or (isinstance(value, float) and value != value):
         return True
     if isinstance(value, str):

@@ -34,7 +34,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(number, context, _start, (self._done, os.getpid(), rendering))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A function's result, from one of the processes."""
+        """Return a function's result, from one of the processes."""
         with _without_interrupts():
             future = self._pool.submit(function, *arguments)
         return future.result()
@@ -115,7 +115,7 @@ def _start(counter: Any, parent: int, rendering: Rendering | None) -> None:
 
 
 def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result, from a process of its own that ends with this one."""
+    """Return a function's result, from a process of its own that ends with this one."""
     fork, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
     with ProcessPoolExecutor(1, fork, die_with_parent, (os.getpid(),)) as pool:
         try:
@@ -138,7 +138,7 @@ def _stage(arguments: Any) -> None:
 
 
 def measure() -> Measure | None:
-    """What counts tokens in this worker; loaded once.
+    """Return what counts tokens in this worker; it is loaded once.
 
     Raises:
         ValueError: the model's folder can't be used.

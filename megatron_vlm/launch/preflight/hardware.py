@@ -68,7 +68,7 @@ def cores(found: Inspection) -> None:
 
 
 def nodes(found: Inspection) -> None:
-    """What several machines have to agree on."""
+    """Check what several machines have to agree on."""
     launch, parallel, per_node = found.config.launch, found.config.parallel, found.plan.processes
     nodes = launch.node or 1
     if nodes == 1:

@@ -61,12 +61,12 @@ class Inspection:
 
     @property
     def problems(self) -> List[str]:
-        """What keeps the run from starting."""
+        """The problems that keep the run from starting."""
         return [*self.contradictions, *self.errors]
 
     @property
     def facts(self) -> Facts:
-        """For the first screen."""
+        """The facts that the first screen shows."""
         if self.layers:
             folder = self.layers[-1]
             start = f"goes on from {folder.name}" if self.resumes else f"from the weights of {folder}"
@@ -94,13 +94,13 @@ class Inspection:
 
     @property
     def hf_folders(self) -> List[str]:
-        """Where tokenizer and image processor are looked for, in this order."""
+        """The folders in which tokenizer and image processor are looked for, in this order."""
         own = [str(self.layers[-1] / HF_FOLDER)] if self.layers else []
         folders = [folder for folder in (self.config.model.tokenizer_load_dir, *own) if folder]
         return [folder for folder in folders if os.path.isdir(folder)]
 
     def say(self) -> List[str]:
-        """All of it, a line each, and the checks that found nothing."""
+        """Say all of it, a line each, and which checks found nothing."""
         return [
             *(f"error: {problem}" for problem in self.problems),
             *(f"warning: {warning}" for warning in self.warnings),

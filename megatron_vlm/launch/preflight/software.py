@@ -72,7 +72,7 @@ def image(found: Inspection) -> None:
 
 
 def container_paths(found: Inspection) -> None:
-    """What is bound is the folders that flags name, and a link in them may lead elsewhere."""
+    """Check that links in the folders that flags name lead to places that the container has."""
     config = found.config
     if config.launch.sif_path is None:
         return
