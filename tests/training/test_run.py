@@ -12,8 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.native import NativeReader
 from megatron_vlm.hf.verify import verify
 from megatron_vlm.launch import storage
-from tests.distributed import Pool
+from tests.distributed import CONTEXT, Pool
 from tests.patience import HANG
 from tests.training.conftest import Trainable
 from tests.workers import train
@@ -321,12 +323,12 @@ def test_overlap_with_a_parameter_without_gradient(
     assert "no gradient has reached" in failure(pool, 2, [*biases, "--no-overlap-grad-reduce"])
 
 
-def hold_lock(folder: Path) -> None:
+def hold_lock(folder: Path, locked: Any) -> None:
     from megatron_vlm.training import run_folder
 
     with run_folder.lock(folder):
-        print("locked", flush=True)
-        sys.stdin.read()
+        locked.set()
+        time.sleep(HANG)
 
 
 def test_a_locked_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,16 +336,15 @@ def test_a_locked_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     from megatron_vlm.training import run_folder
 
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
-    code = f"import pathlib, tests.training.test_run as t; t.hold_lock(pathlib.Path({str(tmp_path)!r}))"
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, cwd=CHECKOUT) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(ValueError, match="another process is training here"):
-            run_folder.lock(tmp_path)
-        holder.kill()
-        holder.wait()
-        run_folder.lock(tmp_path).close()
+    locked = CONTEXT.Event()
+    holder = CONTEXT.Process(target=hold_lock, args=(tmp_path, locked), daemon=True)
+    holder.start()
+    assert locked.wait(HANG)
+    with pytest.raises(ValueError, match="another process is training here"):
+        run_folder.lock(tmp_path)
+    holder.kill()
+    holder.join()
+    run_folder.lock(tmp_path).close()
 
 
 def test_random_weights_are_made_once_and_alike_at_every_layout(
