@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.dataset import REPORT
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.launch_plan import LaunchPlan
 from megatron_vlm.plan.flops import Work, causal_pairs, training_flops
 from megatron_vlm.plan.memory import FRAGMENTATION, GIB, OUTSIDE, StageMemory
 from megatron_vlm.plan.packing_estimate import PackingEstimate

@@ -16,7 +16,7 @@ from typing import List, Mapping, Optional, Sequence
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.sections.slurm import GPUS, SlurmSection
 from megatron_vlm.launch.container import CHECKOUT
-from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.launch_plan import LaunchPlan
 from megatron_vlm.launch.progress import job_state
 from megatron_vlm.launch.slurm import step_options
 from megatron_vlm.launch.status import read_status
@@ -44,7 +44,7 @@ def make_job(plan: LaunchPlan, environ: Mapping[str, str]) -> Job:
     """The job that runs ``plan`` on ``plan.config.launch.node`` nodes.
 
     Args:
-        plan: of a job, see :func:`plan.plan_job`.
+        plan: of a job, see :func:`launch_plan.plan_job`.
         environ: where sbatch will be called.
 
     Raises:

@@ -19,7 +19,7 @@ from megatron_vlm.config.generation import GenerationConfig
 from megatron_vlm.hf import cli
 from megatron_vlm.launch import process
 from megatron_vlm.launch.container import reenter
-from megatron_vlm.launch.plan import plan_ranks
+from megatron_vlm.launch.launch_plan import plan_ranks
 from megatron_vlm.launch.preflight.software import check_interpreter
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.sections.launch import RANK0_LOG
 from megatron_vlm.launch import container, preflight, process, progress, report, slurm, status
-from megatron_vlm.launch.plan import LaunchPlan, make_plans, plan_job
+from megatron_vlm.launch.launch_plan import LaunchPlan, make_plans, plan_job
 from megatron_vlm.system.exit_codes import DONE, STOP_SIGNALS
 
 SITE = "MEGATRON_VLM_SITE"  # a site file, where --site names none

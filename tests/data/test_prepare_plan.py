@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vlm.data.prepare.histogram import Histogram, bin_label
-from megatron_vlm.data.prepare.losses import Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.plan import ROW, duplicates, plan_shards, sample_rows, split_counts
+from megatron_vlm.data.prepare.rejections import Places, RejectionLog, Rejections, read_logs
 from megatron_vlm.data.prepare.stage import INDEX
 
 
@@ -97,16 +97,16 @@ def test_rows_are_numbered_through() -> None:
 
 def test_losses_are_named_by_file_and_position(tmp_path: Path) -> None:
     for name, places in (("0", (2, 9)), ("1", (1,)), ("2", (4,))):
-        with LossLog(str(tmp_path / name)) as log:
+        with RejectionLog(str(tmp_path / name)) as log:
             for place in places:
                 log.add("reason", place, "half \ud83d", "detail \udc80" if place == 1 else "")
     places_of = Places(["a.json", "a.json", "b.json"], [0, 10, 30, 40])
     logs = [(str(tmp_path / name), base) for name, base in (("0", 0), ("1", 10), ("2", 30))]
-    losses = Losses()
+    rejections = Rejections()
     for loss in read_logs(logs, places_of):
         json.dumps(loss, ensure_ascii=False).encode()
-        losses.add(loss)
-    assert losses.state() == {
+        rejections.add(loss)
+    assert rejections.state() == {
         "reason": {
             "count": 4,
             "examples": [

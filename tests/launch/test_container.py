@@ -12,7 +12,7 @@ import pytest
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container
-from megatron_vlm.launch.plan import make_plan
+from megatron_vlm.launch.launch_plan import make_plan
 
 # Records how it was called, then runs what comes after the image, as the real one does.
 STUB = f"""#!{sys.executable}

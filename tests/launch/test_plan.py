@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.sections.slurm import SlurmSection
 from megatron_vlm.launch import machine, slurm, submit
-from megatron_vlm.launch.plan import LaunchPlan, make_plan, make_plans, plan_job
+from megatron_vlm.launch.launch_plan import LaunchPlan, make_plan, make_plans, plan_job
 from megatron_vlm.launch.slurm import first_host
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]

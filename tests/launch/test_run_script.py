@@ -215,6 +215,6 @@ def test_a_dry_run_imports_little(tmp_path) -> None:
         [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     imported = set(done.stdout.splitlines()[-1].split())
-    assert "megatron_vlm.launch.plan" in imported
+    assert "megatron_vlm.launch.launch_plan" in imported
     slow = {"asyncio", "concurrent.futures", "email", "http", "logging", "multiprocessing", "urllib.request"}
     assert not imported & (slow | {"torch", "megatron_vlm.launch.submit"})

@@ -24,7 +24,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.config.sections.slurm import SlurmSection
 from megatron_vlm.launch import status, submit
 from megatron_vlm.launch.container import CHECKOUT
-from megatron_vlm.launch.plan import make_plan, plan_job
+from megatron_vlm.launch.launch_plan import make_plan, plan_job
 
 RUN = str(CHECKOUT / "scripts" / "train" / "run.py")
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]

@@ -12,7 +12,7 @@ from megatron_vlm.artifacts.checkpoint import FILES, RUN_CONFIG, read_manifest, 
 from megatron_vlm.artifacts.image_rule import FIRST_RULE
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import preflight
-from megatron_vlm.launch.plan import make_plan
+from megatron_vlm.launch.launch_plan import make_plan
 from megatron_vlm.plan.start import Start, check_same_run, first_image_rule
 from tests.distributed import Pool
 from tests.training.conftest import Trainable

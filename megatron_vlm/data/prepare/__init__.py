@@ -11,7 +11,7 @@ plan.py      duplicates, split, order, shards
 pictures.py  images looked through, made smaller where asked
 shards.py    second pass: planned samples to tars
 workers.py   the processes of both passes; energon.py, energon's own command in one of them
-losses.py    every record that is not trained on, by reason
+rejections.py every record that is not trained on, by reason
 histogram.py how long and how large samples are; lengths.py counts their tokens
 report.py    the report of all that
 check.py     a prepared folder looked through before training

@@ -28,12 +28,12 @@ from megatron_vlm.artifacts.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json_if_there, write_json
 from megatron_vlm.data.prepare.ignored import merge
-from megatron_vlm.data.prepare.losses import DUPLICATE, Losses, LossLog, Places, read_logs
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
 from megatron_vlm.data.prepare.records import SHAPES
+from megatron_vlm.data.prepare.rejections import DUPLICATE, Places, RejectionLog, Rejections, read_logs
 from megatron_vlm.data.prepare.report import make_report, to_markdown
-from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished, losses_of
+from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished, rejections_of
 from megatron_vlm.data.prepare.sources import Unit, find_units
 from megatron_vlm.data.prepare.stage import Reading, unit_facts, unit_index
 from megatron_vlm.data.prepare.workers import Workers, call_forked, check_measure
@@ -165,13 +165,13 @@ def prepare(options: Options, progress: Progress = lambda what, done, total: Non
             _first_pass(options, units, workers, progress)
             staged, plans = _plan(options, units)
             _second_pass(options, plans, workers, progress)
-        losses = _losses(options, staged, plans)
+        rejections = _rejections(options, staged, plans)
         shards = [shard for shard in (_finished(options, plan) for plan in plans) if shard.samples]
         if not any(shard.name.startswith(SPLITS[0]) for shard in shards):
             shutil.rmtree(options.partial)
-            raise ValueError(f"nothing is left to train on; {losses}")
+            raise ValueError(f"nothing is left to train on; {rejections}")
         counted = (staged.read, staged.notes, staged.shapes, staged.ignored)
-        report = make_report(_settings(options, units), *counted, losses, shards)
+        report = make_report(_settings(options, units), *counted, rejections, shards)
         call_forked(energon_prepare, _dataset(options), options.workers)
         _finish(options, shards, report)
     return report
@@ -287,20 +287,20 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
     if same_id:
         staged.notes["same id as an earlier sample, other content"] = same_id
     if repeats.all():
-        losses = _losses(options, staged, [])
+        rejections = _rejections(options, staged, [])
         shutil.rmtree(options.partial)
         raise ValueError(
             f"nothing that can be used in {', '.join(options.input)}; {staged.read.total()} records read; "
-            f"{losses}" + (f"; the first is {losses.example}" if losses.example else "")
+            f"{rejections}" + (f"; the first is {rejections.example}" if rejections.example else "")
         )
     try:
         plans = plan_shards(
             rows[~repeats], options.split, options.seed, options.shard_samples, options.shard_bytes
         )
     except ValueError as error:
-        losses = _losses(options, staged, [])
+        rejections = _rejections(options, staged, [])
         shutil.rmtree(options.partial)
-        raise ValueError(f"{error}; {staged.read.total()} records read; {losses}") from None
+        raise ValueError(f"{error}; {staged.read.total()} records read; {rejections}") from None
     return staged, plans
 
 
@@ -314,24 +314,24 @@ def _read_of_files(units: Sequence[Unit], facts: Sequence[dict[str, Any]]) -> Co
 
 def _log_duplicates(options: Options, rows: np.ndarray) -> str:
     path = os.path.join(options.partial, "duplicates.losses")
-    with LossLog(path) as losses:
+    with RejectionLog(path) as rejections:
         for row in rows:
             with open(_unit_path(options, int(row["unit"])) + ".jsonl", "rb") as file:
                 file.seek(int(row["offset"]))
                 identity = json.loads(file.readline())["extra"].get("id")
-            losses.add(DUPLICATE, int(row["ordinal"]), identity, "")
+            rejections.add(DUPLICATE, int(row["ordinal"]), identity, "")
     return path
 
 
-def _losses(options: Options, staged: Staged, plans: Sequence[ShardPlan]) -> Losses:
-    """Both passes' losses, counted, and all of them in ``dropped.jsonl``."""
-    losses = Losses()
-    logs = staged.logs + [(losses_of(_done(options, plan)), 0) for plan in plans]
+def _rejections(options: Options, staged: Staged, plans: Sequence[ShardPlan]) -> Rejections:
+    """Both passes' rejections, counted, and all of them in ``dropped.jsonl``."""
+    rejections = Rejections()
+    logs = staged.logs + [(rejections_of(_done(options, plan)), 0) for plan in plans]
     with open(os.path.join(_dataset(options), "dropped.jsonl"), "wb") as file:
-        for loss in read_logs(logs, staged.places):
-            losses.add(loss)
-            file.write(json.dumps(loss, ensure_ascii=False).encode() + b"\n")
-    return losses
+        for rejection in read_logs(logs, staged.places):
+            rejections.add(rejection)
+            file.write(json.dumps(rejection, ensure_ascii=False).encode() + b"\n")
+    return rejections
 
 
 def _done(options: Options, plan: ShardPlan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_vlm.data.prepare.losses import Places
+from megatron_vlm.data.prepare.rejections import Places
 
 _MOST_FIELDS = 200  # of a unit, by name; ids as field names would fill the memory
 _OTHERS = "other fields"

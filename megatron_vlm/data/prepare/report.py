@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_vlm.data.prepare.histogram import Histogram, bin_label
-from megatron_vlm.data.prepare.losses import DUPLICATE, UNTRAINED, Losses
 from megatron_vlm.data.prepare.plan import SPLITS
+from megatron_vlm.data.prepare.rejections import DUPLICATE, UNTRAINED, Rejections
 from megatron_vlm.data.prepare.shards import ShardFacts
 from megatron_vlm.system.units import count_text
 
@@ -21,7 +21,7 @@ def make_report(
     notes: Mapping[str, int],
     shapes: Mapping[str, int],
     ignored: Mapping[str, Mapping[str, Any]],
-    losses: Losses,
+    rejections: Rejections,
     shards: Sequence[ShardFacts],
 ) -> dict[str, Any]:
     """The report of a finished dataset.
@@ -36,7 +36,7 @@ def make_report(
         ``read`` is the sum of ``kept`` and of the counts in ``dropped``, for each of ``files`` too;
         ``untrained`` are among ``kept``.
     """
-    dropped = losses.state()
+    dropped = rejections.state()
     untrained = dropped.pop(UNTRAINED, None)
     histograms: dict[str, Histogram] = {}
     for shard in shards:
@@ -44,7 +44,7 @@ def make_report(
             histograms.setdefault(name, Histogram()).merge(Histogram(state))
     return {
         "settings": {name: value for name, value in settings.items() if name != "files"},
-        "files": {path: _file(count, losses.by_file[path]) for path, count in read.items()},
+        "files": {path: _file(count, rejections.by_file[path]) for path, count in read.items()},
         "read": sum(read.values()),
         "kept": sum(shard.samples for shard in shards),
         "dropped": dropped,

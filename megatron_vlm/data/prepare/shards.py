@@ -19,9 +19,9 @@ import xxhash
 from megatron_vlm.data.conversations import identity_of
 from megatron_vlm.data.prepare.files import open_regular, read_json_if_there, write_json
 from megatron_vlm.data.prepare.histogram import Histogram
-from megatron_vlm.data.prepare.losses import UNTRAINED, LossLog
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
+from megatron_vlm.data.prepare.rejections import UNTRAINED, RejectionLog
 from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError
 
@@ -72,7 +72,11 @@ def write_shard(
     path = os.path.join(folder, plan.name)
     histograms: dict[str, Histogram] = {}
     samples = num_images = 0
-    with _Hashed(path + ".tmp") as file, _Reader(units) as reader, LossLog(losses_of(done)) as losses:
+    with (
+        _Hashed(path + ".tmp") as file,
+        _Reader(units) as reader,
+        RejectionLog(rejections_of(done)) as rejections,
+    ):
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for number, row in enumerate(plan.rows, 1):
                 if number % _REPORT_EVERY == 0:
@@ -82,7 +86,7 @@ def write_shard(
                 try:
                     pictures = [encoding(reader.image(unit, reference)) for reference in line["images"]]
                 except Rejected as error:
-                    losses.add(error.reason, ordinal, identity_of(line["extra"]), error.detail)
+                    rejections.add(error.reason, ordinal, identity_of(line["extra"]), error.detail)
                     continue
                 names = [f"{i}.{picture.suffix}" for i, picture in enumerate(pictures)]
                 value = {"messages": line["messages"], "images": names, **line["extra"]}
@@ -96,7 +100,7 @@ def write_shard(
                         tokens = measure(f"{ordinal:09d}", line["messages"], pictures)
                         lengths.update({name: [length] for name, length in tokens.items()})
                     except SampleError as error:
-                        losses.add(UNTRAINED, ordinal, identity_of(line["extra"]), str(error))
+                        rejections.add(UNTRAINED, ordinal, identity_of(line["extra"]), str(error))
                 for name, values in lengths.items():
                     for length in values:
                         histograms.setdefault(name, Histogram()).add(length)
@@ -114,8 +118,8 @@ def write_shard(
     progress(len(plan.rows) % _REPORT_EVERY)
 
 
-def losses_of(done: str) -> str:
-    """The log of a shard's losses."""
+def rejections_of(done: str) -> str:
+    """The log of a shard's rejections."""
     return done.removesuffix(".json") + ".losses"
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from megatron_vlm.data.conversations import identity_of
 from megatron_vlm.data.prepare.files import irregular, read_json_if_there, write_json
 from megatron_vlm.data.prepare.ignored import IgnoredFields
-from megatron_vlm.data.prepare.losses import LossLog
 from megatron_vlm.data.prepare.records import Conversation, to_conversation
+from megatron_vlm.data.prepare.rejections import RejectionLog
 from megatron_vlm.data.prepare.sources import Unit, read_unit
 from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 from megatron_vlm.system.units import size_text
@@ -74,7 +74,7 @@ def stage_unit(
     with (
         open(path + ".jsonl.tmp", "wb") as lines,
         open(path + ".bin.tmp", "wb") as images,
-        LossLog(path + ".losses") as losses,
+        RejectionLog(path + ".losses") as rejections,
     ):
         for raw in read_unit(unit):
             last = raw.position
@@ -91,10 +91,10 @@ def stage_unit(
                 conversation = to_conversation(raw.fields, reading.shape, raw.images)
                 stored = [_store(image, images, start, fence) for image in conversation.images]
             except Rejected as error:
-                losses.add(error.reason, last, identity_of(raw.fields or {}), error.detail)
+                rejections.add(error.reason, last, identity_of(raw.fields or {}), error.detail)
                 continue
             except RecursionError:
-                losses.add("bad record", last, identity_of(raw.fields or {}), "it is nested too deeply")
+                rejections.add("bad record", last, identity_of(raw.fields or {}), "it is nested too deeply")
                 continue
             shapes[conversation.shape] += 1
             notes.update(conversation.notes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Callable, Sequence, Tuple
 
-from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.launch_plan import LaunchPlan
 from megatron_vlm.launch.preflight import data, hardware, model, saves, software
 from megatron_vlm.launch.preflight.inspection import Inspection
 
@@ -22,7 +22,7 @@ def inspect(plan: LaunchPlan, problems: Sequence[str] = (), doubts: Sequence[str
     """Run all checks.
 
     Args:
-        problems, doubts: what was found while the plan was made, see :func:`plan.make_plans`.
+        problems, doubts: what was found while the plan was made, see :func:`launch_plan.make_plans`.
     """
     found = Inspection(plan, errors=list(problems), warnings=list(doubts))
     checks: Sequence[Tuple[str, Callable[[Inspection], None]]] = (

@@ -11,7 +11,7 @@ from typing import List, Optional, Sequence
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch.plan import LaunchPlan
+from megatron_vlm.launch.launch_plan import LaunchPlan
 from megatron_vlm.launch.report import Facts
 from megatron_vlm.plan.memory import StageMemory
 from megatron_vlm.plan.packing_estimate import PackingEstimate, estimate_run

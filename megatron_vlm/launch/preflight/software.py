@@ -11,7 +11,7 @@ from megatron_vlm.artifacts.dataset import shard_counts
 from megatron_vlm.artifacts.mixture import data_folders, is_mixture
 from megatron_vlm.launch import machine, storage
 from megatron_vlm.launch.container import check_image
-from megatron_vlm.launch.plan import named_variables
+from megatron_vlm.launch.launch_plan import named_variables
 from megatron_vlm.launch.preflight.inspection import Inspection
 from megatron_vlm.system.transformer_engine import check_kernel_switches, engine_problem
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import container, machine, preflight
-from megatron_vlm.launch.plan import make_plan
+from megatron_vlm.launch.launch_plan import make_plan
 
 BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]
 BASE += ["--train-iters", "10"]

@@ -18,7 +18,7 @@ _EXAMPLES = 10  # of each reason, in the report
 _SHOWN = 200  # characters of an id or a detail
 
 
-class LossLog:
+class RejectionLog:
     """A log that is there when it is whole; used with ``with``."""
 
     def __init__(self, path: str) -> None:
@@ -31,7 +31,7 @@ class LossLog:
         line = json.dumps([reason, place, shown, " ".join(detail.split())[:_SHOWN]], ensure_ascii=False)
         self._file.write(line.encode(errors="replace") + b"\n")
 
-    def __enter__(self) -> LossLog:
+    def __enter__(self) -> RejectionLog:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,7 +57,7 @@ class Places:
         return path, place - self._bases[self._paths.index(path)]
 
 
-class Losses:
+class Rejections:
     """Counts, and the first few names, by reason; of the dropped also counts by file."""
 
     def __init__(self) -> None:
@@ -65,16 +65,16 @@ class Losses:
         self.by_file: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def add(self, loss: dict[str, Any]) -> None:
+    def add(self, rejection: dict[str, Any]) -> None:
         """Count one of what :func:`read_logs` gives."""
-        reason = loss["reason"]
+        reason = rejection["reason"]
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.by_file[loss["file"]] += reason != UNTRAINED
+        self.by_file[rejection["file"]] += reason != UNTRAINED
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            identity = "" if loss["id"] is None else f" (id {loss['id']})"
-            detail = f": {loss['detail']}" if loss["detail"] else ""
-            examples.append(f"{loss['file']}:{loss['position']}{identity}{detail}")
+            identity = "" if rejection["id"] is None else f" (id {rejection['id']})"
+            detail = f": {rejection['detail']}" if rejection["detail"] else ""
+            examples.append(f"{rejection['file']}:{rejection['position']}{identity}{detail}")
 
     def state(self) -> dict[str, Any]:
         """The counts as JSON, the most frequent reason first."""
