@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional, Tuple
 
 from megatron_vlm.architecture.language import LanguageConfig
+from megatron_vlm.architecture.layers import ROUTER, expert_weight
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
-from megatron_vlm.architecture.parameters import (
-    EMBEDDING,
-    OUTPUT_LAYER,
-    PROJECTOR_NORM,
-    ROUTER,
-    expert_weight,
-)
+from megatron_vlm.architecture.parameters import EMBEDDING, OUTPUT_LAYER, PROJECTOR_NORM
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 LOSS_CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits exist at once: CHUNK of models/loss.py

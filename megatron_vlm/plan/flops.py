@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Tuple
 
+from megatron_vlm.architecture.connectors.mlp import projector_layers
+from megatron_vlm.architecture.decoder import decoder_layers
+from megatron_vlm.architecture.encoders import vit
+from megatron_vlm.architecture.layers import Amount, Layer, Product, Step, named
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.architecture.parameters import ROUTER, expert_weight
+from megatron_vlm.architecture.parameters import EMBEDDING, OUTPUT_LAYER
+from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 # Dense TFLOP/s in bfloat16 and in FP8 with float32 sums, from NVIDIA's datasheets: half of what they print
 # "with sparsity". The first entry that stands in the device's name as a word counts.
@@ -35,10 +40,6 @@ _PEAK_TFLOPS = (
     ("L40S", 362.0, 733.0),
     ("L4", 121.0, 242.0),
 )
-
-_Product = Tuple[Optional[str], int]  # a weight's name, or None for attention; operations forward
-# Products one after the other, and beside each other on one input, as a linear and its LoRA adapters.
-_Step = Sequence[Sequence[_Product]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def training_flops(model: ModelConfig, work: Work, trains: Callable[[str], bool]
 
 
 def _operations(
-    products: Sequence[_Product], trains: Callable[[str], bool], gradient_flows: bool
+    products: Sequence[Product], trains: Callable[[str], bool], gradient_flows: bool
 ) -> Tuple[int, bool]:
     """Operations of products in a row, and whether their result needs a gradient if their input does."""
     total = 0
@@ -134,118 +135,24 @@ def peak_tflops(device_name: str, fp8: bool = False) -> Optional[float]:
     return None
 
 
-def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, _Step]]:
-    for part, steps in (("vision", _vision), ("projector", _projector), ("language", _language)):
-        for step in steps(model, work):
-            yield part, step
-
-
-def _vision(model: ModelConfig, work: Work) -> Iterator[_Step]:
-    vision, tiles = model.vision, work.tiles
-    positions, hidden = tiles * vision.sequence_length, vision.hidden_size
-    pixels = vision.num_channels * vision.patch_size**2
-    yield [[("vision_model.conv1.weight", 2 * tiles * vision.num_patches * pixels * hidden)]]
-    yield [[("vision_model.position_embeddings.weight", 0)]]
+def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, Step]]:
+    """Yield the products of the whole model with the part that they belong to, in the order of its pass."""
+    language, vision = model.language, model.vision
+    positions = work.tiles * vision.sequence_length
+    tower = Amount(positions, positions * vision.sequence_length)
+    yield from _part("vision", VISION, vit.embedding_layers(model), tower)
     for number in range(model.num_vision_layers_run):
-        yield from _layer(
-            f"vision_model.decoder.layers.{number}",
-            tokens=positions,
-            pairs=positions * vision.sequence_length,
-            qkv={"q_proj": (hidden, hidden), "k_proj": (hidden, hidden), "v_proj": (hidden, hidden)},
-            proj={"out_proj": (hidden, hidden)},
-            fc1={"fc1": (hidden, vision.ffn_hidden_size)},
-            fc2={"fc2": (vision.ffn_hidden_size, hidden)},
-            rank=model.lora.rank if model.lora else 0,
-            adapted=model.lora.vision_targets if model.lora else (),
-        )
-
-
-def _projector(model: ModelConfig, work: Work) -> Iterator[_Step]:
-    features = work.tiles * model.tile_tokens
-    projector, hidden = model.projector, model.language.hidden_size
-    prefix = "vision_projection.encoder"
-    if projector.norm_epsilon is not None:
-        yield [[("vision_projection.norm.weight", 0)]]
-    if projector.kind == "linear":
-        yield [[(f"{prefix}.weight", 2 * features * projector.input_size * hidden)]]
-    else:
-        yield [[(f"{prefix}.linear_fc1.weight", 2 * features * projector.input_size * hidden)]]
-        yield [[(f"{prefix}.linear_fc2.weight", 2 * features * hidden * hidden)]]
-
-
-def _language(model: ModelConfig, work: Work) -> Iterator[_Step]:
-    language = model.language
-    hidden, ffn = language.hidden_size, language.ffn_hidden_size
-    query = language.num_attention_heads * language.head_dim
-    key = language.num_key_value_heads * language.head_dim
-    embedding = "language_model.embedding.word_embeddings.weight"
-    yield [[(embedding, 0)]]
+        yield from _part("vision", f"{VISION}decoder.layers.{number}.", vit.block_layers(model), tower)
+    features = Amount(work.tiles * model.tile_tokens)
+    yield from _part("projector", PROJECTOR, projector_layers(model), features)
+    yield "language", [[(EMBEDDING, 0)]]
+    text = Amount(work.tokens, work.attention_pairs)
     for number in range(language.num_layers):
-        yield from _layer(
-            f"language_model.decoder.layers.{number}",
-            tokens=work.tokens,
-            pairs=work.attention_pairs,
-            qkv={"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)},
-            proj={"o_proj": (query, hidden)},
-            fc1={"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn)},
-            fc2={"down_proj": (ffn, hidden)},
-            rank=model.lora.rank if model.lora else 0,
-            adapted=model.lora.language_targets if model.lora else (),
-            experts=language.num_experts,
-            experts_per_token=language.experts_per_token,
-        )
-    output = embedding if language.tie_word_embeddings else "language_model.output_layer.weight"
-    yield [[(output, 2 * work.trained_tokens * hidden * language.vocab_size)]]
+        yield from _part("language", f"{LANGUAGE}decoder.layers.{number}.", decoder_layers(model), text)
+    output = EMBEDDING if language.tie_word_embeddings else OUTPUT_LAYER
+    yield "language", [[(output, 2 * work.trained_tokens * language.hidden_size * language.vocab_size)]]
 
 
-_Projections = Dict[str, Tuple[int, int]]  # Hugging Face's name: input and output features
-
-
-def _layer(
-    prefix: str,
-    tokens: int,
-    pairs: int,
-    qkv: _Projections,
-    proj: _Projections,
-    fc1: _Projections,
-    fc2: _Projections,
-    rank: int,
-    adapted: Sequence[str],
-    experts: Optional[int] = None,
-    experts_per_token: Optional[int] = None,
-) -> Iterator[_Step]:
-    """One block. Norms have no products, but gradients have to reach those that are trained."""
-
-    def linear(name: str, projections: _Projections) -> _Step:
-        whole = sum(2 * tokens * inputs * outputs for inputs, outputs in projections.values())
-        adapters = [
-            [
-                (f"{prefix}.{name}.adapters.{projection}.lora_A.weight", 2 * tokens * inputs * rank),
-                (f"{prefix}.{name}.adapters.{projection}.lora_B.weight", 2 * tokens * rank * outputs),
-            ]
-            for projection, (inputs, outputs) in projections.items()
-            if projection in adapted
-        ]
-        return [[(f"{prefix}.{name}.weight", whole)], *adapters]
-
-    yield [[(f"{prefix}.self_attention.linear_qkv.layer_norm_weight", 0)]]
-    yield linear("self_attention.linear_qkv", qkv)
-    yield [[(None, 4 * pairs * qkv["q_proj"][1])]]  # queries with keys, then weights with values
-    yield linear("self_attention.linear_proj", proj)
-    if experts is not None and experts_per_token is not None:
-        yield [[(f"{prefix}.pre_mlp_layernorm.weight", 0)]]
-        hidden, ffn = fc1["gate_proj"]
-        router = [(f"{prefix}.{ROUTER}", 2 * tokens * hidden * experts)]
-        yield [router, *_experts(prefix, experts, tokens * experts_per_token, hidden, ffn)]
-        return
-    yield [[(f"{prefix}.mlp.linear_fc1.layer_norm_weight", 0)]]
-    yield linear("mlp.linear_fc1", fc1)
-    yield linear("mlp.linear_fc2", fc2)
-
-
-def _experts(prefix: str, count: int, tokens: int, hidden: int, ffn: int) -> Iterator[Sequence[_Product]]:
-    """All experts, as if each worked on as many tokens: together it makes no difference."""
-    for number in range(count):
-        share = (tokens + number) // count
-        names = (f"{prefix}.{expert_weight(number, linear)}" for linear in ("linear_fc1", "linear_fc2"))
-        yield list(zip(names, (4 * share * hidden * ffn, 2 * share * ffn * hidden)))
+def _part(part: str, prefix: str, layers: Iterable[Layer], amount: Amount) -> Iterator[Tuple[str, Step]]:
+    for layer in layers:
+        yield part, named(prefix, layer.step(amount))

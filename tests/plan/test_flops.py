@@ -97,6 +97,19 @@ def test_equals_torchs_count(family: str, trained: str) -> None:
     assert flops.total == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "ours", "theirs"),
+    [
+        ("clip-llama", "vision_model.ln_pre.", "model.vision_tower.pre_layrnorm"),
+        ("clip-llama", "vision_model.class_token", "model.vision_tower.embeddings.class_embedding"),
+        ("next-clip-llama", "vision_projection.image_newline", "model.image_newline"),
+    ],
+)
+def test_gradients_reach_what_has_no_product(family: str, ours: str, theirs: str) -> None:
+    model, work, expected = counted(family, (theirs,))
+    assert formula(model, work, (ours,)).total == expected
+
+
 @pytest.mark.parametrize("projector", [False, True])
 @pytest.mark.parametrize(
     "targets",
