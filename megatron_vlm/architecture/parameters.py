@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterable, Iterator, List, Sequence
 
-from megatron_vlm.architecture.connectors.mlp import projector_layers
 from megatron_vlm.architecture.decoder import decoder_layers
-from megatron_vlm.architecture.encoders import vit
 from megatron_vlm.architecture.layers import Layer, weights_of
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
+from megatron_vlm.architecture.parts import ENCODERS, projector_layers
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"
@@ -66,9 +65,10 @@ def stage_parameters(
 
 
 def _vision(model: ModelConfig, tp: int) -> Iterator[Parameter]:
-    yield from _parameters(vit.embedding_layers(model), VISION, tp)
+    encoder = ENCODERS[model.vision.family]
+    yield from _parameters(encoder.embedding_layers(model), VISION, tp)
     for number in range(model.num_vision_layers_run):
-        yield from _parameters(vit.block_layers(model), f"{VISION}decoder.layers.{number}.", tp)
+        yield from _parameters(encoder.block_layers(model), f"{VISION}decoder.layers.{number}.", tp)
 
 
 def _language_layers(model: ModelConfig, tp: int, numbers: Sequence[int]) -> Iterator[Parameter]:

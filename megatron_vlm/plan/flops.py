@@ -11,12 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, Optional, Sequence, Tuple
 
-from megatron_vlm.architecture.connectors.mlp import projector_layers
 from megatron_vlm.architecture.decoder import decoder_layers
-from megatron_vlm.architecture.encoders import vit
 from megatron_vlm.architecture.layers import Amount, Layer, Product, Step, named
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.parameters import EMBEDDING, OUTPUT_LAYER
+from megatron_vlm.architecture.parts import ENCODERS, projector_layers
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 # Dense TFLOP/s in bfloat16 and in FP8 with float32 sums, from NVIDIA's datasheets: half of what they print
@@ -138,11 +137,12 @@ def peak_tflops(device_name: str, fp8: bool = False) -> Optional[float]:
 def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, Step]]:
     """Yield the products of the whole model with the part that they belong to, in the order of its pass."""
     language, vision = model.language, model.vision
+    encoder = ENCODERS[vision.family]
     positions = work.tiles * vision.sequence_length
     tower = Amount(positions, positions * vision.sequence_length)
-    yield from _part("vision", VISION, vit.embedding_layers(model), tower)
+    yield from _part("vision", VISION, encoder.embedding_layers(model), tower)
     for number in range(model.num_vision_layers_run):
-        yield from _part("vision", f"{VISION}decoder.layers.{number}.", vit.block_layers(model), tower)
+        yield from _part("vision", f"{VISION}decoder.layers.{number}.", encoder.block_layers(model), tower)
     features = Amount(work.tiles * model.tile_tokens)
     yield from _part("projector", PROJECTOR, projector_layers(model), features)
     yield "language", [[(EMBEDDING, 0)]]

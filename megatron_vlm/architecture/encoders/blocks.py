@@ -1,29 +1,17 @@
-"""The layers of a CLIP or SigLIP vision tower. Source: megatron-core ``CLIPViTModel``."""
+"""The blocks that CLIP's and SigLIP's towers share. Source: megatron-core ``CLIPViTModel``."""
 
 from __future__ import annotations
 
 from typing import Iterator
 
-from megatron_vlm.architecture.layers import COLUMN, ROW, Attention, Convolution, Layer, Linear, norm, vector
-from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.layers import COLUMN, ROW, Attention, Convolution, Layer, Linear, norm
+from megatron_vlm.architecture.model import ModelConfig, VisionConfig
 
 
-def embedding_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield what turns pixels into the first block's input."""
-    vision = model.vision
-    hidden, patch = vision.hidden_size, vision.patch_size
-    yield Convolution(
-        "conv1",
-        (hidden, vision.num_channels, patch, patch),
-        patches=vision.num_patches,
-        positions=vision.sequence_length,
-        bias=not vision.has_class_token,
-    )
-    if vision.has_class_token:
-        yield vector("class_token", 1, 1, hidden)
-    yield vector("position_embeddings.weight", vision.sequence_length, hidden)
-    if vision.has_class_token:
-        yield norm("ln_pre.", hidden, bias=True)
+def patch_embedding(vision: VisionConfig, bias: bool) -> Convolution:
+    """Return the convolution that turns patches of pixels into positions."""
+    shape = (vision.hidden_size, vision.num_channels, vision.patch_size, vision.patch_size)
+    return Convolution("conv1", shape, vision.num_patches, vision.sequence_length, bias)
 
 
 def block_layers(model: ModelConfig) -> Iterator[Layer]:

@@ -1,0 +1,20 @@
+"""The layers of a SigLIP vision tower."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from megatron_vlm.architecture.encoders.blocks import block_layers, patch_embedding
+from megatron_vlm.architecture.layers import Layer, vector
+from megatron_vlm.architecture.model import ModelConfig
+
+__all__ = ["KIND", "block_layers", "embedding_layers"]
+
+KIND = "siglip"
+
+
+def embedding_layers(model: ModelConfig) -> Iterator[Layer]:
+    """Yield what turns pixels into the first block's input."""
+    vision = model.vision
+    yield patch_embedding(vision, bias=True)
+    yield vector("position_embeddings.weight", vision.sequence_length, vision.hidden_size)
