@@ -17,9 +17,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media import Media
 from megatron_vlm.models.loss import find_trained
+from megatron_vlm.models.modalities import modalities_of, place_media
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.plan.pipeline import layers_per_stage
 from megatron_vlm.training.batch import Batch, GlobalBatch
@@ -111,7 +114,10 @@ def _batch(
         ids = torch.randint(0, model.image_token_id, shape)
         ids[:, : model.image_tokens] = model.image_token_id
         pixels = torch.randn(shape[0], vision.num_channels, vision.image_size, vision.image_size)
-        positions = find_image_positions(ids, shape[0], model)
+        images = Media(
+            IMAGE.name, {"pixel_values": pixels.to(_dtype(config))}, torch.zeros(size, 2, dtype=torch.int64)
+        )
+        media = place_media(ids, {IMAGE.name: images}, modalities_of(model))
         loss_mask = ids != model.image_token_id
         microbatches.append(
             Batch(
@@ -119,8 +125,7 @@ def _batch(
                 labels=torch.randint(0, model.image_token_id, shape),
                 loss_mask=loss_mask,
                 trained=find_trained(loss_mask),
-                pixel_values=pixels.to(_dtype(config)) if layout.is_first_stage else None,
-                image_positions=positions if layout.is_first_stage else None,
+                media=media if layout.is_first_stage else {},
             )
         )
     return GlobalBatch(microbatches, length)

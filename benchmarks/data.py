@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.workload import IGNORE, Workload, save_model, save_shards
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.dataset import PreparedDataset
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.plan.grouping import Packing
@@ -225,7 +226,8 @@ def differences(folder: Path) -> int:
                 for name, own in (("ids", batch.input_ids), ("labels", batch.labels)):
                     if not torch.equal(own[row, :length], expected[name]):
                         sys.exit(f"error: the {name} of {key} differ")
-                most = max(most, int((batch.pixels[row].short() - expected["pixels"].short()).abs().max()))
+                pixels = batch.media[IMAGE.name].tensors["pixels"][row]
+                most = max(most, int((pixels.short() - expected["pixels"].short()).abs().max()))
                 compared += 1
     return most
 

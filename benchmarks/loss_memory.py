@@ -25,9 +25,12 @@ from benchmarks.ours import freeze_tower
 from benchmarks.workload import OPTIMIZER, Workload, make_batches, peak_memory, save_model
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media import Media
 from megatron_vlm.models import language
 from megatron_vlm.models.loss import find_trained, linear_cross_entropy
-from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.models.modalities import modalities_of, place_media
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.training.batch import Batch, GlobalBatch
@@ -89,8 +92,10 @@ def step(path: str, folder: Path, workload: Workload) -> dict[str, Any]:
         labels[:, :-1] = given["labels"][:, 1:]
         mask = torch.ones_like(labels, dtype=torch.bool)
         mask[:, -1] = False
-        positions = find_image_positions(ids, len(ids), model)
-        batch = Batch(ids, labels, mask, find_trained(mask), given["pixels"] / 255.0, positions)
+        sizes = torch.zeros(len(ids), 2, dtype=torch.int64)
+        images = Media(IMAGE.name, {"pixel_values": given["pixels"] / 255.0}, sizes)
+        media = place_media(ids, {IMAGE.name: images}, modalities_of(model))
+        batch = Batch(ids, labels, mask, find_trained(mask), media)
         one = GlobalBatch([batch], workload.sequence)
         losses.append(train_step(models, optimizer, one, layout, [OPTIMIZER["lr"]]).loss)
     seconds = time.process_time() - started

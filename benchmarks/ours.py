@@ -15,6 +15,8 @@ from megatron_vlm import parallel, rank
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media import Media
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
@@ -73,8 +75,9 @@ def microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, :-1] = batch["labels"][:, 1:]
     rows, length = labels.shape
-    lengths, sizes = torch.full((rows,), length), torch.zeros(len(batch["pixels"]), 2, dtype=torch.int64)
-    return Microbatch(batch["input_ids"], labels, lengths, batch["pixels"], sizes, [""] * rows)
+    sizes = torch.zeros(len(batch["pixels"]), 2, dtype=torch.int64)
+    media = {IMAGE.name: Media(IMAGE.name, {"pixels": batch["pixels"]}, sizes)}
+    return Microbatch(batch["input_ids"], labels, torch.full((rows,), length), [""] * rows, media)
 
 
 def from_loader(workload: Workload, folder: Path, layout: parallel.Layout) -> dict[str, list[float]]:

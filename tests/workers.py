@@ -28,11 +28,11 @@ from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
 from megatron_vlm.models.loss import find_trained
+from megatron_vlm.models.modalities import modalities_of, place_media
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
-from megatron_vlm.models.tiles import index_features
-from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
 from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
@@ -43,6 +43,7 @@ from megatron_vlm.training.freezing import set_trainable, table
 from megatron_vlm.training.run import run
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.step import compute_gradients, prepare_for_schedules, train_step
+from tests.media import image_media, pixels
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,17 @@ def global_batch(
         missing = length - m["input_ids"].shape[1]
         ids = torch.nn.functional.pad(m["input_ids"], (0, missing))
         labels = torch.nn.functional.pad(m["labels"], (0, missing), value=-100)
-        pixels, packed = m["pixel_values"], m.get("lengths")
-        sizes = m.get("image_sizes", torch.zeros(len(pixels), 2))
-        index = index_features(sizes, model) if len(pixels) else None
-        positions = find_image_positions(ids, len(sizes), model, index).to(device) if len(pixels) else None
+        packed = m.get("lengths")
+        media = image_media(m["pixel_values"], m.get("image_sizes"), "pixel_values")
+        placed = place_media(ids, media, modalities_of(model))
         batches.append(
             Batch(
                 input_ids=ids.to(device),
                 labels=labels.clamp(min=0).to(device),
                 loss_mask=(labels != -100).to(device),
                 trained=find_trained(labels != -100).to(device),
-                pixel_values=pixels.to(device) if len(pixels) else None,
-                image_positions=positions,
+                media={kind: own.to(device) for kind, own in placed.items()},
                 packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, device),
-                feature_index=None if index is None else index.to(device),
             )
         )
     return GlobalBatch(batches, length)
@@ -154,10 +152,8 @@ def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layou
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
     return model(
         input_ids=batch.input_ids,
-        pixel_values=batch.pixel_values,
-        image_positions=batch.image_positions,
+        media=batch.media,
         packed_seq_params=batch.packed_seq_params,
-        feature_index=batch.feature_index,
     )
 
 
@@ -174,7 +170,7 @@ def _pipeline_logits(models: Any, batch: GlobalBatch) -> Any:
         data_iterator=[iter(batch.microbatches) for _ in models],
         model=models,
         num_microbatches=len(batch.microbatches),
-        seq_length=batch.sequence_length,
+        seq_length=batch.payload_rows,
         micro_batch_size=len(batch.microbatches[0].input_ids),
         forward_only=True,
     )
@@ -285,11 +281,9 @@ def _apart(microbatch: Microbatch, processing: Processing) -> list[Microbatch]:
         zip(microbatch.input_ids.split(lengths, 1), microbatch.labels.split(lengths, 1), strict=True)
     ):
         images = int((ids == processing.image_token_id).sum()) // processing.model.image_tokens
-        pixels, sizes = (
-            tensor[image : image + images] for tensor in (microbatch.pixels, microbatch.image_sizes)
-        )
+        media = image_media(pixels(microbatch)[image : image + images])
         image += images
-        found.append(Microbatch(ids, labels, torch.tensor([lengths[number]]), pixels, sizes, ["one"]))
+        found.append(Microbatch(ids, labels, torch.tensor([lengths[number]]), ["one"], media))
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu
-from benchmarks.gpu.speed import PIXELS, TINY
+from benchmarks.gpu.speed import READER, TINY
 from benchmarks.ours import microbatch
 from benchmarks.workload import Workload, make_batches, save_model
 from megatron_vlm import parallel
@@ -27,6 +27,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.train_modules import parse_train_modules
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.data.batch import Microbatch
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import (
@@ -115,7 +116,7 @@ def compute(
     models = wrap_model(chunks, distributed_optimizer=False, overlap_grad_reduce=False)
     prepare_for_schedules(models)
     given = microbatches(workload, model.image_token_id)
-    processing: Any = SimpleNamespace(images=PIXELS, pad_token_id=0)
+    processing: Any = SimpleNamespace(readers={IMAGE.name: READER}, pad_token_id=0)
     # One global batch each: rows of their own and packed ones are not of one shape.
     found: dict[str, Tensor] = {}
     for number, one in enumerate(given):
@@ -139,9 +140,7 @@ def _gradients(chunks: list[VisionLanguageModel]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _logits(chunk: VisionLanguageModel, batch: GlobalBatch) -> Tensor:
     (one,) = batch.microbatches
-    logits = chunk(
-        one.input_ids, one.pixel_values, one.image_positions, packed_seq_params=one.packed_seq_params
-    )
+    logits = chunk(one.input_ids, one.media, packed_seq_params=one.packed_seq_params)
     return logits.float().cpu()
 
 

@@ -25,6 +25,8 @@ from benchmarks.workload import OPTIMIZER, Workload, llava_config, make_batches,
 from megatron_vlm import parallel
 from megatron_vlm.architecture.fp8 import Fp8Config
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.data.images import normalize
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.vlm import build_model
@@ -98,8 +100,11 @@ TINY = Workload(
     iterations=2,
 )
 # What the processors of CLIP do, without one.
-PIXELS = SimpleNamespace(
+PIXELS: Any = SimpleNamespace(
     rescale=1 / 255, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)
+READER = SimpleNamespace(
+    finish=lambda tensors, dtype: {"pixel_values": normalize(tensors["pixels"], PIXELS, dtype)}
 )
 SIDES = ("bf16", "fp8", "transformers")
 Step = Callable[[], float]
@@ -124,7 +129,7 @@ def our_step(workload: Workload, layout: parallel.Layout, fp8: bool) -> Step:
         itertools.cycle(one_global_batch),
         layout,
         model,
-        SimpleNamespace(images=PIXELS, pad_token_id=0),  # type: ignore[arg-type]
+        SimpleNamespace(readers={IMAGE.name: READER}, pad_token_id=0),  # type: ignore[arg-type]
         num_microbatches=len(one_global_batch),
         dtype=torch.bfloat16,
     )

@@ -10,21 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.architecture.connectors.anyres import Size
+from megatron_vlm.data.media import Media, join
 
 IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
 
 
 @dataclass
 class Sample:
-    """One tokenised sample. Image tokens are expanded; labels are already shifted."""
+    """One tokenised sample. Placeholders are expanded; labels are already shifted."""
 
     key: str
     input_ids: List[int]
     labels: List[int]
-    pixels: List[Tensor]  # one uint8 [c, H, W] per tile, image by image in the order of their placeholders
+    media: Dict[str, Media] = field(default_factory=dict)  # by kind; of kinds that it has
     truncated: bool = False
-    image_sizes: List[Size] = field(default_factory=list)  # one per image: how it is cut, if it is
     source: int = 0  # index of its dataset in the mixture
 
 
@@ -33,27 +32,24 @@ class Microbatch:
     """Samples padded on the right to the longest of them, or ``packed``: one after the other in one row.
 
     Attributes:
-        input_ids: int64 ``[b, s]``; each image is ``ModelConfig.count_tokens`` placeholders.
+        input_ids: int64 ``[b, s]``; each item of its media is as many placeholders as its reader counts.
         labels: int64 ``[b, s]``; ``labels[:, t]`` is the token to predict at position ``t``,
             ``IGNORE_INDEX`` where there is no loss.
         lengths: int64 ``[b]``; positions of each sample, padding left out.
-        pixels: uint8 ``[tiles, c, H, W]``, resized and cropped; ``tiles`` may be 0. The model takes
-            ``(pixels * rescale - mean) / std``, see :class:`~megatron_vlm.data.images.ImageTransform`.
-        image_sizes: int64 ``[images, 2]``; see :meth:`~megatron_vlm.data.images.ImageTransform.sizes`.
         keys: the samples' names, for messages.
-        sources: of each sample, the index of its dataset in the mixture.
+        media: by kind, as the readers made them, of kinds that a sample has; sample by sample.
         counts: samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on the way from the same
             worker's previous microbatch to this one.
         worker: global id of the loader worker that made it.
+        sources: of each sample, the index of its dataset in the mixture.
         packed: ``b`` is 1, and the row holds all samples, as long as ``lengths`` says, without padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     lengths: Tensor
-    pixels: Tensor
-    image_sizes: Tensor
     keys: List[str]
+    media: Dict[str, Media] = field(default_factory=dict)
     counts: Dict[str, int] = field(default_factory=dict)
     worker: int = 0
     sources: List[int] = field(default_factory=list)
@@ -65,28 +61,36 @@ class Microbatch:
         values = {
             name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()
         }
+        values["media"] = {kind: media.map(Tensor.numpy) for kind, media in self.media.items()}
         return _from_arrays, (values,)
 
     def pin_memory(self) -> Microbatch:
         """Called by torch's DataLoader; returns itself with its tensors in page-locked memory."""
         self.input_ids = self.input_ids.pin_memory()
         self.labels = self.labels.pin_memory()
-        self.pixels = self.pixels.pin_memory()
+        self.media = {
+            kind: replace(media, tensors={name: t.pin_memory() for name, t in media.tensors.items()})
+            for kind, media in self.media.items()
+        }
         return self
 
 
 def _from_arrays(values: Dict[str, Any]) -> Microbatch:
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    return Microbatch(**{**values, **{name: torch.from_numpy(array) for name, array in arrays.items()}})
+    media = {
+        kind: Media.of(kind, {name: torch.from_numpy(array) for name, array in of_kind.items()})
+        for kind, of_kind in values["media"].items()
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Microbatch(**{**values, **tensors, "media": media})
 
 
-def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[int]) -> Microbatch:
+def collate(samples: Sequence[Sample], pad_token_id: int) -> Microbatch:
     """Stack samples, padded on the right to the longest.
 
     Args:
         samples: at least one.
         pad_token_id: fills ``input_ids``; its labels are ``IGNORE_INDEX``.
-        image_shape: ``(c, H, W)``, needed where no sample has an image.
     """
     length = max(len(sample.input_ids) for sample in samples)
     # numpy reads a list in a seventh of the time that torch takes.
@@ -95,30 +99,26 @@ def collate(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[
     for row, sample in enumerate(samples):
         input_ids[row, : len(sample.input_ids)] = sample.input_ids
         labels[row, : len(sample.labels)] = sample.labels
-    pixels = [tile for sample in samples for tile in sample.pixels]
-    sizes = [size for sample in samples for size in sample.image_sizes]
     return Microbatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
-        pixels=torch.stack(pixels) if pixels else torch.empty((0, *image_shape), dtype=torch.uint8),
-        image_sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         keys=[sample.key for sample in samples],
+        media=join(sample.media for sample in samples),
         sources=[sample.source for sample in samples],
     )
 
 
-def collate_packed(samples: Sequence[Sample], pad_token_id: int, image_shape: Sequence[int]) -> Microbatch:
+def collate_packed(samples: Sequence[Sample], pad_token_id: int) -> Microbatch:
     """As :func:`collate`, but one after the other in one row, without padding."""
     row = Sample(
         key="",
         input_ids=[token for sample in samples for token in sample.input_ids],
         labels=[label for sample in samples for label in sample.labels],
-        pixels=[tile for sample in samples for tile in sample.pixels],
-        image_sizes=[size for sample in samples for size in sample.image_sizes],
+        media=join(sample.media for sample in samples),
     )
     return replace(
-        collate([row], pad_token_id, image_shape),
+        collate([row], pad_token_id),
         lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
         keys=[sample.key for sample in samples],
         sources=[sample.source for sample in samples],
@@ -133,18 +133,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def fill_up(
-    microbatch: Microbatch | None, rows: int, pad_token_id: int, image_shape: Sequence[int] = ()
-) -> Microbatch:
+def fill_up(microbatch: Microbatch | None, rows: int, pad_token_id: int) -> Microbatch:
     """A microbatch with rows of padding, which carry no loss, up to ``rows`` rows.
 
     Args:
         microbatch: None for nothing but one token of padding per row.
-        image_shape: ``(c, H, W)``, needed for None.
     """
     if microbatch is None:
-        blank = Sample(key="", input_ids=[pad_token_id], labels=[IGNORE_INDEX], pixels=[])
-        return replace(collate([blank] * rows, pad_token_id, image_shape), keys=[], sources=[])
+        blank = Sample(key="", input_ids=[pad_token_id], labels=[IGNORE_INDEX])
+        return replace(collate([blank] * rows, pad_token_id), keys=[], sources=[])
     missing = rows - len(microbatch.input_ids)
     return replace(
         microbatch,

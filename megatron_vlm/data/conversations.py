@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.data.templates import IMAGE_MARKER, SampleError, Turn
+from megatron_vlm.data.kinds import KINDS
+from megatron_vlm.data.templates import SampleError, Turn
 
 ROLES = ("system", "user", "assistant")
 _ID_KEYS = ("id", "uid", "uuid", "sample_id", "question_id", "qid", "idx", "index")
@@ -22,31 +23,39 @@ class UntrainableError(SampleError):
 
 def read_conversation(
     sample: Mapping[str, Any], parts: Mapping[str, bytes]
-) -> tuple[list[Turn], list[bytes]]:
-    """Turns and images of a sample whose JSON holds ``messages`` and ``images``.
+) -> tuple[list[Turn], dict[str, list[bytes]]]:
+    """Turns and media of a sample whose JSON holds ``messages`` and, for one, ``images``.
 
     Args:
-        sample: the parsed JSON, ``{"messages": [{"role": ..., "content": ...}], "images": ["0.jpg"]}``;
-            other keys are left alone.
+        sample: the parsed JSON, ``{"messages": [{"role": ..., "content": ...}], "images": ["0.jpg"]}``, with
+            a list of files for each kind of media that it has; other keys are left alone.
         parts: the sample's files, by what follows its key.
 
+    Returns:
+        the turns, and the files of each kind.
+
     Raises:
-        SampleError: it is malformed or lacks an image's file (``corrupt``), or marks more or fewer places
-            than it has images (``dropped``).
+        SampleError: it is malformed or lacks a file (``corrupt``), or marks more or fewer places than it has
+            files of a kind (``dropped``).
     """
-    messages, names = sample["messages"], sample.get("images", [])
+    messages = sample["messages"]
     if not isinstance(messages, list):
         raise SampleError("its messages are no list", kind="corrupt")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SampleError("its images are no list of file names", kind="corrupt")
+    listed = {name: sample.get(kind.field, []) for name, kind in KINDS.items()}
+    for name, files in listed.items():
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise SampleError(f"its {KINDS[name].field} are no list of file names", kind="corrupt")
     turns = [_turn(number, message) for number, message in enumerate(messages)]
-    for name in names:
-        if name not in parts:
-            raise SampleError(f"its image {name} is missing", kind="corrupt")
-    marked = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-    if marked != len(names):
-        raise SampleError(f"its text has {marked} image markers, but {len(names)} images belong to it")
-    return turns, [parts[name] for name in names]
+    for name, files in listed.items():
+        for file in files:
+            if file not in parts:
+                raise SampleError(f"its {name} {file} is missing", kind="corrupt")
+        marked = sum(turn.text.count(KINDS[name].marker) for turn in turns)
+        if marked != len(files):
+            raise SampleError(
+                f"its text has {marked} {name} markers, but {len(files)} {KINDS[name].field} belong to it"
+            )
+    return turns, {name: [parts[file] for file in files] for name, files in listed.items() if files}
 
 
 def identity_of(fields: Mapping[str, Any]) -> Any:
@@ -98,7 +107,7 @@ def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
         at most one system turn, then turns of which the first is the user's.
 
     Raises:
-        UntrainableError: a system turn stands behind others, an image belongs to another turn than the
+        UntrainableError: a system turn stands behind others, media belong to another turn than the
             user's, or there is no answer to train.
     """
     system = list(turns[:1]) if turns and turns[0].role == "system" else []
@@ -107,11 +116,12 @@ def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
         raise UntrainableError("system turn not first", "a system turn stands behind other turns")
     while rest and rest[0].role == "assistant":
         rest.pop(0)
-    if any(turn.role != "user" and IMAGE_MARKER in turn.text for turn in turns):
-        raise UntrainableError(
-            "marker outside a question",
-            f"{IMAGE_MARKER} stands in a turn that isn't the user's, where no image can go",
-        )
+    for kind in KINDS.values():
+        if any(turn.role != "user" and kind.marker in turn.text for turn in turns):
+            raise UntrainableError(
+                "marker outside a question",
+                f"{kind.marker} stands in a turn that isn't the user's, where no {kind.name} can go",
+            )
     if not any(turn.role == "assistant" and turn.loss for turn in rest):
         raise UntrainableError("no answer", "none of its turns is an answer to train")
     return system + rest

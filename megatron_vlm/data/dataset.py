@@ -150,12 +150,12 @@ class PreparedDataset:
                 raise ValueError(f"--data-path {self.path}: there is no sample {one}")
             yield _cook(crude)
 
-    def read(self, sample: RawSample) -> Tuple[List[Turn], List[bytes]]:
-        """Turns and images of a sample.
+    def read(self, sample: RawSample) -> Tuple[List[Turn], Dict[str, List[bytes]]]:
+        """Turns of a sample, and the files of its media by kind.
 
         Raises:
             SampleError: a file is missing or malformed (``corrupt``), or a conversation marks more or fewer
-                places than it has images (``dropped``).
+                places than it has files of a kind (``dropped``).
         """
         parts = sample.parts
         if self.field_map is None and "json" in parts:

@@ -11,13 +11,12 @@ from typing import Any, Callable, Iterator, List
 from megatron import energon
 from megatron.energon import SkipSample, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
-from PIL import Image
 
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
 from megatron_vlm.data.conversations import identity_of, read_json
 from megatron_vlm.data.dataset import RAW_COOKER, RawSample
 from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.processing import Processing
+from megatron_vlm.data.processing import Opened, Processing
 from megatron_vlm.data.shuffle import EpochShuffle
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.plan.grouping import LengthGroups, Packing
@@ -34,10 +33,10 @@ STOPPED = "[data] "  # begins the message of an error that ends the run, also af
 
 @dataclass
 class Tokenized(energon.Sample):
-    """A sample whose images are not decoded yet: what waits in the buffer from which groups are chosen."""
+    """A sample whose media are not decoded yet: what waits in the buffer from which groups are chosen."""
 
     sample: Sample
-    images: List[Image.Image]  # opened
+    opened: Opened
     record: bytes  # the sample's JSON, for its name in messages
 
 
@@ -86,21 +85,21 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         self._totals["seen"] += 1
         source = self._mixture.source_of(sample)
         with self._usable(sample, "tokenizing"):
-            turns, encoded = self._mixture.sources[source].dataset.read(sample)
-            images = self._processing.images.open(encoded)
-            tokenized = self._processings[source].tokenize(sample.__key__, turns, images)
+            turns, files = self._mixture.sources[source].dataset.read(sample)
+            opened = self._processing.open(files)
+            tokenized = self._processings[source].tokenize(sample.__key__, turns, opened)
         tokenized.source = source
-        return Tokenized.derive_from(sample, sample=tokenized, images=images, record=_record(sample))
+        return Tokenized.derive_from(sample, sample=tokenized, opened=opened, record=_record(sample))
 
     @stateless
     def postencode_sample(self, sample: Tokenized) -> Sample:
-        """Decode the images.
+        """Decode the media.
 
         Raises:
             as :meth:`preencode_sample`.
         """
         with self._usable(sample, "decoding"):
-            decoded = self._processings[sample.sample.source].decode(sample.sample, sample.images)
+            decoded = self._processings[sample.sample.source].decode(sample.sample, sample.opened)
         # Counted here, since a buffer of tokenised samples is made again on a restore.
         self._counts["seen"] += 1
         self._counts["truncated"] += decoded.truncated
@@ -111,7 +110,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         assert self._grouping is not None
         groups = self._grouping.select(
             [len(sample.sample.input_ids) for sample in samples],
-            [bool(sample.images) for sample in samples],
+            [bool(sample.sample.media) for sample in samples],
             # How many buffers this worker has had, whatever number of workers its rank has.
             self.current_sample_index // max(1, _worker_config().num_workers),
         )
@@ -135,14 +134,14 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         Args:
             samples: groups of samples where there is a grouping.
         """
-        form = self._processing.pad_token_id, self._processing.images.shape
+        pad = self._processing.pad_token_id
         if self._grouping is None:
-            microbatch = collate(samples, *form)
+            microbatch = collate(samples, pad)
         elif isinstance(self._grouping, Packing):
-            microbatch = collate_packed([sample for group in samples for sample in group], *form)
+            microbatch = collate_packed([sample for group in samples for sample in group], pad)
         else:
             (group,) = samples
-            microbatch = fill_up(collate(group, *form), self._grouping.size, self._processing.pad_token_id)
+            microbatch = fill_up(collate(group, pad), self._grouping.size, pad)
         microbatch.counts = {name: count for name, count in self._counts.items() if count}
         microbatch.worker = _worker_config().global_worker_id()
         self._counts.clear()

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from megatron_vlm.artifacts.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command
 from megatron_vlm.data.conversations import checked_text
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.prepare.fields import with_options
 from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError, Turn
@@ -72,7 +73,7 @@ class FieldMap:
         """The files that are read, by what follows a sample's key."""
         return {option[0] for access in self.access.values() for option in _options(access)}
 
-    def read(self, key: str, parts: Mapping[str, bytes]) -> tuple[list[Turn], list[bytes]]:
+    def read(self, key: str, parts: Mapping[str, bytes]) -> tuple[list[Turn], dict[str, list[bytes]]]:
         """A question, its answer and at most one image; first unless the question marks its place.
 
         Raises:
@@ -89,7 +90,8 @@ class FieldMap:
         if TEXT_ONLY_KEY not in key:
             options = _options(self.access["image"])
             images = [parts[option[0]] for option in options if option[0] in parts][:1]
-        return [Turn("user", question), Turn("assistant", answer)], images
+        files = {IMAGE.name: images} if images else {}
+        return [Turn("user", question), Turn("assistant", answer)], files
 
     def _choice(self, parts: Mapping[str, bytes], question: str) -> tuple[str, str]:
         """The question with its choices below it, and the right one's letter."""

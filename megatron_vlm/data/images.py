@@ -8,7 +8,7 @@ import io
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.architecture.connectors.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
+from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data import decoding
+from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media import ItemSize, MediaReader, ReaderSettings
 from megatron_vlm.data.templates import SampleError
 
 _PLAIN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "LlavaImageProcessorPil")
@@ -277,6 +280,27 @@ class ImageTransform:
             )
 
 
+def _image_token(tokenizer: Any, folder: str, model: ModelConfig, override: int | None) -> tuple[int, str]:
+    """The image token's id and text, checked to survive tokenisation."""
+    image_token_id = model.image_token_id if override is None else override
+    flag = "" if override is None else f"--image-token-id {override}: "
+    if not 0 <= image_token_id < model.language.vocab_size:
+        raise ValueError(f"{flag}the model embeds tokens 0 to {model.language.vocab_size - 1}")
+    token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id < len(tokenizer) else None
+    # Added tokens are the ones that tokenisation never splits nor merges with their neighbours.
+    if token is None or image_token_id not in tokenizer.added_tokens_decoder:
+        candidate = tokenizer.convert_tokens_to_ids(IMAGE.marker)
+        known = tokenizer.added_tokens_decoder.get(candidate)
+        hint = (
+            f"its {IMAGE.marker} is {candidate}, the model's {model.image_token_id}; "
+            "give the folder that the model was built with"
+            if known is not None and str(known) == IMAGE.marker
+            else "give the Hugging Face folder that scripts/convert/build_llava_jp.py made"
+        )
+        raise ValueError(f"{flag}{folder}: token {image_token_id} of the tokenizer is no image token; {hint}")
+    return image_token_id, token
+
+
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
     """PIL's errors as those of a corrupt sample."""
@@ -288,6 +312,70 @@ def _decoding() -> Iterator[None]:
         raise
     except Exception as error:  # PIL's decoders fail with OSError, SyntaxError, struct.error, ...
         raise SampleError(f"its image can't be decoded ({error})", kind="corrupt") from None
+
+
+@dataclass(frozen=True)
+class ImageReader(MediaReader):
+    """Reads images, as uint8 ``pixels`` ``[tiles, c, H, W]``; their sizes are height and width.
+
+    Attributes:
+        transform: decodes, resizes and cuts.
+        model: says how many placeholders stand for an image.
+    """
+
+    kind = IMAGE
+
+    transform: ImageTransform
+    model: ModelConfig
+    token_id: int
+    token: str
+
+    @classmethod
+    def load(cls, settings: ReaderSettings) -> ImageReader:
+        """Read the image token of the tokenizer, and the folder's image processor."""
+        model = settings.model
+        token_id, token = _image_token(
+            settings.tokenizer, settings.tokenizer_dir, model, settings.token_ids.get(IMAGE.name)
+        )
+        transform = ImageTransform.from_dir(
+            settings.processor_dir,
+            model.vision.image_size,
+            model.vision.num_channels,
+            model.anyres,
+            settings.image_rule,
+        )
+        return cls(transform, model, token_id, token)
+
+    def open(self, files: Sequence[bytes | Path]) -> List[Image.Image]:
+        """Read the images' headers."""
+        return self.transform.open(files)
+
+    def sizes(self, opened: Sequence[Image.Image]) -> List[ItemSize]:
+        """Return how each image is cut, as :meth:`ImageTransform.sizes`."""
+        return list(self.transform.sizes(opened))
+
+    def count_tokens(self, size: ItemSize) -> int:
+        """Return the visual tokens of an image."""
+        height, width = size
+        return self.model.count_tokens((height, width))
+
+    def decode(self, opened: Sequence[Image.Image]) -> Dict[str, Tensor]:
+        """Return the images' tiles, ``pixels``."""
+        tiles = self.transform.tiles(opened)
+        return {"pixels": tiles[0].unsqueeze(0) if len(tiles) == 1 else torch.stack(tiles)}
+
+    def finish(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Dict[str, Tensor]:
+        """Return ``pixel_values``, normalised."""
+        return {"pixel_values": normalize(tensors["pixels"], self.transform, dtype)}
+
+    def write(self, text: str) -> str:
+        """Return the text as it is: chat templates write images' placeholders themselves."""
+        return text
+
+    def varied(self, **options: str) -> ImageReader:
+        """Return the reader with another ``image_aspect_ratio``."""
+        ratio = options.get("image_aspect_ratio")
+        return replace(self, transform=self.transform.with_aspect_ratio(ratio)) if ratio else self
 
 
 def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:

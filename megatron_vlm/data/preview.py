@@ -22,6 +22,7 @@ from megatron_vlm.config.preview import PreviewConfig, PreviewSection
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError, Turn
@@ -135,12 +136,12 @@ def look(dataset: PreparedDataset, processing: Processing, raw: RawSample) -> Vi
     shard = raw.__sources__[0].shard_name if raw.__sources__ else ""
     turns: list[Turn] = []
     try:
-        turns, images = dataset.read(raw)
-        sample = processing.encode(raw.__key__, turns, images)
+        turns, files = dataset.read(raw)
+        sample = processing.encode(raw.__key__, turns, files)
     except SampleError as error:
         written = "" if turns else raw.parts.get("json", b"").decode("utf-8", "replace")
         return View(raw.__key__, shard, error.kind, str(error), list(turns), written)
-    pictures = _pictures(processing, sample, images)
+    pictures = _pictures(processing, sample, files.get(IMAGE.name, ()))
     return View(
         raw.__key__,
         shard,
@@ -325,13 +326,17 @@ def _texts(ids: Sequence[int], tokenizer: Any, image_token_id: int) -> list[str]
 
 
 def _pictures(processing: Processing, sample: Sample, images: Sequence[bytes]) -> list[Picture]:
-    pictures, first = [], 0
-    for data, size in zip(images, sample.image_sizes, strict=True):
+    pictures: list[Picture] = []
+    if not images:
+        return pictures
+    media, first = sample.media[IMAGE.name], 0
+    for data, (tall, wide) in zip(images, media.sizes.tolist(), strict=True):
+        size = (tall, wide)
         (image,) = processing.images.open([data])
         height, width = processing.images.size(image)
         model = processing.model
         rows, columns = (0, 0) if model.anyres is None else model.tiling(size).grid
-        tiles = sample.pixels[first : first + 1 + rows * columns]
+        tiles = list(media.tensors["pixels"][first : first + 1 + rows * columns])
         pictures.append(Picture(width, height, tiles, (rows, columns), model.count_tokens(size)))
         first += len(tiles)
     return pictures

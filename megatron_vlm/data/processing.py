@@ -1,25 +1,30 @@
-"""From a sample's text and image bytes to token ids, labels and pixels."""
+"""From a sample's text and files to token ids, labels and media."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, List, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence, Union
 
-from megatron_vlm.architecture.connectors.anyres import Size
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
 from megatron_vlm.data.conversations import trainable_turns
-from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.images import ImageReader, ImageTransform
+from megatron_vlm.data.kinds import IMAGE, KINDS
+from megatron_vlm.data.media import ItemSize, MediaReader, ReaderSettings
+from megatron_vlm.data.readers import load_readers
 from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from megatron_vlm.config.run import RunConfig
+
+Files = Mapping[str, Sequence[Union[bytes, Path]]]  # a sample's media, encoded, by kind
+Opened = Mapping[str, Sequence[Any]]  # the same, as their readers open them
+Sizes = Mapping[str, Sequence[ItemSize]]
 
 
 @dataclass(frozen=True)
@@ -29,47 +34,72 @@ class Processing:
     Attributes:
         tokenizer: a transformers tokenizer.
         template: renders conversations.
-        images: decodes, resizes and cuts.
-        model: says how many placeholders stand for an image.
-        image_token_id: the placeholder's id.
+        readers: of the media that the model takes, by kind.
+        model: what is trained or asked.
         pad_token_id: fills up short samples; carries no loss.
-        seq_length: longest sample, in tokens, image tokens included.
+        seq_length: longest sample, in tokens, placeholders included.
         overlong: what happens to longer ones, ``truncate`` or ``drop``.
         lang: language of the caption prompt, ``jp`` or ``en``.
     """
 
     tokenizer: Any
     template: ChatTemplate
-    images: ImageTransform
+    readers: Dict[str, MediaReader]
     model: ModelConfig
-    image_token_id: int
     pad_token_id: int
     seq_length: int
     overlong: str
     lang: str
 
-    def encode(self, key: str, turns: Sequence[Turn], images: List[bytes]) -> Sample:
-        """Encode a conversation and its images.
+    @property
+    def images(self) -> ImageTransform:
+        """What reads images."""
+        reader = self.readers[IMAGE.name]
+        assert isinstance(reader, ImageReader)
+        return reader.transform
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of images."""
+        return self.readers[IMAGE.name].token_id
+
+    def encode(self, key: str, turns: Sequence[Turn], files: Files) -> Sample:
+        """Encode a conversation and its media.
 
         Args:
             key: the sample's name.
             turns: a user's text may hold ``<image>`` where an image goes; images whose places are not marked
                 come first. Images without a question ask for a caption. Of an empty answer only the end
-                token is trained.
-            images: encoded images, in the order of their places.
+                token is trained. The places of other media have to be marked.
+            files: by kind, encoded, in the order of their places.
 
         Raises:
             SampleError: the sample can't be used; names the reason, not the sample.
         """
-        opened = self.images.open(images)
+        opened = self.open(files)
         return self.decode(self.tokenize(key, turns, opened), opened)
 
-    def tokenize(self, key: str, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Sample:
-        """As :meth:`encode`, without pixels: images are opened, for their sizes, and not decoded."""
-        turns = self._asking(key, trainable_turns(turns), len(images))
-        ids, trained = self.template.encode(turns, len(images))
-        sizes = self.images.sizes(images)
-        ids, trained = self._expand_images(ids, trained, sizes)
+    def open(self, files: Files) -> Opened:
+        """Read as much of a sample's media as their sizes need.
+
+        Args:
+            files: encoded, or the files that hold them, by kind; of kinds that the model takes.
+
+        Raises:
+            SampleError: one can't be read, of kind ``corrupt``; or the model doesn't take its kind.
+        """
+        for kind in files:
+            if files[kind] and kind not in self.readers:
+                raise SampleError(f"it has {KINDS[kind].field}, which this model doesn't take")
+        return {kind: self.readers[kind].open(own) for kind, own in files.items() if own}
+
+    def tokenize(self, key: str, turns: Sequence[Turn], opened: Opened) -> Sample:
+        """As :meth:`encode`, without tensors: media are opened, for their sizes, and not decoded."""
+        images = len(opened.get(IMAGE.name, ()))
+        turns = self._written(self._asking(key, trainable_turns(turns), images))
+        ids, trained = self.template.encode(turns, images)
+        media = {kind: self.readers[kind].media(own) for kind, own in opened.items() if own}
+        ids, trained = self._expand(ids, trained, {kind: own.sizes.tolist() for kind, own in media.items()})
         if True not in trained[1:]:  # of the first token there is nothing to predict it from
             raise SampleError("none of its tokens is trained")
         labels = [
@@ -79,15 +109,16 @@ class Processing:
         truncated = len(ids) > self.seq_length
         if truncated:
             ids, labels = self._truncate(ids, labels)
-        return Sample(key, ids, labels, [], truncated, sizes)
+        return Sample(key, ids, labels, media, truncated)
 
-    def decode(self, sample: Sample, images: Sequence[Image.Image]) -> Sample:
-        """The sample with the pixels of its images.
+    def decode(self, sample: Sample, opened: Opened) -> Sample:
+        """The sample with the tensors of its media.
 
         Raises:
             SampleError: one can't be decoded.
         """
-        return replace(sample, pixels=self.images.tiles(images))
+        media = {kind: self.readers[kind].decoded(own, opened[kind]) for kind, own in sample.media.items()}
+        return replace(sample, media=media)
 
     def varied(
         self,
@@ -107,31 +138,44 @@ class Processing:
         """
         options = {"lang": lang, "mask_thinking": mask_thinking}
         changed = {name: value for name, value in options.items() if value is not None}
+        of_readers = {"image_aspect_ratio": image_aspect_ratio} if image_aspect_ratio else {}
         return replace(
             self,
             template=self.template.varied(template, **changed) if template or changed else self.template,
             lang=lang or self.lang,
             overlong=overlong or self.overlong,
-            images=self.images.with_aspect_ratio(image_aspect_ratio) if image_aspect_ratio else self.images,
+            readers={kind: reader.varied(**of_readers) for kind, reader in self.readers.items()},
         )
 
-    def encode_prompt(self, question: str, sizes: Sequence[Size], raw: bool = False) -> List[int]:
+    def encode_prompt(self, question: str, sizes: Sizes, raw: bool = False) -> List[int]:
         """Token ids that a model answers, as :meth:`encode` would have them before the answer.
 
         Args:
             question: as for :meth:`encode`.
-            sizes: of its images, as :meth:`ImageTransform.sizes` has them.
-            raw: it is the whole prompt, nothing is put around it; every image has to be marked.
+            sizes: of its media, by kind, as their readers have them.
+            raw: it is the whole prompt, nothing is put around it; every item has to be marked.
 
         Raises:
             SampleError: markers and images differ in number, or the template refuses the question.
         """
+        images = len(sizes.get(IMAGE.name, ()))
+        if not raw:
+            question = self._question("", question, images)
+        (turn,) = self._written([Turn("user", question)])
         if raw:
-            ids = self.template.encode_text(question, len(sizes))
+            ids = self.template.encode_text(turn.text, images)
         else:
-            question = self._question("", question, len(sizes))
-            ids = self.template.encode_prompt([Turn("user", question)], len(sizes))
-        return self._expand_images(ids, [False] * len(ids), sizes)[0]
+            ids = self.template.encode_prompt([turn], images)
+        return self._expand(ids, [False] * len(ids), sizes)[0]
+
+    def _written(self, turns: List[Turn]) -> List[Turn]:
+        """The turns with placeholders in place of markers, but for images', which the template writes."""
+        for reader in self.readers.values():
+            turns = [
+                replace(turn, text=reader.write(turn.text)) if reader.kind.marker in turn.text else turn
+                for turn in turns
+            ]
+        return turns
 
     def _asking(self, key: str, turns: List[Turn], num_images: int) -> List[Turn]:
         """The turns; where images come without any question, the first one asks for a caption."""
@@ -145,16 +189,24 @@ class Processing:
             return question + caption_prompt(key, self.lang)
         return question
 
-    def _expand_images(
-        self, ids: List[int], trained: List[bool], sizes: Sequence[Size]
-    ) -> tuple[List[int], List[bool]]:
+    def _expand(self, ids: List[int], trained: List[bool], sizes: Sizes) -> tuple[List[int], List[bool]]:
+        """As many placeholders for each item as it has tokens."""
+        places: List[tuple[int, int, int]] = []  # where an item's one placeholder is, its token, and how many
+        for kind, reader in self.readers.items():
+            own, place = sizes.get(kind, ()), -1
+            if ids.count(reader.token_id) != len(own):
+                raise SampleError(
+                    f"its text has {ids.count(reader.token_id)} {kind} markers, but {len(own)} "
+                    f"{reader.kind.field} belong to it"
+                )
+            for size in own:
+                place = ids.index(reader.token_id, place + 1)
+                places.append((place, reader.token_id, reader.count_tokens(size)))
         expanded: List[int] = []
         expanded_trained: List[bool] = []
         start = 0
-        for size in sizes:
-            count = self.model.count_tokens(size)
-            place = ids.index(self.image_token_id, start)
-            expanded += ids[start:place] + [self.image_token_id] * count
+        for place, token_id, count in sorted(places):
+            expanded += ids[start:place] + [token_id] * count
             expanded_trained += trained[start:place] + [False] * count
             start = place + 1
         return expanded + ids[start:], expanded_trained + trained[start:]
@@ -163,8 +215,9 @@ class Processing:
         limit = f"{len(ids)} tokens are more than --seq-length {self.seq_length}"
         if self.overlong == "drop":
             raise SampleError(limit)
-        if self.image_token_id in ids[self.seq_length :]:
-            raise SampleError(f"{limit}, and its image does not fit")
+        for kind, reader in self.readers.items():
+            if reader.token_id in ids[self.seq_length :]:
+                raise SampleError(f"{limit}, and its {kind} does not fit")
         # The last position has nothing left to predict.
         labels = labels[: self.seq_length - 1] + [IGNORE_INDEX]
         if all(label == IGNORE_INDEX for label in labels):
@@ -246,7 +299,16 @@ def load_processing(
             f"--tokenizer-load-dir {tokenizer_dir}: the tokenizer has {len(tokenizer)} tokens, but the model "
             f"embeds only {model.language.vocab_size}; give the folder of the model being trained"
         )
-    image_token_id, image_token = _image_token(tokenizer, tokenizer_dir, model, image_token_id)
+    readers = load_readers(
+        ReaderSettings(
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_dir=tokenizer_dir,
+            processor_dir=image_processor_dir or tokenizer_dir,
+            image_rule=image_rule,
+            token_ids={} if image_token_id is None else {IMAGE.name: image_token_id},
+        )
+    )
     if seq_length <= model.min_image_tokens:
         raise ValueError(
             f"--seq-length {seq_length} does not hold one image of {model.min_image_tokens} tokens and text; "
@@ -257,52 +319,27 @@ def load_processing(
         template = "chat" if jinja is not None else "plain" if stage == 1 else "v1"
     return Processing(
         tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer, template, image_token, jinja, lang, mask_thinking),
-        images=ImageTransform.from_dir(
-            image_processor_dir or tokenizer_dir,
-            model.vision.image_size,
-            model.vision.num_channels,
-            model.anyres,
-            image_rule,
-        ),
+        template=ChatTemplate(tokenizer, template, readers[IMAGE.name].token, jinja, lang, mask_thinking),
+        readers=readers,
         model=model,
-        image_token_id=image_token_id,
-        pad_token_id=_pad_token_id(tokenizer, model, image_token_id, pad_token_id),
+        pad_token_id=_pad_token_id(tokenizer, model, readers, pad_token_id),
         seq_length=seq_length,
         overlong=overlong,
         lang=lang,
     )
 
 
-def _image_token(tokenizer: Any, folder: str, model: ModelConfig, override: int | None) -> tuple[int, str]:
-    """The image token's id and text, checked to survive tokenisation."""
-    image_token_id = model.image_token_id if override is None else override
-    flag = "" if override is None else f"--image-token-id {override}: "
-    if not 0 <= image_token_id < model.language.vocab_size:
-        raise ValueError(f"{flag}the model embeds tokens 0 to {model.language.vocab_size - 1}")
-    token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id < len(tokenizer) else None
-    # Added tokens are the ones that tokenisation never splits nor merges with their neighbours.
-    if token is None or image_token_id not in tokenizer.added_tokens_decoder:
-        candidate = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
-        known = tokenizer.added_tokens_decoder.get(candidate)
-        hint = (
-            f"its {IMAGE_MARKER} is {candidate}, the model's {model.image_token_id}; "
-            "give the folder that the model was built with"
-            if known is not None and str(known) == IMAGE_MARKER
-            else "give the Hugging Face folder that scripts/convert/build_llava_jp.py made"
-        )
-        raise ValueError(f"{flag}{folder}: token {image_token_id} of the tokenizer is no image token; {hint}")
-    return image_token_id, token
-
-
-def _pad_token_id(tokenizer: Any, model: ModelConfig, image_token_id: int, override: int | None) -> int:
+def _pad_token_id(
+    tokenizer: Any, model: ModelConfig, readers: Mapping[str, MediaReader], override: int | None
+) -> int:
     candidates = (override, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_token_id = next(candidate for candidate in candidates if candidate is not None)
     flag = "the tokenizer's pad token" if override is None else f"--pad-token-id {override}"
     if not 0 <= pad_token_id < model.language.vocab_size:
         raise ValueError(f"{flag}: the model embeds tokens 0 to {model.language.vocab_size - 1}")
-    if pad_token_id == image_token_id:
-        raise ValueError(f"{flag} is the image token; choose another with --pad-token-id")
+    for kind, reader in readers.items():
+        if pad_token_id == reader.token_id:
+            raise ValueError(f"{flag} is the {kind} token; choose another with --pad-token-id")
     return int(pad_token_id)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from megatron_vlm.artifacts.end_tokens import find_end_token
 from megatron_vlm.artifacts.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS, folder_template
+from megatron_vlm.data.kinds import IMAGE
 
-IMAGE_MARKER = "<image>"  # where a dataset's text wants its image, whatever the tokenizer calls the token
+IMAGE_MARKER = IMAGE.marker
 _PROBE = "\ue000\ue001\ue000"  # private-use characters: hardly in anyone's text, and checked
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.architecture.connectors.anyres import Size
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
+from megatron_vlm.data.media import Media, join
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
+from megatron_vlm.models.media import Placed
+from megatron_vlm.models.modalities import place_media
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.tiles import index_features
-from megatron_vlm.models.vlm import VisionLanguageModel, build_model, find_image_positions
+from megatron_vlm.models.payload import payload_rows
+from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import check_unchanged, load_weights
 from megatron_vlm.parallel import Layout
 
@@ -29,9 +31,8 @@ class Prompt:
     """A prompt: what the model is given."""
 
     number: int  # among all prompts of the input; what is drawn depends on it
-    input_ids: list[int]  # each image is ModelConfig.count_tokens placeholders
-    pixel_values: Tensor  # [tiles, c, h, w], normalised
-    image_sizes: tuple[Size, ...]  # one per image: how it is cut, if it is
+    input_ids: list[int]  # each item of the media is as many placeholders as it has features
+    media: Mapping[str, Media] = field(default_factory=dict)  # by kind; tensors as the encoders take them
 
 
 class Generator:
@@ -69,14 +70,9 @@ class Generator:
         assert sampling.max_new_tokens is not None
         device = self.layout.device
         ids, lengths = self._pad(prompts)
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts])
-        sizes = torch.tensor([size for prompt in prompts for size in prompt.image_sizes]).view(-1, 2)
-        index = index_features(sizes, self.chunk.model_config)
-        positions = find_image_positions(ids, len(sizes), self.chunk.model_config, index).to(device)
-        images: dict[str, Any] = {
-            "pixel_values": pixels.to(device, self.chunk.config.params_dtype),
-            "image_positions": positions,
-            "feature_index": None if index is None else index.to(device),
+        media: Mapping[str, Placed] = {
+            kind: placed.to(device)
+            for kind, placed in place_media(ids, self._media(prompts), self.chunk.modalities).items()
         }
         step, lengths = ids.to(device), lengths.to(device)
         padded = ids.shape[1]
@@ -91,7 +87,7 @@ class Generator:
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         while True:
-            logits = self._forward(step, cache, images)
+            logits = self._forward(step, cache, media)
             chosen = torch.empty_like(lengths)
             if sampler is not None:
                 chosen = sampler.choose(seen, logits)
@@ -106,29 +102,39 @@ class Generator:
             if not unfinished:
                 return answers
             seen = torch.cat([seen, chosen.unsqueeze(1)], dim=1)
-            step, images = chosen.unsqueeze(1), {}
+            step, media = chosen.unsqueeze(1), {}
             cache.next_pass()
 
     def _pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Ids ``[b, s]``, padded on the right with anything but image tokens, and lengths ``[b]``."""
+        """Ids ``[b, s]``, padded on the right with anything but placeholders, and lengths ``[b]``."""
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        filler = int(self.chunk.model_config.image_token_id == 0)
+        placeholders = {modality.token_id for modality in self.chunk.modalities.values()}
+        filler = next(token for token in itertools.count() if token not in placeholders)
         ids = [
             prompt.input_ids + [filler] * (max(lengths) - length)
             for prompt, length in zip(prompts, lengths, strict=True)
         ]
         return torch.tensor(ids), torch.tensor(lengths)
 
-    def _forward(self, ids: Tensor, cache: KeyValueCache, images: dict[str, Any]) -> Tensor:
+    def _media(self, prompts: Sequence[Prompt]) -> dict[str, Media]:
+        """The prompts' media one after the other, of the model's type."""
+        dtype = self.chunk.config.params_dtype
+        joined = join(prompt.media for prompt in prompts)
+        return {
+            kind: replace(own, tensors={name: t.to(dtype) for name, t in own.tensors.items()})
+            for kind, own in joined.items()
+        }
+
+    def _forward(self, ids: Tensor, cache: KeyValueCache, media: Mapping[str, Placed]) -> Tensor:
         """Logits ``[b, vocabulary]`` on the ranks of the last stage, hidden states on the others."""
         layout = self.layout
         if not layout.is_first_stage:
             config = self.chunk.config
-            shape = (ids.shape[1], ids.shape[0], config.hidden_size)
+            shape = (payload_rows(ids.shape[1]), ids.shape[0], config.hidden_size)
             hidden = torch.empty(shape, dtype=config.params_dtype, device=layout.device)
             dist.recv(hidden, group=layout.pp_group, group_src=layout.pp_rank - 1)
             self.chunk.set_input_tensor(hidden)
-        output = self.chunk.next_token_logits(ids, cache, **images)
+        output = self.chunk.next_token_logits(ids, cache, media)
         if not layout.is_last_stage:
             dist.send(output, group=layout.pp_group, group_dst=layout.pp_rank + 1)
         return output

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RUN_CONFIG
 from megatron_vlm.artifacts.end_tokens import end_tokens, with_end_token
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.images import normalize
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.inference.generator import Prompt
@@ -36,6 +35,11 @@ class Question:
     text: str
     images: tuple[Path, ...]
     fields: dict[str, Any]  # what its answer is written beside
+
+    @property
+    def files(self) -> dict[str, tuple[Path, ...]]:
+        """The files of its media, by kind."""
+        return {IMAGE.name: self.images} if self.images else {}
 
 
 def read_questions(prompts: PromptSection) -> list[Question]:
@@ -137,7 +141,8 @@ class Questions:
 
     def _encode(self, question: Question) -> list[int]:
         try:
-            sizes = self.processing.images.sizes(self._open(question))
+            opened = self._open(question)
+            sizes = {kind: self.processing.readers[kind].sizes(own) for kind, own in opened.items()}
             ids = self.processing.encode_prompt(question.text, sizes, self.raw)
         except SampleError as error:
             raise ValueError(f"{question.where}: {error}") from None
@@ -158,25 +163,27 @@ class Questions:
             )
         return wanted or min(_MAX_NEW_TOKENS, left)
 
-    def _open(self, question: Question) -> list[Image.Image]:
-        opened = []
-        for path in question.images:
-            try:
-                opened += self.processing.images.open([path])
-            except SampleError as error:
-                raise ValueError(f"{path}: {error}") from None
+    def _open(self, question: Question) -> dict[str, list[Any]]:
+        opened: dict[str, list[Any]] = {}
+        for kind, paths in question.files.items():
+            for path in paths:
+                try:
+                    opened.setdefault(kind, []).extend(self.processing.open({kind: [path]})[kind])
+                except SampleError as error:
+                    raise ValueError(f"{path}: {error}") from None
         return opened
 
     def _prompt(self, number: int, question: Question) -> Prompt:
-        images, opened = self.processing.images, self._open(question)
-        try:
-            tiles = images.tiles(opened)
-        except SampleError as error:
-            files = ", ".join(map(str, question.images))
-            raise ValueError(f"{files}: {error}") from None
-        pixels = torch.stack(tiles) if tiles else torch.empty((0, *images.shape), dtype=torch.uint8)
-        values = normalize(pixels, images, torch.float32)
-        return Prompt(number, self.input_ids[number], values, tuple(images.sizes(opened)))
+        media = {}
+        for kind, opened in self._open(question).items():
+            reader = self.processing.readers[kind]
+            try:
+                decoded = reader.decoded(reader.media(opened), opened)
+            except SampleError as error:
+                files = ", ".join(map(str, question.files[kind]))
+                raise ValueError(f"{files}: {error}") from None
+            media[kind] = replace(decoded, tensors=reader.finish(decoded.tensors, torch.float32))
+        return Prompt(number, self.input_ids[number], media)
 
 
 def _training_config(config: GenerationConfig, checkpoint: Path, positions: int) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,13 +15,12 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
+from megatron_vlm.models.media import Modality, Placed
+from megatron_vlm.models.modalities import modalities_of
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
-from megatron_vlm.models.tiles import FeatureIndex
 from megatron_vlm.models.transformer_configs import TransformerConfigs, transformer_configs
-from megatron_vlm.models.vision import VisionTower
 from megatron_vlm.parallel import Layout
 from megatron_vlm.parallel.fused import accumulate_weight_gradients
 from megatron_vlm.system.transformer_engine import check_kernel_switches
@@ -54,9 +54,10 @@ class VisionLanguageModel(MegatronModule):
         self.post_process = layout.is_last_stage and chunk == layout.vpp - 1
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         self.model_config = model
-        if self.pre_process:
-            self.vision_model = VisionTower(model, configs.vision, impl)
-            self.vision_projection = Projector(model, configs.projector, impl)
+        self.modalities = modalities_of(model)
+        for modality in self.modalities.values() if self.pre_process else ():
+            for name, module in modality.build(configs, impl).items():
+                self.add_module(name, module)
         self.language_model = LanguageModel(
             model.language, configs.language, layout, impl, vocab_divisible_by, model.lora, chunk
         )
@@ -66,29 +67,28 @@ class VisionLanguageModel(MegatronModule):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_positions: Tensor | None = None,
+        media: Mapping[str, Placed] | None = None,
         labels: Tensor | None = None,
         trained: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        feature_index: FeatureIndex | None = None,
         loss_parts: LossParts | None = None,
+        position_ids: Tensor | None = None,
+        taps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run this stage.
 
         Args:
-            input_ids: ``[b, s]``; every image holds ``ModelConfig.count_tokens`` placeholders.
-            pixel_values: ``[tiles, channels, height, width]``, normalised, in the order of their
-                placeholders. Read on the first stage only.
-            image_positions: ``[2, features]``: batch and sequence index of each feature's placeholder, as
-                :func:`find_image_positions` makes them.
+            input_ids: ``[b, s]``; every item of the media holds as many placeholders as it has features.
+            media: by kind, on the first stage; as
+                :func:`~megatron_vlm.models.modalities.place_media` places them.
             labels: ``[b, s]``, the token to be predicted at each position.
             trained: where there are labels, the positions that are trained, as
                 :func:`~megatron_vlm.models.loss.find_trained` makes them.
             packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
                 they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
-            feature_index: of :func:`index_features`, where images are cut into tiles.
             loss_parts: on the last stage, takes the losses of a mixture's datasets.
+            position_ids: ``[b, s]`` or ``[3, b, s]``; None: a token's position is its index in its sample.
+            taps: what the language model's layers take beside the hidden states; None for nothing.
 
         Returns:
             On the last stage the summed loss of the trained tokens, a scalar in float32, or without
@@ -97,33 +97,29 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings = None
         if self.pre_process:
-            embeddings = self.embed(input_ids, pixel_values, image_positions, feature_index)
+            embeddings = self.embed(input_ids, media or {})
             embeddings = ask_for_gradient(embeddings, self.language_model)
         return self.language_model(
             input_ids=None,
-            position_ids=None,
+            position_ids=position_ids,
             attention_mask=None,
             decoder_input=embeddings,
             labels=labels,
             trained=trained,
             packed_seq_params=packed_seq_params,
+            extra_block_kwargs=taps,
             loss_parts=loss_parts,
         )
 
     def next_token_logits(
-        self,
-        input_ids: Tensor,
-        cache: KeyValueCache,
-        pixel_values: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        feature_index: FeatureIndex | None = None,
+        self, input_ids: Tensor, cache: KeyValueCache, media: Mapping[str, Placed] | None = None
     ) -> Tensor:
         """Run this stage while generating: the prompts in the first pass, one token of each after that.
 
         Args:
             input_ids: ``[b, s]``, prompts padded on the right, or ``[b, 1]``.
             cache: of the batch; the caller tells it when the next pass begins.
-            pixel_values, image_positions, feature_index: as for :meth:`forward`, in the first pass.
+            media: as for :meth:`forward`, in the first pass.
 
         Returns:
             On the last stage the logits of each sequence's next token, ``[b, vocabulary]`` in float32;
@@ -131,37 +127,30 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings = None
         if self.pre_process:
-            embeddings = self.embed(input_ids, pixel_values, image_positions, feature_index)
+            embeddings = self.embed(input_ids, media or {})
         return self.language_model.next_token_logits(embeddings, cache)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        image_positions: Tensor | None,
-        feature_index: FeatureIndex | None = None,
-    ) -> Tensor:
-        """Token embeddings with image features at the placeholders, ``[s, b, hidden]``."""
+    def embed(self, input_ids: Tensor, media: Mapping[str, Placed]) -> Tensor:
+        """Token embeddings with the media's features at their placeholders, ``[s, b, hidden]``."""
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
-        if pixel_values is not None and pixel_values.shape[0] > 0:
-            assert image_positions is not None
-            features = self.vision_projection(self.vision_model(pixel_values), feature_index)
-            batch_index, sequence_index = image_positions
-            embeddings = embeddings.index_put((sequence_index, batch_index), features.to(embeddings.dtype))
-        elif any(
-            p.requires_grad for m in (self.vision_model, self.vision_projection) for p in m.parameters()
-        ):
-            # Without images this rank would skip the gradients that the others reduce, and with
-            # nothing else to train its output would have no gradient at all to receive.
-            vision = self.model_config.vision
-            blank = embeddings.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-            unused = self.vision_projection(self.vision_model(blank)).sum()
-            if self.model_config.anyres is not None:
-                unused = unused + self.vision_projection.image_newline.sum()
-            embeddings = embeddings + 0.0 * unused
+        for kind, modality in self.modalities.items():
+            if kind in media:
+                own = media[kind]
+                features = modality.encode(self, own.inputs, own.index)
+                batch_index, sequence_index = own.positions
+                embeddings = embeddings.index_put(
+                    (sequence_index, batch_index), features.to(embeddings.dtype)
+                )
+            elif self._trains(modality):
+                # Without such media this rank would skip the gradients that the others reduce, and with
+                # nothing else to train its output would have no gradient at all to receive.
+                embeddings = embeddings + 0.0 * modality.unused(self, embeddings)
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
+
+    def _trains(self, modality: Modality) -> bool:
+        return any(p.requires_grad for name in modality.modules for p in getattr(self, name).parameters())
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states that the previous stage sent (called by the schedules)."""
@@ -170,35 +159,6 @@ class VisionLanguageModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The weight that first and last stage share when embeddings are tied."""
         return self.language_model.shared_embedding_or_output_weight()
-
-
-def find_image_positions(
-    input_ids: Tensor, num_images: int, model: ModelConfig, index: FeatureIndex | None = None
-) -> Tensor:
-    """Where the features of a batch's images go.
-
-    Args:
-        input_ids: ``[b, s]``, best on the CPU: the result's size depends on the data.
-        num_images: images of the batch.
-        index: of :func:`index_features`, where images are cut into tiles.
-
-    Returns:
-        int64 ``[2, features]``: batch and sequence indices of their placeholders: row by row, or in the order
-        of ``index``.
-
-    Raises:
-        ValueError: placeholders and image features differ in number.
-    """
-    positions = (input_ids == model.image_token_id).nonzero().t().contiguous()
-    expected = num_images * model.tile_tokens if index is None else len(index.places)
-    if positions.shape[1] != expected:
-        each = "with" if index is not None else f"x {model.tile_tokens} features ="
-        raise ValueError(
-            f"{positions.shape[1]} image tokens in the text but {num_images} images {each} {expected}; the "
-            f"tokenizer and the model must agree on the image token ({model.image_token_id}) and on its "
-            "count per image"
-        )
-    return positions if index is None else positions[:, index.places]
 
 
 def build_model(

@@ -51,17 +51,19 @@ class Debugger:
                     input_ids=batch.input_ids.cpu(),
                     labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
                     lengths=_length_of_first(batch),
-                    pixels=torch.empty(0),
-                    image_sizes=torch.empty(0),
                     keys=global_batch.keys[0],
                     packed=batch.packed_seq_params is not None,
                 )
                 shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)
                 self.say(f"debug:   first sample: {shown}")
-            images = [] if batch.pixel_values is None else list(batch.pixel_values.shape)
+            inputs = [
+                f"{name} {list(tensor.shape)}"
+                for media in batch.media.values()
+                for name, tensor in media.inputs.items()
+            ]
             self.say(
                 f"debug:   microbatch {number}: input_ids {list(batch.input_ids.shape)}, "
-                f"{int(batch.loss_mask.sum())} trained tokens, pixel_values {images}"
+                f"{int(batch.loss_mask.sum())} trained tokens, {', '.join(inputs) or 'no media'}"
             )
 
     def show_gradients(self) -> None:

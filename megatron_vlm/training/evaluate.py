@@ -163,13 +163,13 @@ class Evaluator:
             self.loader.close()
 
     def _equal_microbatches(self, microbatches: Iterable[Microbatch]) -> Iterator[Microbatch]:
-        rows, pad, shape = self.micro_batch_size, self.processing.pad_token_id, self.processing.images.shape
+        rows, pad = self.micro_batch_size, self.processing.pad_token_id
         missing = self.rounds * self.reader.num_microbatches
         for microbatch in microbatches:
             yield fill_up(microbatch, rows, pad)
             missing -= 1
         for _ in range(missing):
-            yield fill_up(None, rows, pad, shape)
+            yield fill_up(None, rows, pad)
 
 
 def _held_out(path: str) -> Mixture:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.observe.metrics import IterationMetrics
 from megatron_vlm.parallel import Layout
 from megatron_vlm.plan.flops import Work, peak_tflops, training_flops
@@ -85,7 +86,8 @@ class Meter:
         """
         own = [seen[name] if seen is not None else 0 for name in _COUNTS]
         samples = sum(len(keys) for keys in batch.keys)
-        work = [samples, batch.tokens, batch.positions, batch.images, batch.tiles, batch.attention_pairs]
+        images, tiles = batch.items.get(IMAGE.name, 0), batch.rows.get(IMAGE.name, 0)
+        work = [samples, batch.tokens, batch.positions, images, tiles, batch.attention_pairs]
         sums = torch.tensor([*work, *own], device=self.layout.device)
         dist.all_reduce(sums)
         highest = torch.tensor([self.data_seconds, _peak_memory(self.layout)], device=self.layout.device)

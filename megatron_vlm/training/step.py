@@ -61,13 +61,13 @@ def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tu
     batch = next(batches)
     output = model(
         input_ids=batch.input_ids,
-        pixel_values=batch.pixel_values,
-        image_positions=batch.image_positions,
+        media=batch.media,
         labels=batch.labels,
         trained=batch.trained,
         packed_seq_params=batch.packed_seq_params,
-        feature_index=batch.feature_index,
         loss_parts=batch.loss_parts,
+        position_ids=batch.position_ids,
+        taps=batch.taps,
     )
     return output, partial(token_loss, batch.loss_mask)
 
@@ -115,7 +115,7 @@ def sum_losses(
             data_iterator=[iter(global_batch.microbatches) for _ in models],
             model=models,
             num_microbatches=len(global_batch.microbatches),
-            seq_length=global_batch.sequence_length,
+            seq_length=global_batch.payload_rows,
             micro_batch_size=len(global_batch.microbatches[0].input_ids),
             forward_only=forward_only,
         )

@@ -18,6 +18,7 @@ from megatron_vlm.data.loader import TrainLoader
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SampleError, Turn
 from tests.data.tiny_data import jpeg, make_conversations, prepare, write_shards
+from tests.media import pixels as pixels_of
 
 SYSTEM, USER, ANSWER = Turn("system", "Be brief."), Turn("user", "What?"), Turn("assistant", "A cat.")
 
@@ -42,10 +43,10 @@ def test_messages_become_turns() -> None:
         "images": ["1.png", "0.jpg"],
         "id": 7,
     }
-    turns, images = read_conversation(sample, {"0.jpg": b"a", "1.png": b"b", "wav": b"c"})
+    turns, files = read_conversation(sample, {"0.jpg": b"a", "1.png": b"b", "wav": b"c"})
     assert turns == [SYSTEM, Turn("user", "<image> or <image>?"), Turn("assistant", "", loss=False)]
-    assert images == [b"b", b"a"]
-    assert read_conversation({"messages": []}, {}) == ([], [])
+    assert files == {"image": [b"b", b"a"]}
+    assert read_conversation({"messages": []}, {}) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -119,13 +120,13 @@ def test_conversations_that_cannot_be_trained_are_dropped(turns: list[Turn], mes
 
 def test_only_answers_with_loss_are_trained(processing: Processing) -> None:
     turns = [SYSTEM, USER, Turn("assistant", "One.", loss=False), USER, Turn("assistant", "Two."), USER]
-    sample = processing.encode("key", turns, [])
+    sample = processing.encode("key", turns, {})
     assert trained_text(sample, processing) == "Two.<|im_end|>"
     every = [SYSTEM, USER, Turn("assistant", "One."), USER, Turn("assistant", "Two."), USER]
-    assert processing.encode("key", every, []).input_ids == sample.input_ids
-    assert trained_text(processing.encode("key", every, []), processing) == "One.<|im_end|>Two.<|im_end|>"
-    assert processing.encode("key", [ANSWER, USER, ANSWER], []).input_ids == (
-        processing.encode("key", [USER, ANSWER], []).input_ids
+    assert processing.encode("key", every, {}).input_ids == sample.input_ids
+    assert trained_text(processing.encode("key", every, {}), processing) == "One.<|im_end|>Two.<|im_end|>"
+    assert processing.encode("key", [ANSWER, USER, ANSWER], {}).input_ids == (
+        processing.encode("key", [USER, ANSWER], {}).input_ids
     )
 
 
@@ -133,11 +134,11 @@ def test_images_stand_where_they_are_marked(processing: Processing) -> None:
     """Each in its turn and in its place, pixels in the same order."""
     pictures = [jpeg(i) for i in range(3)]
     turns = [Turn("user", "Is <image> in <image>?"), ANSWER, Turn("user", "And <image>?"), ANSWER]
-    sample = processing.encode("key", turns, pictures)
+    sample = processing.encode("key", turns, {"image": pictures})
     text = processing.tokenizer.decode(sample.input_ids)
     image = "<image>" * processing.model.image_tokens
     assert f"Is {image} in {image}?" in text and f"And {image}?" in text
-    assert [pixels.tolist() for pixels in sample.pixels] == [
+    assert [pixels.tolist() for pixels in pixels_of(sample)] == [
         pixels.tolist() for pixels in processing.images.tiles(processing.images.open(pictures))
     ]
 
@@ -155,7 +156,7 @@ def test_cutting_a_long_conversation(folders: dict[str, Path], models: dict[str,
 
     def encode(seq_length: int, turns: list[Turn]) -> Sample:
         made = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
-        return made.encode("key", turns, pictures)
+        return made.encode("key", turns, {"image": pictures})
 
     whole, image = encode(900, turns), models["qwen"].image_token_id
     second_image_ends = max(i for i, token in enumerate(whole.input_ids) if token == image) + 1
@@ -190,8 +191,8 @@ def test_the_loader_reads_conversations(processing: Processing, tmp_path: Path) 
             keys.update(microbatch.keys)
             counts.update(microbatch.counts)
             placeholders = (microbatch.input_ids == processing.image_token_id).sum().item()
-            assert placeholders == len(microbatch.pixels) * processing.model.image_tokens
-            images.update(pixels=len(microbatch.pixels))
+            assert placeholders == len(pixels_of(microbatch)) * processing.model.image_tokens
+            images.update(pixels=len(pixels_of(microbatch)))
     finally:
         loader.close()
     dropped = [s for s in samples if json.loads(s["json"])["id"] % 10 == 7]

@@ -154,7 +154,7 @@ def test_field_map_decides_what_is_read(copy: Path) -> None:
     (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
     dataset = PreparedDataset.open(str(copy))
     sample = raw(jpg=b"image", txt=b"unused", json=b'{"turns": [{"q": "why?"}], "a": ["first", "second"]}')
-    assert dataset.read(sample) == (asked("why?", "first"), [b"image"])
+    assert dataset.read(sample) == (asked("why?", "first"), {"image": [b"image"]})
     for config in ({"field_map": {"image": "jpg"}}, {"sample_loader": "sample_loader.py:sample_loader"}):
         (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="run: energon prepare"):
@@ -164,17 +164,20 @@ def test_field_map_decides_what_is_read(copy: Path) -> None:
     (copy / ".nv-meta" / "dataset.yaml").write_text(json.dumps(crude))
     assert PreparedDataset.open(str(copy)).read(raw(txt=b"7", json=b'{"question": "?"}')) == (
         asked("?", "7"),
-        [],
+        {},
     )
 
 
 def test_text_only_samples(dataset_dir: Path) -> None:
     dataset = PreparedDataset.open(str(dataset_dir))
     parts = {"txt": b"7", "json": b'{"question": "which?"}'}
-    assert dataset.read(raw("1", **parts)) == (asked("which?", "7"), [])
-    assert dataset.read(raw("1", jpg=b"image", **parts)) == (asked("which?", "7"), [b"image"])
-    assert dataset.read(raw("1-noimage", jpg=b"placeholder", **parts)) == (asked("which?", "7"), [])
-    assert dataset.read(raw("1", jpg=b"image", txt=b"a caption")) == (asked("", "a caption"), [b"image"])
+    assert dataset.read(raw("1", **parts)) == (asked("which?", "7"), {})
+    assert dataset.read(raw("1", jpg=b"image", **parts)) == (asked("which?", "7"), {"image": [b"image"]})
+    assert dataset.read(raw("1-noimage", jpg=b"placeholder", **parts)) == (asked("which?", "7"), {})
+    assert dataset.read(raw("1", jpg=b"image", txt=b"a caption")) == (
+        asked("", "a caption"),
+        {"image": [b"image"]},
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,5 +229,5 @@ def test_a_folder_of_conversations_is_known_without_a_flag(tmp_path: Path) -> No
             Turn("user", "Question 2 of 5?"),
             Turn("assistant", "Answer 2 of 5."),
         ],
-        [parts["0.jpg"], parts["1.png"]],
+        {"image": [parts["0.jpg"], parts["1.png"]]},
     )

@@ -24,6 +24,7 @@ from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import asked
+from tests.media import pixels as pixels_of
 from tests.tiny import save_llava
 
 RAMP = np.linspace(0, 255, 60).astype(np.uint8)[None].repeat(34, 0)
@@ -141,10 +142,10 @@ def test_a_sample_equals_transformers_processor_with_a_path(
             return_dict=True,
             return_tensors="pt",
         )
-        sample = made.encode("key", asked("What is this?", "A cat."), [data])
+        sample = made.encode("key", asked("What is this?", "A cat."), {"image": [data]})
         prompt = expected["input_ids"][0].tolist()
         assert sample.input_ids[: len(prompt)] == prompt, name
-        pixels = normalize(torch.stack(sample.pixels), made.images, torch.float32)
+        pixels = normalize(pixels_of(sample), made.images, torch.float32)
         torch.testing.assert_close(pixels, expected["pixel_values"].view_as(pixels), rtol=0, atol=1e-5)
 
 

@@ -88,11 +88,11 @@ def test_fields_are_those_that_energon_reads(name: str, folder: Path) -> None:
     dataset = PreparedDataset.open(str(folder))
     assert len(theirs) == dataset.num_samples == len(SAMPLES)
     for raw in dataset.pick(range(len(SAMPLES))):
-        turns, images = dataset.read(raw)
+        turns, files = dataset.read(raw)
         sample = theirs[raw.__key__.rpartition("/")[2]]
         question, answer = expected(name, sample)
         assert turns == [Turn("user", question), Turn("assistant", answer)]
-        assert images == [raw.parts["jpg"]]
+        assert files == {"image": [raw.parts["jpg"]]}
     # Older folders name the class of the whole dataset.
     turns, _ = dataset.read(raw)
     old = {"__module__": "megatron.energon", "__class__": name.replace("Sample", "Webdataset")}

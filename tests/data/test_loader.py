@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,8 @@ from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.plan.grouping import LengthGroups, Packing
 from tests.data.tiny_data import MICRO_BATCH, asked, content, jpeg, make_samples, take
+from tests.media import image_media, image_sizes
+from tests.media import pixels as pixels_of
 
 
 def samples_of(microbatch: Microbatch) -> list[tuple[str, list[int], list[int]]]:
@@ -161,8 +164,8 @@ def test_packed_samples_are_the_ones_that_are_encoded(
         for key, ids, labels in samples_of(microbatch):
             alone = samples[key]
             assert (ids, labels) == (alone.input_ids[0].tolist(), alone.labels[0].tolist())
-            pixels.append(alone.pixels)
-        assert torch.equal(microbatch.pixels, torch.cat(pixels))
+            pixels.append(pixels_of(alone))
+        assert torch.equal(pixels_of(microbatch), torch.cat([p for p in pixels if len(p)]))
         tokens += int(microbatch.lengths.sum())
     assert tokens > 0.95 * 5 * 2 * 400
 
@@ -175,7 +178,7 @@ def test_micro_batches_of_like_length(make_loader: Any) -> None:
         taken = [next(loader) for _ in range(24)]
         assert {len(m.input_ids) for m in taken} == {MICRO_BATCH}
         positions = sum(m.input_ids.numel() for m in taken)
-        mixed = sum(0 < len(m.pixels) < MICRO_BATCH for m in taken)
+        mixed = sum(0 < len(pixels_of(m)) < MICRO_BATCH for m in taken)
         return 1 - sum(int(m.lengths.sum()) for m in taken) / positions, mixed
 
     (before, mixed_before), (after, mixed_after) = (
@@ -269,35 +272,39 @@ def test_an_unforeseen_error_is_not_skipped(make_loader: Any, monkeypatch: pytes
 
 def test_overlong_samples(folders: dict[str, Path], models: dict[str, ModelConfig]) -> None:
     whole = load_processing(str(folders["qwen"]), models["qwen"], seq_length=500)
-    reference = whole.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
+    reference = whole.encode("key", asked("What?", "A cat. " * 9), {"image": [jpeg(1)]})
     assert not reference.truncated
     length = len(reference.input_ids)
     for seq_length in (length, length - 1, length - 20):
         processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
-        sample = processing.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
+        sample = processing.encode("key", asked("What?", "A cat. " * 9), {"image": [jpeg(1)]})
         assert sample.truncated == (seq_length < length)
         assert sample.input_ids == reference.input_ids[:seq_length]
         # What is cut off is not predicted either.
         assert sample.labels == reference.labels[: seq_length - 1] + [IGNORE_INDEX]
     dropping = load_processing(str(folders["qwen"]), models["qwen"], seq_length=length - 1, overlong="drop")
     with pytest.raises(SampleError, match=f"^{length} tokens are more than --seq-length {length - 1}$"):
-        dropping.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
+        dropping.encode("key", asked("What?", "A cat. " * 9), {"image": [jpeg(1)]})
     image_end = max(i for i, t in enumerate(reference.input_ids) if t == whole.image_token_id) + 1
     for seq_length, message in ((image_end - 1, "its image does not fit"), (image_end + 1, "nothing of its")):
         processing = load_processing(str(folders["qwen"]), models["qwen"], seq_length=seq_length)
         with pytest.raises(SampleError, match=message):
-            processing.encode("key", asked("What?", "A cat. " * 9), [jpeg(1)])
+            processing.encode("key", asked("What?", "A cat. " * 9), {"image": [jpeg(1)]})
 
 
 def test_collate_pads_on_the_right() -> None:
     image = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
-    samples = [Sample("a", [5, 6], [6, -100], [image]), Sample("b", [7, 8, 9], [-100, 9, -100], [])]
-    microbatch = collate(samples, pad_token_id=1, image_shape=(3, 2, 2))
+    media = image_media(image[None], [[3, 4]])
+    samples = [Sample("a", [5, 6], [6, -100], media), Sample("b", [7, 8, 9], [-100, 9, -100])]
+    microbatch = collate(samples, pad_token_id=1)
     assert microbatch.input_ids.tolist() == [[5, 6, 1], [7, 8, 9]]
     assert microbatch.labels.tolist() == [[6, -100, -100], [-100, 9, -100]]
-    assert torch.equal(microbatch.pixels, image[None]) and microbatch.keys == ["a", "b"]
-    text_only = collate(samples[1:], pad_token_id=1, image_shape=(3, 2, 2))
-    assert text_only.pixels.shape == (0, 3, 2, 2) and text_only.pixels.dtype == torch.uint8
+    assert torch.equal(pixels_of(microbatch), image[None]) and microbatch.keys == ["a", "b"]
+    assert image_sizes(microbatch) == [(3, 4)]
+    assert collate(samples[1:], pad_token_id=1).media == {}
+    both = pickle.loads(pickle.dumps(collate([samples[0], samples[0]], pad_token_id=1)))
+    assert torch.equal(pixels_of(both), torch.stack([image, image]))
+    assert image_sizes(both) == [(3, 4), (3, 4)] and both.keys == ["a", "a"]
 
 
 def test_every_validation_pass_is_the_same(dataset_dir: Path, processing: Processing) -> None:

@@ -35,6 +35,7 @@ from megatron_vlm.plan.grouping import Packing
 from megatron_vlm.plan.packing_estimate import estimate_packing
 from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
 from tests.data.tiny_data import SCRIPT, llava, picture, samples_in, samples_of
+from tests.media import pixels as pixels_of
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -175,7 +176,7 @@ def test_training_reads_it(prepared: Path, folders: dict[str, Path], models: dic
         sample = samples[batch.keys[0]]
         trained = [label for label in batch.labels[0].tolist() if label != IGNORE_INDEX]
         assert processing.tokenizer.decode(trained).startswith(sample["messages"][-1]["content"])
-        assert len(batch.pixels) == len(sample["images"])
+        assert len(pixels_of(batch)) == len(sample["images"])
 
 
 def test_the_number_of_workers_changes_nothing(llava_json: Path, prepared: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from tests.data.tiny_data import (
     qwen_tokenizer,
     write_shards,
 )
+from tests.media import pixels as pixels_of
 
 IMAGE_TOKENS = 25  # of the folder "bare"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "preview.py"
@@ -91,8 +92,8 @@ def test_ids_and_labels_are_the_loaders(shown: dict[str, Any], data: Path, proce
         row = rows[view["key"]]
         assert view["input_ids"] == row.input_ids[0].tolist() and view["labels"] == row.labels[0].tolist()
         assert view["trained_tokens"] == sum(label != IGNORE_INDEX for label in view["labels"])
-        assert [image["fed"] for image in view["images"]] == [[[3, 20, 20]]] * len(row.pixels)
-        assert view["image_tokens"] == len(row.pixels) * IMAGE_TOKENS
+        assert [image["fed"] for image in view["images"]] == [[[3, 20, 20]]] * len(pixels_of(row))
+        assert view["image_tokens"] == len(pixels_of(row)) * IMAGE_TOKENS
     states = {view["key"]: (view["state"], view["reason"]) for view in shown["views"]}
     assert states["00001"] == ("corrupt", "its image is in no format that PIL knows")
     assert states["00007"][0] == "dropped" and "2 image markers, but 1 images" in states["00007"][1]
@@ -293,11 +294,11 @@ def test_the_first_sample_in_a_runs_log(processing: Processing, join: Any) -> No
     """As the tokenizer decodes it whole, spaces between trained and other text among it."""
     tokenizer = processing.tokenizer
     samples = [
-        processing.encode(key, asked("What\x1b[2J?", "A cat."), [jpeg(1)] * (key == "a"))
+        processing.encode(key, asked("What\x1b[2J?", "A cat."), {"image": [jpeg(1)] * (key == "a")})
         for key in ("a", "b")
     ]
     for order in (samples, samples[::-1]):  # the first sample padded, and not
-        microbatch = join(order, processing.pad_token_id, processing.images.shape)
+        microbatch = join(order, processing.pad_token_id)
         text = describe(microbatch, tokenizer, processing.image_token_id)
         ids, labels = order[0].input_ids, order[0].labels
         head, _, shown = text.partition("): ")

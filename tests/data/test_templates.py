@@ -80,7 +80,7 @@ def test_folder_template_equals_transformers(
     for i, (question, answer) in enumerate((q, a) for q in QUESTIONS for a in ANSWERS):
         with_image = i % 3 != 0
         whole, prompt = reference(name, folders[name], question, answer, with_image)
-        sample = processing.encode("key", asked(question, answer), [jpeg(1)] * with_image)
+        sample = processing.encode("key", asked(question, answer), {"image": [jpeg(1)] * with_image})
         # llava-1.5's template writes no end token; without one a model never learns to stop.
         expected = whole + [end] * (name == "llava")
         assert sample.input_ids == expected
@@ -131,12 +131,13 @@ def test_no_question_asks_for_a_caption(folders: dict[str, Path], models: dict[s
     for lang, word in (("jp", "画像"), ("en", "image")):
         processing = processing_for("qwen", folders, models, lang=lang)
         for question in ("", "<image>\n"):
-            sample = processing.encode("key", asked(question, "A cat."), [jpeg(1)])
+            sample = processing.encode("key", asked(question, "A cat."), {"image": [jpeg(1)]})
             assert word in processing.tokenizer.decode(sample.input_ids).replace("<image>", "")
             assert (
-                processing.encode("key", asked(question, "A cat."), [jpeg(1)]).input_ids == sample.input_ids
+                processing.encode("key", asked(question, "A cat."), {"image": [jpeg(1)]}).input_ids
+                == sample.input_ids
             )
-        text_only = processing.tokenizer.decode(processing.encode("key", asked("", "A cat."), []).input_ids)
+        text_only = processing.tokenizer.decode(processing.encode("key", asked("", "A cat."), {}).input_ids)
         assert word not in text_only
 
 
@@ -146,9 +147,9 @@ def test_a_sample_of_which_nothing_is_trained_is_dropped(
     """Of an empty caption there is the newline behind it, which an image or a start token would predict."""
     processing = processing_for("qwen", folders, models, template="plain")
     with pytest.raises(SampleError, match="none of its tokens is trained") as error:
-        processing.encode("key", asked("What?", ""), [])
+        processing.encode("key", asked("What?", ""), {})
     assert error.value.kind == "dropped"
-    assert len(trained_ids(processing.encode("key", asked("What?", ""), [jpeg(1)]))) == 1
+    assert len(trained_ids(processing.encode("key", asked("What?", ""), {"image": [jpeg(1)]}))) == 1
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen"])
@@ -156,10 +157,13 @@ def test_image_marker_is_a_position(
     name: str, folders: dict[str, Path], models: dict[str, ModelConfig]
 ) -> None:
     processing = processing_for(name, folders, models)
-    in_front = processing.encode("key", asked("What?", "A cat."), [jpeg(1)]).input_ids
-    assert processing.encode("key", asked("<image>\nWhat?", "A cat."), [jpeg(1)]).input_ids == in_front
+    in_front = processing.encode("key", asked("What?", "A cat."), {"image": [jpeg(1)]}).input_ids
+    assert (
+        processing.encode("key", asked("<image>\nWhat?", "A cat."), {"image": [jpeg(1)]}).input_ids
+        == in_front
+    )
     if name == "qwen":  # llava-1.5's own template renders all images first
-        ids = processing.encode("key", asked("Is <image> it?", "A cat."), [jpeg(1)]).input_ids
+        ids = processing.encode("key", asked("Is <image> it?", "A cat."), {"image": [jpeg(1)]}).input_ids
         assert f"Is {'<image>' * processing.model.image_tokens} it?" in processing.tokenizer.decode(ids)
 
 
@@ -172,7 +176,9 @@ def test_markers_without_image_are_dropped(
 ) -> None:
     for name in ("llava", "qwen"):
         with pytest.raises(SampleError, match=f"{found} image markers, but {images} images") as error:
-            processing_for(name, folders, models).encode("key", asked(question, "A cat."), [jpeg(1)] * images)
+            processing_for(name, folders, models).encode(
+                "key", asked(question, "A cat."), {"image": [jpeg(1)] * images}
+            )
         assert error.value.kind == "dropped"
 
 
@@ -286,7 +292,7 @@ def test_an_end_token_that_is_not_flagged_special(
     end = processing.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert processing.template.end_token_id == end
     assert processing.template.check_end() == f"answers end with '<|im_end|>' ({end})"
-    trained = trained_ids(processing.encode("key", asked("q", "a"), []))
+    trained = trained_ids(processing.encode("key", asked("q", "a"), {}))
     assert processing.tokenizer.convert_ids_to_tokens(trained)[-2:] == ["a", "<|im_end|>"]
 
 
@@ -302,13 +308,13 @@ def test_a_tokenizer_that_appends_an_end_token(
     assert appending.template.appended == [2] and ordinary.template.appended == []
     for question in QUESTIONS:
         turns = [*asked(question, "A cat."), *asked("And?", "No.")]
-        sample, expected = (made.encode("key", turns, [jpeg(1)]) for made in (appending, ordinary))
+        sample, expected = (made.encode("key", turns, {"image": [jpeg(1)]}) for made in (appending, ordinary))
         assert (sample.input_ids, sample.labels) == (expected.input_ids, expected.labels)
         assert (
             sample.input_ids[0] == 1 and sample.input_ids[-2:].count(2) == 1 and trained_ids(sample)[-1] == 2
         )
         for raw in (False, True):
-            prompt, wanted = (made.encode_prompt(question, [], raw) for made in (appending, ordinary))
+            prompt, wanted = (made.encode_prompt(question, {}, raw) for made in (appending, ordinary))
             assert prompt == wanted and prompt[-1] != 2
     appending.template.check_end()
 

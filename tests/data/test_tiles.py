@@ -22,6 +22,8 @@ from megatron_vlm.data.batch import collate
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import asked, jpeg
+from tests.media import image_sizes
+from tests.media import pixels as pixels_of
 from tests.tiny import SIZES, save_llava
 
 PICTURES = [jpeg(i, width, height) for i, (height, width) in enumerate(SIZES)]
@@ -39,9 +41,9 @@ def processing(folder: Path) -> Processing:
     return load_processing(str(folder), ModelConfig.from_hf_dir(str(folder)), seq_length=1024)
 
 
-def finished(made: Processing, tiles: list[torch.Tensor]) -> torch.Tensor:
+def finished(made: Processing, tiles: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values)[:, None, None] for values in (made.images.mean, made.images.std))
-    return (torch.stack(tiles) * made.images.rescale - mean) / std
+    return (tiles * made.images.rescale - mean) / std
 
 
 @pytest.mark.parametrize("pictures", [PICTURES[:1], PICTURES[1:2], PICTURES[3:7], PICTURES[2:5], []])
@@ -49,7 +51,7 @@ def test_a_sample_equals_transformers_processor(folders: dict[str, Path], pictur
     """Of LLaVA-1.6: several images in one conversation, each with its own number of tiles and tokens."""
     made = processing(folders["llava_next"])
     processor = transformers.AutoProcessor.from_pretrained(folders["llava_next"], backend="pil")
-    sample = made.encode("key", asked("What is this?", "A cat."), pictures)
+    sample = made.encode("key", asked("What is this?", "A cat."), {"image": pictures})
     content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": "What is this?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [Image.open(io.BytesIO(data)) for data in pictures]
@@ -57,21 +59,19 @@ def test_a_sample_equals_transformers_processor(folders: dict[str, Path], pictur
     prompt = expected["input_ids"][0].tolist()
     assert sample.input_ids[: len(prompt)] == prompt
     if not pictures:
-        assert sample.pixels == [] and sample.image_sizes == []
+        assert sample.media == {}
         return
-    assert sample.image_sizes == [tuple(size) for size in expected["image_sizes"].tolist()]
-    at, counts = 0, [made.model.tiling(size).tiles for size in sample.image_sizes]
+    assert image_sizes(sample) == [tuple(size) for size in expected["image_sizes"].tolist()]
+    at, counts = 0, [made.model.tiling(size).tiles for size in image_sizes(sample)]
     for pixels, count in zip(expected["pixel_values"], counts, strict=True):
         # A uint8 level is 1e-2 at least; what is left is rounding.
-        own = finished(made, sample.pixels[at : at + count])
+        own = finished(made, pixels_of(sample)[at : at + count])
         torch.testing.assert_close(own, pixels[:count], rtol=0, atol=2e-6)
         assert not pixels[count:].any()  # it fills images up to the most tiles
         at += count
-    assert at == len(sample.pixels)
-    microbatch = collate([sample, sample], made.pad_token_id, made.images.shape)
-    assert len(microbatch.pixels) == 2 * at and microbatch.image_sizes.tolist() == 2 * [
-        list(size) for size in sample.image_sizes
-    ]
+    assert at == len(pixels_of(sample))
+    microbatch = collate([sample, sample], made.pad_token_id)
+    assert len(pixels_of(microbatch)) == 2 * at and image_sizes(microbatch) == 2 * image_sizes(sample)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -80,14 +80,14 @@ def test_onevision_cuts_an_image_that_is_alone(folders: dict[str, Path], count: 
     processor = AutoImageProcessor.from_pretrained(folders["llava_onevision"], backend="pil")
     for start in range(len(PICTURES) - count + 1):
         pictures = PICTURES[start : start + count]
-        sample = made.encode("key", asked("What is this?", "A cat."), pictures)
+        sample = made.encode("key", asked("What is this?", "A cat."), {"image": pictures})
         images = [Image.open(io.BytesIO(data)) for data in pictures]
         expected = processor([images] if count > 1 else images, return_tensors="pt")
         sizes = [tuple(size) for size in expected["image_sizes"].tolist()]
-        assert sample.image_sizes == (sizes if count == 1 else [UNCUT] * count)
+        assert image_sizes(sample) == (sizes if count == 1 else [UNCUT] * count)
         pixels = expected["pixel_values"].flatten(0, 1)
-        torch.testing.assert_close(finished(made, sample.pixels), pixels, rtol=0, atol=2e-6)
-        tokens = [made.model.count_tokens(size) for size in sample.image_sizes]
+        torch.testing.assert_close(finished(made, pixels_of(sample)), pixels, rtol=0, atol=2e-6)
+        tokens = [made.model.count_tokens(size) for size in image_sizes(sample)]
         assert sample.input_ids.count(made.image_token_id) == sum(tokens)
 
 
@@ -112,12 +112,12 @@ def test_the_images_of_a_dataset_as_llava_makes_them(folders: dict[str, Path], k
     tower.image_mean, tower.image_std = given.image_mean, given.image_std
     colour = tuple(int(value * 255) for value in given.image_mean)
     for pictures in (PICTURES[:1], PICTURES[3:4], PICTURES[3:6]):
-        sample = made.encode("key", asked("What is this?", "A cat."), pictures)
+        sample = made.encode("key", asked("What is this?", "A cat."), {"image": pictures})
         images = [Image.open(io.BytesIO(data)) for data in pictures]
         fed = [expand2square(image, colour) if name == "pad" else image for image in images]
         expected = torch.cat([tower(image, return_tensors="pt")["pixel_values"] for image in fed])
-        torch.testing.assert_close(finished(made, sample.pixels), expected, rtol=0, atol=2e-6)
-        assert sample.image_sizes == [UNCUT] * len(pictures)
+        torch.testing.assert_close(finished(made, pixels_of(sample)), expected, rtol=0, atol=2e-6)
+        assert image_sizes(sample) == [UNCUT] * len(pictures)
         tokens = len(pictures) * made.model.count_tokens(UNCUT)
         assert sample.input_ids.count(made.image_token_id) == tokens
 
@@ -135,7 +135,7 @@ def test_what_is_no_picture(folders: dict[str, Path]) -> None:
     made = processing(folders["llava_next"])
     for data in (b"not a picture", PICTURES[0][:-200]):
         with pytest.raises(SampleError, match="its image") as error:
-            made.encode("key", asked("What?", "A cat."), [PICTURES[1], data])
+            made.encode("key", asked("What?", "A cat."), {"image": [PICTURES[1], data]})
         assert error.value.kind == "corrupt"
 
 
@@ -145,8 +145,8 @@ def test_a_picture_of_one_pixel_and_a_line(folders: dict[str, Path]) -> None:
         for height, width in ((1, 1), (1, 400), (400, 1)):
             buffer = io.BytesIO()
             Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "PNG")
-            sample = made.encode("key", asked("What?", "A cat."), [buffer.getvalue()])
-            assert len(sample.pixels) == made.model.tiling((height, width)).tiles, kind
+            sample = made.encode("key", asked("What?", "A cat."), {"image": [buffer.getvalue()]})
+            assert len(pixels_of(sample)) == made.model.tiling((height, width)).tiles, kind
 
 
 def test_a_processor_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -138,10 +138,12 @@ def asked(question: str, answer: str) -> list[Turn]:
 
 def content(microbatch: Microbatch) -> tuple[Any, ...]:
     """Everything in a microbatch, comparable and exact; its sources, counts and worker come last."""
-    tensors = (microbatch.input_ids, microbatch.labels, microbatch.pixels)
+    media = microbatch.media.values()
+    tensors = [microbatch.input_ids, microbatch.labels]
+    tensors += [tensor for own in media for tensor in (*own.tensors.values(), own.sizes)]
     arrays = tuple((tuple(t.shape), t.numpy().tobytes()) for t in tensors)
     samples = (microbatch.lengths.tolist(), microbatch.keys, microbatch.sources)
-    return (*arrays, *samples, microbatch.counts, microbatch.worker)
+    return (*arrays, *microbatch.media, *samples, microbatch.counts, microbatch.worker)
 
 
 def take(loader: TrainLoader, count: int) -> list[tuple[Any, ...]]:

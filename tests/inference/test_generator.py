@@ -14,6 +14,7 @@ from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.inference.generator import Prompt
 from tests.distributed import Pool
+from tests.media import image_media
 from tests.models.test_parity import image_sizes
 from tests.tiny import FAMILIES, save_tiny_llava, transformers_inputs
 from tests.workers import Layout, generate
@@ -37,7 +38,7 @@ def make_prompts(model: ModelConfig, images: list[int]) -> list[Prompt]:
             ids[1 + i : 1 + i] = [model.image_token_id] * model.count_tokens(image)
         tiles = sum(1 if model.anyres is None else model.tiling(image).tiles for image in sizes)
         pixels = torch.randn(tiles, model.vision.num_channels, size, size, generator=generator)
-        prompts.append(Prompt(number, ids, pixels, tuple(sizes)))
+        prompts.append(Prompt(number, ids, image_media(pixels, sizes, "pixel_values")))
     return prompts
 
 
@@ -47,11 +48,14 @@ def transformers_answers(
     """What ``generate`` answers, up to and with the first end token."""
     answers = []
     for prompt in prompts:  # one by one: its repetition penalty counts padding
-        inputs = {"input_ids": torch.tensor([prompt.input_ids]), "pixel_values": prompt.pixel_values}
+        images = prompt.media.get("image")
+        pixels = torch.empty(0) if images is None else images.tensors["pixel_values"]
+        sizes = torch.empty(0, 2, dtype=torch.int64) if images is None else images.sizes
+        inputs = {"input_ids": torch.tensor([prompt.input_ids]), "pixel_values": pixels}
         if net.config.model_type in ANYRES:
-            inputs["image_sizes"] = torch.tensor(prompt.image_sizes)
+            inputs["image_sizes"] = sizes
         if net.config.model_type == "llava_onevision":
-            inputs["batch_num_images"] = torch.tensor([len(prompt.image_sizes)])
+            inputs["batch_num_images"] = torch.tensor([len(sizes)])
         output = net.generate(
             **transformers_inputs(inputs),
             attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.int64),

@@ -50,7 +50,9 @@ def test_a_prompt_equals_the_processors(checkpoint: Path) -> None:
         return_tensors="pt",
     )
     assert prompt.input_ids == expected["input_ids"][0].tolist()
-    torch.testing.assert_close(prompt.pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        prompt.media["image"].tensors["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6
+    )
 
 
 def test_a_prompt_with_images_in_tiles_equals_the_processors(tmp_path: Path) -> None:
@@ -68,17 +70,17 @@ def test_a_prompt_with_images_in_tiles_equals_the_processors(tmp_path: Path) -> 
         return_tensors="pt",
     )
     assert prompt.input_ids == expected["input_ids"][0].tolist()
-    assert prompt.image_sizes == tuple(map(tuple, expected["image_sizes"].tolist()))
+    assert torch.equal(prompt.media["image"].sizes, expected["image_sizes"])
     pixels = expected["pixel_values"].flatten(0, 1)
     pixels = pixels[pixels.flatten(1).any(1)]  # without the tiles that fill up
-    torch.testing.assert_close(prompt.pixel_values, pixels, rtol=0, atol=2e-6)
+    torch.testing.assert_close(prompt.media["image"].tensors["pixel_values"], pixels, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("template", ["chat", "v1", "plain", "llama_2", "mistral", "llm_jp"])
 def test_a_prompt_is_how_a_training_sample_begins(checkpoint: Path, template: str) -> None:
     flags = ["--image", str(checkpoint / "a.jpg"), "--prompt", "What is this?", "--template", template]
     questions = ask(checkpoint, *flags, "--lang", "jp" if template == "llm_jp" else "en")
-    sample = questions.processing.encode("key", asked("What is this?", "It is 7."), [jpeg(1)])
+    sample = questions.processing.encode("key", asked("What is this?", "It is 7."), {"image": [jpeg(1)]})
     first_trained = next(i for i, label in enumerate(sample.labels) if label >= 0) + 1
     (prompt,) = questions.encode([0])
     assert prompt.input_ids == sample.input_ids[: len(prompt.input_ids)]
@@ -109,7 +111,7 @@ def test_images_are_read_as_in_training(checkpoint: Path, tmp_path: Path) -> Non
     processor = transformers.AutoProcessor.from_pretrained(checkpoint / "hf", backend="pil")
 
     def pixels(folder: Path, *flags: str) -> torch.Tensor:
-        return ask(folder, *said, *flags).encode([0])[0].pixel_values
+        return ask(folder, *said, *flags).encode([0])[0].media["image"].tensors["pixel_values"]
 
     def expected(image: Any) -> torch.Tensor:
         return processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
@@ -176,7 +178,8 @@ def test_input_file(checkpoint: Path) -> None:
     file.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
     questions = ask(checkpoint, "--input", str(file))
     assert [question.fields for question in questions.questions] == lines
-    assert [len(prompt.pixel_values) for prompt in questions.encode(range(3))] == [1, 0, 2]
+    images = [prompt.media.get("image") for prompt in questions.encode(range(3))]
+    assert [media and (media.items, media.rows) for media in images] == [(1, 1), None, (2, 2)]
     assert [prompt.number for prompt in questions.encode([1, 2])] == [1, 2]
 
 

@@ -7,9 +7,11 @@ import torch
 
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.models.modalities import place_media
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import build_model, find_image_positions
+from megatron_vlm.models.vlm import build_model
 from tests.distributed import DEVICE, Pool
+from tests.media import image_media
 from tests.tiny import tiny_config
 
 Result = tuple[dict[str, torch.Tensor], int]
@@ -32,13 +34,13 @@ def forward_and_backward(model: ModelConfig, recompute: str, only_layers: bool) 
     ids[0, 2 : 2 + model.image_tokens] = model.image_token_id
     pixels = torch.randn(1, 3, model.vision.image_size, model.vision.image_size)
     labels = torch.randint(3, 190, ids.shape)
+    media = place_media(ids, image_media(pixels, name="pixel_values"), chunk.modalities)
 
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         loss = chunk(
             ids.to(device),
-            pixels.to(device),
-            find_image_positions(ids, 1, model).to(device),
+            {kind: placed.to(device) for kind, placed in media.items()},
             labels=labels.to(device),
             trained=torch.arange(ids.numel(), device=device),
         )

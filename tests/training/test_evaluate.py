@@ -25,6 +25,7 @@ from megatron_vlm.data.processing import build_processing
 from megatron_vlm.hf.convert import export_hf
 from megatron_vlm.plan.data_order import held_out_identity
 from tests.distributed import Pool
+from tests.media import pixels as pixels_of
 from tests.training.conftest import Trainable
 from tests.training.test_layouts import layout_flags
 from tests.training.test_run import failure, metrics
@@ -111,9 +112,9 @@ def reference_loss(hf: Path, data: Path, samples: int | None) -> tuple[float, in
     total, trained = 0.0, 0
     for microbatch in loader:
         pixels = None
-        if len(microbatch.pixels):  # cropped already: what is left is to scale and to normalise
+        if microbatch.media:  # cropped already: what is left is to scale and to normalise
             pixels = processor(
-                list(microbatch.pixels), do_resize=False, do_center_crop=False, return_tensors="pt"
+                list(pixels_of(microbatch)), do_resize=False, do_center_crop=False, return_tensors="pt"
             )["pixel_values"]
         with torch.no_grad():
             logits = model(input_ids=microbatch.input_ids, pixel_values=pixels).logits

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_vlm import parallel
+from megatron_vlm.models.media import Placed
 from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.freezing import Regime
@@ -200,8 +201,8 @@ def judge(with_image: bool) -> str:
     check = GradientCheck(Regime((), {name: [2]}, {name: 0}, [(name, weight)]), layout, RunState(), print)
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     mask = torch.tensor([[False] * 3, [with_image] * 3])
-    positions = torch.zeros(2, 1, dtype=torch.int64) if with_image else None
-    batch = Batch(tokens, tokens, mask, tokens, image_positions=positions)
+    media = {"image": Placed({}, torch.zeros(2, 1, dtype=torch.int64))} if with_image else {}
+    batch = Batch(tokens, tokens, mask, tokens, media)
     try:
         for _ in range(20):
             check.after_step(GlobalBatch([batch], 3), int(mask.sum()))

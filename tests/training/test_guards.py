@@ -50,9 +50,7 @@ def train_with_a_bad_image(argv: list[str], iteration: int) -> None:
         calls += 1
         batch = read(self)
         if calls == iteration and self.layout.dp_rank == 0 and self.layout.is_first_stage:
-            pixels = batch.microbatches[0].pixel_values
-            assert pixels is not None
-            pixels[0] = math.nan
+            batch.microbatches[0].media["image"].inputs["pixel_values"][0] = math.nan
         return batch
 
     with mock.patch.object(BatchReader, "next", spoil):
@@ -181,7 +179,7 @@ def test_a_rank_that_hangs(trainables: dict[str, Trainable], tmp_path: Path, how
     )
     stacks = tmp_path / "run" / "logs" / "stacks"
     waiting = (stacks / "rank_1.txt").read_text()
-    assert "in _share" in waiting and "in broadcast" in waiting
+    assert "in share" in waiting and "in broadcast" in waiting
     assert f"the stacks of all its threads are in {stacks / 'rank_1.txt'}" in ended.stderr
     if how == "python":
         stuck = (stacks / "rank_0.txt").read_text()

@@ -26,6 +26,7 @@ from megatron_vlm.training.batch import BatchReader
 from megatron_vlm.training.freezing import set_trainable
 from megatron_vlm.training.step import prepare_for_schedules, train_step
 from tests.distributed import Pool
+from tests.media import image_media
 from tests.training.conftest import Trainable
 
 # On a GPU the host has to wait for these: their results, or the results' sizes, depend on the data.
@@ -108,9 +109,8 @@ def microbatches(trainables: dict[str, Trainable]) -> list[Microbatch]:
         labels = ids.clone()
         labels[:, :60] = -100
         pixels = torch.randint(0, 256, (sum(images), 3, 20, 20), generator=generator).to(torch.uint8)
-        sizes = torch.zeros(sum(images), 2, dtype=torch.int64)
         lengths = torch.full((2,), ids.shape[1])
-        found.append(Microbatch(ids, labels, lengths, pixels, sizes, ["a", "b"]))
+        found.append(Microbatch(ids, labels, lengths, ["a", "b"], image_media(pixels)))
     return found
 
 

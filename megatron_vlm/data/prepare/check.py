@@ -19,6 +19,7 @@ from megatron_vlm.artifacts.dataset import PREPARED, index_problem, meta_problem
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows
 from megatron_vlm.data.field_maps import read_field_map
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.prepare.files import read_json_if_there
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.shards import content_hash
@@ -149,12 +150,12 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, bytes]]
 
 def _sample_problems(task: _Task, key: str, parts: dict[str, bytes]) -> Iterator[str]:
     try:
-        turns, images = task.dataset.read(RawSample(__key__=key, __restore_key__=(), parts=parts))
+        turns, files = task.dataset.read(RawSample(__key__=key, __restore_key__=(), parts=parts))
         trainable_turns(turns)
     except SampleError as error:
         yield str(error)
         return
-    for number, image in enumerate(images):
+    for number, image in enumerate(files.get(IMAGE.name, ())):
         try:
             Encoding()(image)
         except Rejected as error:

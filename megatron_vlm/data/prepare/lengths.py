@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
+from megatron_vlm.data.kinds import IMAGE
 from megatron_vlm.data.prepare.pictures import Picture
 from megatron_vlm.data.prepare.shards import Rendering
 from megatron_vlm.data.processing import load_processing
@@ -38,8 +39,8 @@ class Lengths:
             SampleError: training leaves it out.
         """
         turns = [Turn(item["role"], item["content"], item.get("loss", True)) for item in messages]
-        images = self._processing.images.open([picture.data for picture in pictures])
-        sample = self._processing.tokenize(key, turns, images)
+        opened = self._processing.open({IMAGE.name: [picture.data for picture in pictures]})
+        sample = self._processing.tokenize(key, turns, opened)
         image_tokens = sample.input_ids.count(self._processing.image_token_id)
         return {
             "tokens": len(sample.input_ids),
