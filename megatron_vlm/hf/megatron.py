@@ -174,7 +174,9 @@ class MegatronCheckpoint:
             why = why if missing[0] in NOT_IN_LLAVA_MODEL and self.folder is not None else ""
             raise ValueError(f"{self.path}: {missing[0]} is missing{and_more(missing)}{why}")
         known_here = expected.keys() | adapters
-        unknown = [n for n in sorted(stored) if n.startswith(_MODEL_PREFIXES) and n not in known_here]
+        # Beside the model's tensors, which a manifest lists, there may be an optimizer's.
+        models = {n for n in stored if n.startswith(_MODEL_PREFIXES) or n in self.manifest.get("tensors", {})}
+        unknown = sorted(models - known_here)
         if unknown:
             raise ValueError(f"{self.path}: {unknown[0]} has no row in the tables{and_more(unknown)}")
         for name, row in expected.items():

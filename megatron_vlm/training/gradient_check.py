@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.architecture.train_modules import LANGUAGE
+from megatron_vlm.models.modalities import MODALITIES
 from megatron_vlm.parallel import Layout
 from megatron_vlm.system.units import count_text
 from megatron_vlm.training.batch import GlobalBatch
@@ -45,10 +46,9 @@ class GradientCheck:
         self.waiting = list(regime.trained)  # tensors that no gradient has reached; the same on every rank
         self.frozen = [(name, parameter) for name, parameter in regime.own if name not in regime.trained]
         self.bits: list[Tensor] | None = _bits(self.frozen)
-        self.updates = self.iterations = self.with_images = (
-            0  # of this start; the last two with trained tokens
-        )
-        self.images_came = False
+        self.updates = self.iterations = 0  # of this start; the second with trained tokens
+        self.with_media = dict.fromkeys(MODALITIES, 0)  # of these, the ones with such media, by kind
+        self.came: set[str] = set()  # kinds of which there was any, with trained tokens or without
 
     def after_step(self, global_batch: GlobalBatch, trained_tokens: int) -> None:
         """Look at the gradients that a step has left; a collective call while there is something to watch.
@@ -96,55 +96,70 @@ class GradientCheck:
     def _why_still(self) -> str:
         if not self.iterations:
             return "no sample has had a token that is trained; look at --template, --seq-length and the data"
-        if self.images_came:
+        kinds = {kind for kind in map(_kind, self.waiting) if kind is not None}
+        some = " or ".join(_one(kind) for kind in MODALITIES if kind in kinds)
+        if kinds & self.came:
             return (
-                "no sample with an image has had a token that is trained; a larger --seq-length cuts less off"
+                f"no sample with {some} has had a token that is trained; a larger --seq-length cuts less off"
             )
-        return "no sample has had an image"
+        return f"no sample has had {some}"
 
     def _watch(self, global_batch: GlobalBatch) -> None:
-        reached, has_images = self._look(global_batch)
+        reached, seen = self._look(global_batch)
         self.waiting = [name for name in self.waiting if name not in reached]
         if self.state.parts_reached is not None:
             parts = {*self.state.parts_reached, *map(_part, reached)}
             self.state.parts_reached = [part for part in self.parts if part in parts]
         self.iterations += 1
-        self.with_images += has_images
+        for kind in seen:
+            self.with_media[kind] += 1
         for module, prefix in MODULES.items():
             names = [name for name in self.regime.trained if name.startswith(prefix)]
-            if names and set(names) <= set(self.waiting) and (has_images or prefix == LANGUAGE):
+            if names and set(names) <= set(self.waiting) and (prefix == LANGUAGE or _kind(prefix) in seen):
                 raise ValueError(
                     f"iteration {self.iterations} of this start: --train-modules trains the {module}, but no "
                     "gradient has reached it, so it would never change; leave it out, or mend the model"
                 )
         self._give_up_on([name for name in self.waiting if self._chances(name) >= _PATIENCE])
         if self.waiting and self.iterations == _LONGEST:
+            kinds = {kind for kind in map(_kind, self.waiting) if kind is not None}
+            had = " and ".join(
+                f"no more than {count} with {_one(kind)}"
+                for kind, count in self.with_media.items()
+                if kind in kinds
+            )
             self.say(
-                f"note: the first {_LONGEST} iterations had no more than {self.with_images} with an image; "
-                "whether gradients reach tower and projector is not checked any longer"
+                f"note: the first {_LONGEST} iterations had {had}; whether gradients reach what works on "
+                "such media is not checked any longer"
             )
             self.waiting = []
 
-    def _look(self, global_batch: GlobalBatch) -> tuple[set[str], bool]:
-        """The tensors that a gradient has reached on any rank, and whether any had an image to learn from."""
-        found = torch.zeros(len(self.waiting) + 2, dtype=torch.int32, device=self.layout.device)
+    def _look(self, global_batch: GlobalBatch) -> tuple[set[str], set[str]]:
+        """The tensors that a gradient has reached on any rank, and the kinds of media that any had to learn
+        from."""
+        kinds, own = list(MODALITIES), len(self.waiting)
+        size = own + 2 * len(kinds)
+        found = torch.zeros(size, dtype=torch.int32, device=self.layout.device)
         places = {name: place for place, name in enumerate(self.waiting)}
         for name, parameter in self.regime.own:
             if name in places:
                 found[places[name]] += parameter.main_grad.any()  # type: ignore[attr-defined]
         for batch in global_batch.microbatches:
-            for media in batch.media.values():  # the answer of their sample may have been cut off
-                found[-2] += 1
-                found[-1] += batch.loss_mask.any(dim=1)[media.positions[0]].any()
+            for kind, media in batch.media.items():  # the answer of their sample may have been cut off
+                place = own + 2 * kinds.index(kind)
+                found[place] += 1
+                found[place + 1] += batch.loss_mask.any(dim=1)[media.positions[0]].any()
         # Over all ranks: another shard or data-parallel rank may have the part that isn't zero.
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        *flags, images_came, has_images = (flag > 0 for flag in found.tolist())
-        self.images_came |= images_came
-        return {name for name, flag in zip(self.waiting, flags, strict=True) if flag}, has_images
+        flags = [flag > 0 for flag in found.tolist()]
+        self.came |= {kind for kind, flag in zip(kinds, flags[own::2], strict=True) if flag}
+        seen = {kind for kind, flag in zip(kinds, flags[own + 1 :: 2], strict=True) if flag}
+        return {name for name, flag in zip(self.waiting, flags[:own], strict=True) if flag}, seen
 
     def _chances(self, name: str) -> int:
         """Iterations in which a gradient could have reached a parameter."""
-        return self.iterations if name.startswith(LANGUAGE) else self.with_images
+        kind = _kind(name)
+        return self.iterations if kind is None else self.with_media[kind]
 
     def _give_up_on(self, names: list[str]) -> None:
         if not names:
@@ -180,6 +195,16 @@ def _bits(parameters: list[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
     """The sum of each parameter's bits, which is exact and needs no copy."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return [parameter.detach().view(kinds[parameter.element_size()]).sum() for _, parameter in parameters]
+
+
+def _kind(name: str) -> str | None:
+    """The kind of media that a parameter or a prefix is for; None for the language model."""
+    module = name.partition(".")[0]
+    return next((kind for kind, modality in MODALITIES.items() if module in modality.modules), None)
+
+
+def _one(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _part(name: str) -> str:
