@@ -21,8 +21,10 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RELEASE, appearing_folder
-from megatron_vlm.hf.classic import ClassicLayout
-from megatron_vlm.hf.folder import (
+from megatron_vlm.hf.build.random_weights import RandomWeights
+from megatron_vlm.hf.build.tokenizer import take_tokenizer, tokenizer_files
+from megatron_vlm.hf.formats.classic import ClassicLayout
+from megatron_vlm.hf.formats.folder import (
     CONVERSION,
     SAFETENSORS_INDEX,
     Cast,
@@ -35,19 +37,7 @@ from megatron_vlm.hf.folder import (
     write_dtype,
     write_index,
 )
-from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
-from megatron_vlm.hf.megatron import (
-    WEIGHTS,
-    MegatronCheckpoint,
-    Source,
-    and_more,
-    check_written,
-    write_carried,
-    write_hf_files,
-)
-from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.random_weights import RandomWeights
-from megatron_vlm.hf.streaming import (
+from megatron_vlm.hf.formats.streaming import (
     HASH,
     Background,
     Meter,
@@ -60,9 +50,19 @@ from megatron_vlm.hf.streaming import (
     dtype_name,
     tool_versions,
 )
+from megatron_vlm.hf.formats.writer import CheckpointWriter, appearing_checkpoint
+from megatron_vlm.hf.megatron import (
+    WEIGHTS,
+    MegatronCheckpoint,
+    Source,
+    and_more,
+    check_written,
+    write_carried,
+    write_hf_files,
+)
+from megatron_vlm.hf.tables.ops import Shape
+from megatron_vlm.hf.tables.table import Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
-from megatron_vlm.hf.tokenizer import take_tokenizer, tokenizer_files
-from megatron_vlm.hf.writer import CheckpointWriter, appearing_checkpoint
 
 PathLike = str | os.PathLike[str]
 

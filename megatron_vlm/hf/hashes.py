@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.artifacts.checkpoint import FILES, read_manifest
-from megatron_vlm.hf.native import NativeReader, Part, promised_parts, read_metadata
-from megatron_vlm.hf.stored import stored_hash
-from megatron_vlm.hf.streaming import HASH, describe
+from megatron_vlm.hf.formats.native import NativeReader, Part, promised_parts, read_metadata
+from megatron_vlm.hf.formats.stored import stored_hash
+from megatron_vlm.hf.formats.streaming import HASH, describe
 
 _OPTIMIZER = "optimizer."  # what names of tensors that only a run that goes on reads begin with
 

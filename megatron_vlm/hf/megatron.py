@@ -27,8 +27,10 @@ from megatron_vlm.artifacts.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_vlm.hf import Difference
-from megatron_vlm.hf.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
-from megatron_vlm.hf.folder import (
+from megatron_vlm.hf.adapters import find_adapters, merged
+from megatron_vlm.hf.build.random_weights import RandomWeights
+from megatron_vlm.hf.formats.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
+from megatron_vlm.hf.formats.folder import (
     DTYPES,
     Cast,
     HFFolder,
@@ -38,11 +40,9 @@ from megatron_vlm.hf.folder import (
     cast_infos,
     copy_small_files,
 )
-from megatron_vlm.hf.lora import find_adapters, merged
-from megatron_vlm.hf.mapping import PREFIXES, Carry, Row, Table, build_table, detect_prefixes
-from megatron_vlm.hf.native import LayeredReader, open_weights
-from megatron_vlm.hf.random_weights import RandomWeights
-from megatron_vlm.hf.streaming import HASH, check_finite, describe, same_bits
+from megatron_vlm.hf.formats.native import LayeredReader, open_weights
+from megatron_vlm.hf.formats.streaming import HASH, check_finite, describe, same_bits
+from megatron_vlm.hf.tables.table import PREFIXES, Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 CARRIED = "carried.safetensors"

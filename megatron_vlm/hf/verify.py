@@ -23,12 +23,12 @@ from megatron_vlm.artifacts.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_vlm.hf import Difference
-from megatron_vlm.hf.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
+from megatron_vlm.hf.formats.folder import CONVERSION, SAFETENSORS_INDEX, HFFolder, TensorInfo, small_files
+from megatron_vlm.hf.formats.native import read_metadata
+from megatron_vlm.hf.formats.streaming import HASH, Meter, Progress, describe, dtype_name, same_bits
 from megatron_vlm.hf.hashes import checks
-from megatron_vlm.hf.mapping import detect_prefixes
 from megatron_vlm.hf.megatron import WEIGHTS, MegatronCheckpoint, and_more
-from megatron_vlm.hf.native import read_metadata
-from megatron_vlm.hf.streaming import HASH, Meter, Progress, describe, dtype_name, same_bits
+from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 PathLike = str | os.PathLike[str]

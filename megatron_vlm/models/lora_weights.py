@@ -12,9 +12,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_vlm.hf.lora import read_adapter
-from megatron_vlm.hf.native import open_weights
-from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.adapters import read_adapter
+from megatron_vlm.hf.formats.native import open_weights
+from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import has_adapters, sharded_weights

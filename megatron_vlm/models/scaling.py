@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_vlm.hf.native import read_metadata
+from megatron_vlm.hf.formats.native import read_metadata
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import load_sharded, saved_name, sharded_weights
 from megatron_vlm.parallel import Layout

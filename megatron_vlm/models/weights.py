@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import checkpoint_layers, latest_resumable, read_manifest
+from megatron_vlm.hf.formats.native import NativeReader, check_before_loading, open_weights
 from megatron_vlm.hf.hashes import checks, share
-from megatron_vlm.hf.native import NativeReader, check_before_loading, open_weights
 from megatron_vlm.models.lora import is_adapter
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel import first_told, on_first_rank

@@ -45,9 +45,9 @@ from megatron_vlm.artifacts.checkpoint import (
 )
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.templates import ChatTemplate
+from megatron_vlm.hf.build.tokenizer import drop_appended_end, replace_chat_template
+from megatron_vlm.hf.formats.native import LayeredReader, read_metadata
 from megatron_vlm.hf.hashes import hash_file, tensors_by_place
-from megatron_vlm.hf.native import LayeredReader, read_metadata
-from megatron_vlm.hf.tokenizer import drop_appended_end, replace_chat_template
 from megatron_vlm.models.scaling import scaling_state
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.models.weights import describe, load_sharded, named_parameters, saved_name, sharded_weights

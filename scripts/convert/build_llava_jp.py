@@ -101,7 +101,7 @@ def main(argv: List[str]) -> int:
 
     from transformers.utils import logging
 
-    from megatron_vlm.hf.build import build_llava
+    from megatron_vlm.hf.build.join import build_llava
 
     # What matters of its warnings is an error here.
     logging.set_verbosity_error()

@@ -36,8 +36,8 @@ def main(argv: List[str]) -> int:
     import torch
 
     from megatron_vlm.architecture.model import ModelConfig
-    from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import import_hf
+    from megatron_vlm.hf.formats.classic import ClassicLayout
 
     layers = ModelConfig.from_hf_dir(args.hf_dir, "--hf-dir").language.num_layers
     classic = ClassicLayout.from_flags(args, layers)

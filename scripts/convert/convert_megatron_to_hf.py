@@ -59,8 +59,8 @@ def main(argv: List[str]) -> int:
 
     from megatron_vlm.architecture.model import ModelConfig
     from megatron_vlm.artifacts.checkpoint import HF_FOLDER
+    from megatron_vlm.hf.adapters import export_adapter
     from megatron_vlm.hf.convert import export_hf
-    from megatron_vlm.hf.lora import export_adapter
     from megatron_vlm.hf.megatron import find_checkpoint
 
     checkpoint = find_checkpoint(args.megatron_dir, args.hf_config)

@@ -62,7 +62,7 @@ def main(argv: List[str]) -> int:
             paths += map(str, checkpoint_layers(args.checkpoint, args.base)[:-1])
         return reenter([__file__, *argv], args.sif_path, args.bind, paths, [args.save_dir])
 
-    from megatron_vlm.hf.projector import export_projector, import_projector
+    from megatron_vlm.hf.mm_projector import export_projector, import_projector
 
     if importing:
         with cli.ProgressBar() as progress:

@@ -47,8 +47,8 @@ def main(argv: List[str]) -> int:
     import torch
 
     from megatron_vlm.architecture.model import ModelConfig
-    from megatron_vlm.hf.classic import ClassicLayout
     from megatron_vlm.hf.convert import reshard
+    from megatron_vlm.hf.formats.classic import ClassicLayout
 
     if args.hf_config:
         model = ModelConfig.from_hf_dir(args.hf_config, "--hf-config")

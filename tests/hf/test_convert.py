@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
 from megatron_vlm.artifacts.checkpoint import read_manifest, resolve_checkpoint
-from megatron_vlm.hf import streaming
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.folder import HFFolder
+from megatron_vlm.hf.formats import streaming
+from megatron_vlm.hf.formats.folder import HFFolder
 from megatron_vlm.hf.verify import verify
 from tests.tiny import ALL, save_llava, tiny_config, tiny_llava
 

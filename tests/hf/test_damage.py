@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.mapping import PREFIXES
-from megatron_vlm.hf.native import NativeReader, NativeWriter, read_metadata
-from megatron_vlm.hf.ops import REPLICATED
+from megatron_vlm.hf.formats.classic import ClassicLayout
+from megatron_vlm.hf.formats.native import NativeReader, NativeWriter, read_metadata
+from megatron_vlm.hf.tables.ops import REPLICATED
+from megatron_vlm.hf.tables.table import PREFIXES
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run
 

@@ -13,9 +13,9 @@ import xxhash
 from megatron_vlm.artifacts.checkpoint import FILES, read_manifest, write_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.formats.native import NativeReader, NativeWriter
 from megatron_vlm.hf.hashes import checks, hash_file, share, tensors_by_place
-from megatron_vlm.hf.native import NativeReader, NativeWriter
-from megatron_vlm.hf.ops import REPLICATED
+from megatron_vlm.hf.tables.ops import REPLICATED
 from megatron_vlm.hf.verify import check_manifest
 from tests.tiny import save_tiny_llava
 

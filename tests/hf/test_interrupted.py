@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks.conversion import make_llava
-from megatron_vlm.hf import Difference, convert, folder, native, stored
+from megatron_vlm.hf import Difference, convert
 from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.formats import folder, native, stored
 from megatron_vlm.hf.verify import verify
 from tests.distributed import CONTEXT
 from tests.hf.test_convert import make

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.native import NativeReader, NativeWriter
-from megatron_vlm.hf.ops import REPLICATED
+from megatron_vlm.hf.formats.native import NativeReader, NativeWriter
+from megatron_vlm.hf.tables.ops import REPLICATED
 from megatron_vlm.hf.verify import check_manifest, verify
 from tests.hf.test_convert import hub_names, make, rewrite
 from tests.hf.test_scripts import run

@@ -12,8 +12,8 @@ import torch
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER, write_manifest
-from megatron_vlm.hf.native import NativeWriter
-from megatron_vlm.hf.ops import Chunk
+from megatron_vlm.hf.formats.native import NativeWriter
+from megatron_vlm.hf.tables.ops import Chunk
 
 TEXT = {"model_type": "llama", "num_attention_heads": 6, "hidden_size": 96, "intermediate_size": 96}
 CONFIG = {"model_type": "llava", "text_config": TEXT, "image_token_index": 7}

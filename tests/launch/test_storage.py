@@ -12,8 +12,8 @@ import torch
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.native import NativeWriter
-from megatron_vlm.hf.ops import Chunk
+from megatron_vlm.hf.formats.native import NativeWriter
+from megatron_vlm.hf.tables.ops import Chunk
 from megatron_vlm.launch import storage
 from tests.launch.conftest import CONFIG
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.hf.verify import verify
 from tests.distributed import Pool
 from tests.models.test_packing import make_packed_batch

@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
-from megatron_vlm.hf.classic import BESIDE, FILE, POST_NORM, ClassicLayout, ClassicReader, ClassicWriter
-from megatron_vlm.hf.mapping import Row, build_table
-from megatron_vlm.hf.parts import TARGET
+from megatron_vlm.hf.build.parts import TARGET
+from megatron_vlm.hf.formats.classic import (
+    BESIDE,
+    FILE,
+    POST_NORM,
+    ClassicLayout,
+    ClassicReader,
+    ClassicWriter,
+)
+from megatron_vlm.hf.tables.table import Row, build_table
 from tests.distributed import Pool
 from tests.te.ranks import keys
 from tests.te.record import FAMILIES, NOT_UPSTREAM, model_of

@@ -19,7 +19,7 @@ import transformers
 
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import import_hf
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from tests.distributed import Pool
 from tests.patience import HANG
 from tests.training.conftest import Trainable

@@ -14,8 +14,8 @@ import transformers
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.run import RunConfig
+from megatron_vlm.hf.adapters import export_adapter, read_adapter
 from megatron_vlm.hf.convert import export_hf
-from megatron_vlm.hf.lora import export_adapter, read_adapter
 from megatron_vlm.plan.start import Start, with_adapters
 from tests.distributed import Pool
 from tests.models.test_parity import make_batch
@@ -103,7 +103,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 def test_only_adapters_and_projector_change(
     trainables: dict[str, Trainable], whole: tuple[list[float], Path]
 ) -> None:
-    from megatron_vlm.hf.native import NativeReader
+    from megatron_vlm.hf.formats.native import NativeReader
 
     before = NativeReader(trainables["untied"].checkpoint / "release")
     after = NativeReader(whole[1] / "checkpoints" / f"iter_{ITERATIONS:07d}")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.chat_templates import SYSTEM_PROMPTS
-from megatron_vlm.hf.classic import ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf, reshard
+from megatron_vlm.hf.formats.classic import ClassicLayout
 from megatron_vlm.hf.verify import verify
 from megatron_vlm.plan.pipeline import StageCosts, deal_layers
 from tests.distributed import Pool

@@ -26,7 +26,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import FILES, read_manifest, write_manifest
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.hf.verify import verify
 from megatron_vlm.launch import storage
 from tests.distributed import CONTEXT, Pool

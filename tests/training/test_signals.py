@@ -17,7 +17,7 @@ import torch
 
 from megatron_vlm import parallel
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.system.exit_codes import CONTINUE, DONE, INTERRUPTED, STOPPED
 from megatron_vlm.training import checkpoint, trainer
 from megatron_vlm.training.evaluate import Evaluator

@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_vlm.artifacts.checkpoint import BASE, FILES, MANIFEST, checkpoint_layers, read_manifest
-from megatron_vlm.hf.ops import Chunk, Shape
-from megatron_vlm.hf.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
-from megatron_vlm.hf.streaming import HASH, as_bytes, digest
+from megatron_vlm.hf.formats.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
+from megatron_vlm.hf.formats.streaming import HASH, as_bytes, digest
+from megatron_vlm.hf.tables.ops import Chunk, Shape
 from megatron_vlm.system.files import check_readable
 
 _METADATA = ".metadata"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.artifacts.end_tokens import end_tokens, find_end_token, with_end_token
-from megatron_vlm.hf.spm import fast_tokenizer, is_llama
+from megatron_vlm.hf.build.spm import fast_tokenizer, is_llama
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"

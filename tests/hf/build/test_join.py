@@ -27,9 +27,9 @@ from benchmarks.conversion import make_llava, measure, write_tokenizer
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.hf import Difference
-from megatron_vlm.hf.build import build_llava
+from megatron_vlm.hf.build.join import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.projector import export_projector
+from megatron_vlm.hf.mm_projector import export_projector
 from megatron_vlm.hf.verify import check_manifest, verify
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -300,8 +300,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         write_tokenizer(folder / "hf")
         code = (
             f"import os; os.chdir({str(folder)!r}); "
-            "from megatron_vlm.hf import build, streaming; streaming.MAX_WAITING = 16 << 20; "
-            "build.build_llava('new', './hf', './hf', vocab_size_padding=True)"
+            "from megatron_vlm.hf.build import join; from megatron_vlm.hf.formats import streaming; "
+            "streaming.MAX_WAITING = 16 << 20; "
+            "join.build_llava('new', './hf', './hf', vocab_size_padding=True)"
         )
         peaks.append(measure([sys.executable, "-c", code], folder / "new")[1])
     embedding = 32064 * 512 * 2

@@ -26,14 +26,9 @@ from megatron_vlm.architecture.families.known import (
 )
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import appearing_folder
-from megatron_vlm.hf.convert import write_conversion, write_weights
-from megatron_vlm.hf.folder import HFFolder, small_files, split_into_shards, write_index
-from megatron_vlm.hf.hub import locate
-from megatron_vlm.hf.parts import Part, Vocabulary, check_sources, projector_sources
-from megatron_vlm.hf.projector import read_projector
-from megatron_vlm.hf.streaming import Meter, Progress, check_free_space, dtype_name
-from megatron_vlm.hf.target import check_apart, check_target
-from megatron_vlm.hf.tokenizer import (
+from megatron_vlm.hf.build.hub import locate
+from megatron_vlm.hf.build.parts import Part, Vocabulary, check_sources, projector_sources
+from megatron_vlm.hf.build.tokenizer import (
     IMAGE_TOKEN,
     add_tokens,
     answer_end,
@@ -41,6 +36,11 @@ from megatron_vlm.hf.tokenizer import (
     drop_appended_end,
     load_tokenizer,
 )
+from megatron_vlm.hf.convert import write_conversion, write_weights
+from megatron_vlm.hf.formats.folder import HFFolder, small_files, split_into_shards, write_index
+from megatron_vlm.hf.formats.streaming import Meter, Progress, check_free_space, dtype_name
+from megatron_vlm.hf.mm_projector import read_projector
+from megatron_vlm.hf.target import check_apart, check_target
 
 MODEL_TYPES = ("llava", "llava_next")
 VOCAB_MULTIPLE = 128

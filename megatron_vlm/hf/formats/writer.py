@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import RELEASE, appearing_folder, write_manifest, write_tracker
-from megatron_vlm.hf.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWriter
-from megatron_vlm.hf.mapping import Row, Table
-from megatron_vlm.hf.native import NativeWriter, check_before_loading
-from megatron_vlm.hf.streaming import tool_versions
+from megatron_vlm.hf.formats.classic import FORMAT, POST_NORM, ClassicLayout, ClassicWriter
+from megatron_vlm.hf.formats.native import NativeWriter, check_before_loading
+from megatron_vlm.hf.formats.streaming import tool_versions
+from megatron_vlm.hf.tables.table import Row, Table
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.mapping import build_table, detect_prefixes
-from megatron_vlm.hf.native import NativeReader, NativeWriter, check_before_loading, read_metadata
-from megatron_vlm.hf.ops import COLUMN, GATED, REPLICATED, ROW, Concatenate, MergeQKV, ShardRule
+from megatron_vlm.hf.formats.native import NativeReader, NativeWriter, check_before_loading, read_metadata
+from megatron_vlm.hf.tables.ops import COLUMN, GATED, REPLICATED, ROW, Concatenate, MergeQKV, ShardRule
+from megatron_vlm.hf.tables.table import build_table, detect_prefixes
 from megatron_vlm.hf.verify import verify
 from tests.tiny import save_tiny_llava
 
@@ -303,7 +303,7 @@ def test_nan_in_a_checkpoint(checkpoint: Path) -> None:
 
 
 def test_large_checkpoints_are_spread_over_files(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_vlm.hf.native._BYTES_PER_FILE", 4000)
+    monkeypatch.setattr("megatron_vlm.hf.formats.native._BYTES_PER_FILE", 4000)
     writer = NativeWriter(tmp_path)
     tensors = {f"t{i}": torch.randn(20, 30) for i in range(5)}
     for name, tensor in tensors.items():

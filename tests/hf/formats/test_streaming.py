@@ -10,12 +10,13 @@ import torch
 import xxhash
 
 from benchmarks.conversion import make_llava, measure
-from megatron_vlm.hf import streaming
-from megatron_vlm.hf.streaming import Background, digest
+from megatron_vlm.hf.formats import streaming
+from megatron_vlm.hf.formats.streaming import Background, digest
 
 _WAITING = 16 << 20
 _CONVERT = (
-    f"from megatron_vlm.hf import convert, streaming; streaming.MAX_WAITING = {_WAITING}; "
+    "from megatron_vlm.hf import convert; from megatron_vlm.hf.formats import streaming; "
+    f"streaming.MAX_WAITING = {_WAITING}; "
     "convert.import_hf('hf', 'megatron', 2, 1, verify=True); "
     "convert.export_hf('megatron', 'back', verify=True)"
 )

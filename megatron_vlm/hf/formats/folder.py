@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.stored import Stored, reason, saved_tensors, stored_hash, write_at
-from megatron_vlm.hf.streaming import check_finite, dtype_name
+from megatron_vlm.hf.formats.stored import Stored, reason, saved_tensors, stored_hash, write_at
+from megatron_vlm.hf.formats.streaming import check_finite, dtype_name
+from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.system.files import check_readable
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"

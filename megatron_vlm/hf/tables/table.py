@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.architecture.language import LanguageConfig
 from megatron_vlm.architecture.model import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vlm.hf.ops import (
+from megatron_vlm.hf.tables.ops import (
     COLUMN,
     COPY,
     GATED,

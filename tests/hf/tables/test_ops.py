@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vlm.hf.ops import (
+from megatron_vlm.hf.tables.ops import (
     COLUMN,
     GATED,
     REPLICATED,

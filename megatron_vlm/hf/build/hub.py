@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from megatron_vlm.hf.folder import BIN_INDEX, SAFETENSORS_INDEX
+from megatron_vlm.hf.formats.folder import BIN_INDEX, SAFETENSORS_INDEX
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = (

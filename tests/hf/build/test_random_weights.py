@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_vlm.hf.build.random_weights import RandomWeights
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.random_weights import RandomWeights
 from tests.tiny import FAMILIES, build, tiny_config
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.hf.folder import TensorInfo, split_into_shards
-from megatron_vlm.hf.mapping import PREFIXES
+from megatron_vlm.hf.formats.folder import TensorInfo, split_into_shards
+from megatron_vlm.hf.tables.table import PREFIXES
 
 _SHARD_BYTES = 5 * 10**9  # of the files that an export writes
 # Parts of the running model, longest first, and what save_pretrained calls them.

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.utils import _ReaderView
 
-from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.streaming import as_bytes
+from megatron_vlm.hf.formats.streaming import as_bytes
+from megatron_vlm.hf.tables.ops import Shape
 
 _PIECE = 4 << 20  # bytes that are hashed at once
 _STAYS = 512 << 20  # bytes of a file before the last that is written; what is to be verified is among them
@@ -175,7 +175,7 @@ def _let_go(file: IO[bytes], start: int, length: int) -> None:
 
 
 def stored_hash(path: Path, start: int, length: int) -> str:
-    """:func:`~megatron_vlm.hf.streaming.digest` of a part of a file.
+    """:func:`~megatron_vlm.hf.formats.streaming.digest` of a part of a file.
 
     Raises:
         ValueError: the file ends before that.

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from megatron_vlm.hf.build import build_llava
-from megatron_vlm.hf.classic import ClassicLayout
+from megatron_vlm.hf.build.join import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.projector import export_projector, import_projector, read_projector
+from megatron_vlm.hf.formats.classic import ClassicLayout
+from megatron_vlm.hf.mm_projector import export_projector, import_projector, read_projector
 from megatron_vlm.hf.verify import check_manifest, verify
-from tests.hf.test_build import make_text, make_tower
+from tests.hf.build.test_join import make_text, make_tower
 from tests.hf.test_scripts import run
 from tests.tiny import save_tiny_llava
 

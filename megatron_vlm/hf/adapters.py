@@ -28,12 +28,12 @@ from megatron_vlm.artifacts.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.hf.folder import SafetensorsFile, TensorInfo, open_weights_file
-from megatron_vlm.hf.mapping import Carry, Row, Table, build_table, detect_prefixes
-from megatron_vlm.hf.native import LayeredReader, open_weights
-from megatron_vlm.hf.ops import Shape
+from megatron_vlm.hf.formats.folder import SafetensorsFile, TensorInfo, open_weights_file
+from megatron_vlm.hf.formats.native import LayeredReader, open_weights
+from megatron_vlm.hf.formats.streaming import check_finite
 from megatron_vlm.hf.peft_config import ADAPTER_CONFIG, MERGE, PeftAdapter, read_peft_config
-from megatron_vlm.hf.streaming import check_finite
+from megatron_vlm.hf.tables.ops import Shape
+from megatron_vlm.hf.tables.table import Carry, Row, Table, build_table, detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

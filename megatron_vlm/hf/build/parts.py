@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.hf.folder import HFFolder, TensorInfo, cast
-from megatron_vlm.hf.mapping import PREFIXES, build_table
-from megatron_vlm.hf.projector import MMProjector
-from megatron_vlm.hf.streaming import check_finite, same_bits
+from megatron_vlm.hf.formats.folder import HFFolder, TensorInfo, cast
+from megatron_vlm.hf.formats.streaming import check_finite, same_bits
+from megatron_vlm.hf.mm_projector import MMProjector
+from megatron_vlm.hf.tables.table import PREFIXES, build_table
 
 # The names that LLaVA checkpoints of the hub have, which every release of transformers reads.
 TARGET = {part: choices[0] for part, choices in PREFIXES.items()}

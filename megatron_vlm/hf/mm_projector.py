@@ -33,7 +33,7 @@ from megatron_vlm.artifacts.checkpoint import (
     read_manifest,
 )
 from megatron_vlm.hf.convert import reshard, write_conversion, write_weights
-from megatron_vlm.hf.folder import (
+from megatron_vlm.hf.formats.folder import (
     HFFolder,
     SafetensorsFile,
     TensorInfo,
@@ -43,10 +43,10 @@ from megatron_vlm.hf.folder import (
     split_into_shards,
     write_index,
 )
-from megatron_vlm.hf.mapping import build_table, detect_prefixes
+from megatron_vlm.hf.formats.streaming import Meter, Progress, check_finite, check_free_space
 from megatron_vlm.hf.megatron import MegatronCheckpoint
-from megatron_vlm.hf.ops import Shape
-from megatron_vlm.hf.streaming import Meter, Progress, check_finite, check_free_space
+from megatron_vlm.hf.tables.ops import Shape
+from megatron_vlm.hf.tables.table import build_table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_target
 
 FILE = "mm_projector"
@@ -117,7 +117,7 @@ class MMProjector:
         """The tensors by their Hugging Face names.
 
         Args:
-            prefixes: as ``mapping.detect_prefixes`` returns.
+            prefixes: as ``table.detect_prefixes`` returns.
         """
         named = {prefixes["projector"] + name: tensor for name, tensor in self.tensors.items()}
         if self.newline is not None:

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from transformers import LlavaForConditionalGeneration
 
 from megatron_vlm.artifacts.checkpoint import read_manifest
-from megatron_vlm.hf.classic import BESIDE, LOCAL, TE, ClassicLayout
 from megatron_vlm.hf.convert import export_hf, import_hf, reshard
-from megatron_vlm.hf.native import NativeReader, open_weights
+from megatron_vlm.hf.formats.classic import BESIDE, LOCAL, TE, ClassicLayout
+from megatron_vlm.hf.formats.native import NativeReader, open_weights
 from megatron_vlm.hf.verify import check_manifest, verify
 from megatron_vlm.launch.storage import shard_problems
 from tests.distributed import Pool
@@ -27,7 +27,7 @@ from tests.hf.upstream import load_classic_and_save, save_as_megatron_lm
 from tests.tiny import build, save_tiny_llava, tiny_config
 
 FILE = "mp_rank_00/model_optim_rng.pt"
-RECORDED = Path(__file__).parents[1] / "te/keys.json"  # by tests/te/record.py
+RECORDED = Path(__file__).parents[2] / "te/keys.json"  # by tests/te/record.py
 
 
 def even(tp: int = 1, pp: int = 1, vpp: int = 1, spec: str = TE, num_layers: int = 4) -> ClassicLayout:

@@ -15,9 +15,9 @@ import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from megatron_vlm.hf.build import build_llava
-from megatron_vlm.hf.tokenizer import replace_chat_template
-from tests.hf.test_build import make_text, make_tower
+from megatron_vlm.hf.build.join import build_llava
+from megatron_vlm.hf.build.tokenizer import replace_chat_template
+from tests.hf.build.test_join import make_text, make_tower
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.hf.mapping import Row
-from megatron_vlm.hf.ops import REPLICATED, Shape, ShardRule
-from megatron_vlm.hf.stored import Stored, reason, saved_tensors
-from megatron_vlm.hf.streaming import same_bits
+from megatron_vlm.hf.formats.stored import Stored, reason, saved_tensors
+from megatron_vlm.hf.formats.streaming import same_bits
+from megatron_vlm.hf.tables.ops import REPLICATED, Shape, ShardRule
+from megatron_vlm.hf.tables.table import Row
 from megatron_vlm.plan.pipeline import StageCosts, deal_layers
 
 FORMAT = "classic"

@@ -1,0 +1,1 @@
+"""Where tensors lie: Hugging Face folders, torch_dist checkpoints, Megatron-LM's classic files."""

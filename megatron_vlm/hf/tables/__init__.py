@@ -1,0 +1,1 @@
+"""The tables: which Megatron tensor holds which Hugging Face tensors."""
