@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.formats.folder import TensorInfo, WeightsWriter, split_into_shards, write_index
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import detect_prefixes
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SCRIPTS = CHECKOUT / "scripts" / "convert"

@@ -32,8 +32,9 @@ from megatron_vlm.hf.formats.folder import SafetensorsFile, TensorInfo, open_wei
 from megatron_vlm.hf.formats.native import LayeredReader, open_weights
 from megatron_vlm.hf.formats.streaming import check_finite
 from megatron_vlm.hf.peft_config import ADAPTER_CONFIG, MERGE, PeftAdapter, read_peft_config
+from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import Shape
-from megatron_vlm.hf.tables.table import Carry, Row, Table, build_table, detect_prefixes
+from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -159,7 +160,7 @@ def export_adapter(
             for (name, _), tensor in zip(row.hf, parts, strict=True):
                 file.write(_PEFT + name, tensor)
         for carry in table.carries:
-            if _is_projector(carry):  # the identity behind a linear projector, see linear_table
+            if _is_projector(carry):  # the identity behind a linear projector, see tables/linear.py
                 for name, shape in carry.hf:
                     file.write(_PEFT + name, torch.eye(shape[0]) if len(shape) == 2 else torch.zeros(shape))
         file.close()

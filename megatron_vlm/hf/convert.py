@@ -60,8 +60,9 @@ from megatron_vlm.hf.megatron import (
     write_carried,
     write_hf_files,
 )
+from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import Shape
-from megatron_vlm.hf.tables.table import Carry, Row, Table, build_table, detect_prefixes
+from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
 
 PathLike = str | os.PathLike[str]

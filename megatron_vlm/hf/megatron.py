@@ -42,7 +42,8 @@ from megatron_vlm.hf.formats.folder import (
 )
 from megatron_vlm.hf.formats.native import LayeredReader, open_weights
 from megatron_vlm.hf.formats.streaming import HASH, check_finite, describe, same_bits
-from megatron_vlm.hf.tables.table import PREFIXES, Carry, Row, Table, build_table, detect_prefixes
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import PREFIXES, Carry, Row, Table, detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 CARRIED = "carried.safetensors"

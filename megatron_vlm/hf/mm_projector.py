@@ -45,8 +45,9 @@ from megatron_vlm.hf.formats.folder import (
 )
 from megatron_vlm.hf.formats.streaming import Meter, Progress, check_finite, check_free_space
 from megatron_vlm.hf.megatron import MegatronCheckpoint
+from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import Shape
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_target
 
 FILE = "mm_projector"

@@ -18,8 +18,9 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.adapters import export_adapter, find_adapters, read_adapter
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.formats.native import NativeReader, NativeWriter
+from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import REPLICATED
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.table import detect_prefixes
 from tests.hf.test_scripts import run
 from tests.models.test_parity import make_batch
 from tests.tiny import save_tiny_llava

@@ -23,7 +23,8 @@ from megatron_vlm.hf.adapters import find_adapters, merged, read_adapter
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.formats.native import LayeredReader
 from megatron_vlm.hf.peft_config import IGNORED, PLAIN, READ
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import detect_prefixes
 from tests.tiny import save_tiny_llava
 
 LANGUAGE = rf".*language_model\..*\.({'|'.join(LANGUAGE_TARGETS)})"

@@ -21,7 +21,8 @@ from megatron_vlm.hf.formats.classic import (
     ClassicReader,
     ClassicWriter,
 )
-from megatron_vlm.hf.tables.table import Row, build_table
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import Row
 from tests.distributed import Pool
 from tests.te.ranks import keys
 from tests.te.record import FAMILIES, NOT_UPSTREAM, model_of

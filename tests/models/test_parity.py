@@ -15,7 +15,8 @@ from megatron_vlm.architecture.connectors.anyres import UNCUT, Size
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.hf.convert import import_hf
 from megatron_vlm.hf.formats.folder import HFFolder
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import detect_prefixes
 from tests.distributed import ROUNDING, Pool
 from tests.tiny import ALL, SIZES, save_tiny_llava, transformers_inputs
 from tests.workers import Layout, logits_and_gradients

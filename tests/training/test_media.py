@@ -24,7 +24,7 @@ from megatron_vlm.data.loader import build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.hf.convert import export_hf, import_hf
-from megatron_vlm.hf.native import NativeReader
+from megatron_vlm.hf.formats.native import NativeReader
 from tests.data.tiny_data import asked, content, jpeg, prepare, write_shards
 from tests.distributed import Pool
 from tests.tiny import save_llava

@@ -13,7 +13,8 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.formats.folder import HFFolder, TensorInfo, cast
 from megatron_vlm.hf.formats.streaming import check_finite, same_bits
 from megatron_vlm.hf.mm_projector import MMProjector
-from megatron_vlm.hf.tables.table import PREFIXES, build_table
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import PREFIXES
 
 # The names that LLaVA checkpoints of the hub have, which every release of transformers reads.
 TARGET = {part: choices[0] for part, choices in PREFIXES.items()}

@@ -1,1 +1,1 @@
-"""The tables: which Megatron tensor holds which Hugging Face tensors."""
+"""The tables: which Megatron tensor holds which Hugging Face tensors, a file for each kind of part."""

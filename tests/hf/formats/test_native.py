@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.formats.native import NativeReader, NativeWriter, check_before_loading, read_metadata
+from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import COLUMN, GATED, REPLICATED, ROW, Concatenate, MergeQKV, ShardRule
-from megatron_vlm.hf.tables.table import build_table, detect_prefixes
+from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.hf.verify import verify
 from tests.tiny import save_tiny_llava
 
