@@ -25,8 +25,8 @@ from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, collate, collate_packed
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
-from megatron_vlm.data.preview import _texts, describe, look, show, terminal
-from megatron_vlm.data.preview_page import page
+from megatron_vlm.data.preview.page import page
+from megatron_vlm.data.preview.views import _texts, describe, look, show, terminal
 from megatron_vlm.data.processing import Processing, load_processing
 from tests.data.tiny_data import (
     asked,

@@ -100,7 +100,7 @@ def show(config: PreviewConfig) -> int:
     Raises:
         ValueError: dataset, model or tokenizer can't be used; the message names the flag.
     """
-    from megatron_vlm.data.preview_page import page
+    from megatron_vlm.data.preview.page import page
 
     if config.run.data.data_path is None:
         raise ValueError("--data-path is missing: a folder prepared by energon")
