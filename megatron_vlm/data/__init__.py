@@ -1,6 +1,7 @@
 """From people's files to shards, and from those to microbatches.
 
 prepare/           files of many formats to shards, and a look through them
+preview/           samples as the model will see them, on a terminal or a page
 conversations.py   turns from JSON, and what is made of unusual ones
 templates.py       conversations to token ids, trained tokens known by construction
 chat_templates.py  the built-in templates, system prompts and questions for captions
@@ -14,5 +15,4 @@ batch.py           the microbatch, padding, a look at what the model sees
 loader.py          data order over data-parallel ranks, exact resume
 workers.py         loader workers: processes that are forked, and say where they are
 state.py           energon's state as JSON
-preview.py         what the model will see of samples; preview_page.py as a page of HTML
 """

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
-from megatron_vlm.data.preview.views import describe
+from megatron_vlm.data.preview.text import describe
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel.optimizer import Optimizer
 from megatron_vlm.training.batch import Batch, GlobalBatch

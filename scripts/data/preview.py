@@ -27,7 +27,7 @@ def main(argv: List[str]) -> int:
     if launch.sif_path:
         return reenter([__file__, *argv], launch.sif_path, launch.bind, config.paths)
 
-    from megatron_vlm.data.preview.views import show
+    from megatron_vlm.data.preview.show import show
 
     return show(config)
 

@@ -20,7 +20,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader, build_train_loader
-from megatron_vlm.data.preview.views import describe
+from megatron_vlm.data.preview.text import describe
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError

@@ -24,7 +24,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
-from megatron_vlm.data.preview.views import show
+from megatron_vlm.data.preview.show import show
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
 from megatron_vlm.plan.data_order import data_identity
 from megatron_vlm.plan.grouping import Packing

@@ -26,7 +26,9 @@ from megatron_vlm.data.batch import IGNORE_INDEX, collate, collate_packed
 from megatron_vlm.data.dataset import PreparedDataset
 from megatron_vlm.data.loader import ValidationLoader
 from megatron_vlm.data.preview.page import page
-from megatron_vlm.data.preview.views import _texts, describe, look, show, terminal
+from megatron_vlm.data.preview.show import show
+from megatron_vlm.data.preview.text import describe, terminal
+from megatron_vlm.data.preview.views import look, token_texts
 from megatron_vlm.data.processing import Processing, load_processing
 from tests.data.tiny_data import (
     asked,
@@ -201,15 +203,15 @@ def test_the_page_lists_ids_on_request(data: Path, processing: Processing) -> No
 
 
 @pytest.mark.parametrize("make", [llama_tokenizer, qwen_tokenizer])
-def test_token_texts_make_up_the_text(make: Any) -> None:
+def test_tokentoken_texts_make_up_the_text(make: Any) -> None:
     """Also where a character takes several tokens."""
     tokenizer = make()
     for text in ("猫と🐈‍⬛ é", " two  spaces\n\n", "a</s> b", "🐕" * 5, "\N{REPLACEMENT CHARACTER}x"):
         ids = tokenizer(text)["input_ids"]
-        texts = _texts(ids, tokenizer, -1)
+        texts = token_texts(ids, tokenizer, -1)
         assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
     cut = tokenizer("🐕")["input_ids"][:-1]
-    assert "".join(_texts(cut, tokenizer, -1)) == tokenizer.decode(cut)
+    assert "".join(token_texts(cut, tokenizer, -1)) == tokenizer.decode(cut)
 
 
 def test_samples_are_picked_by_number_and_name(data: Path) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlm.data.preview.views import Picture, Piece, View, picture_text, summary, visible
+from megatron_vlm.data.preview.text import picture_text, summary, visible
+from megatron_vlm.data.preview.views import Picture, Piece, View
 
 _STYLE = """
 :root {
