@@ -1,4 +1,4 @@
-"""From people's files to shards, and from those to microbatches.
+"""The data pipeline: from people's files to shards, and from shards to microbatches.
 
 prepare/           files of many formats to shards, and a look through them
 preview/           samples as the model will see them, on a terminal or a page

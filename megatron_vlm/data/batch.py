@@ -1,4 +1,4 @@
-"""What the data pipeline hands to the trainer."""
+"""Samples and microbatches, which the data pipeline hands to the trainer."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Microbatch:
     packed: bool = False
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        """Between processes its tensors are bytes in a pipe: torch would open shared memory for each of them,
-        which takes three times as long for some pictures."""
+        """Pickle the tensors as bytes in a pipe between processes: torch would open shared memory for each
+        of them, which takes three times as long for some pictures."""
         values = {
             name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()
         }
@@ -65,7 +65,7 @@ class Microbatch:
         return _from_arrays, (values,)
 
     def pin_memory(self) -> Microbatch:
-        """Called by torch's DataLoader; returns itself with its tensors in page-locked memory."""
+        """Return the microbatch with its tensors in page-locked memory; torch's DataLoader calls this."""
         self.input_ids = self.input_ids.pin_memory()
         self.labels = self.labels.pin_memory()
         self.media = {
@@ -110,7 +110,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Microbatch:
 
 
 def collate_packed(samples: Sequence[Sample], pad_token_id: int) -> Microbatch:
-    """As :func:`collate`, but one after the other in one row, without padding."""
+    """Join samples as :func:`collate` does, but one after the other in one row, without padding."""
     row = Sample(
         key="",
         input_ids=[token for sample in samples for token in sample.input_ids],
@@ -127,14 +127,14 @@ def collate_packed(samples: Sequence[Sample], pad_token_id: int) -> Microbatch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting for it: to a GPU that is possible from page-locked memory only."""
+    """Copy a tensor without waiting for the copy: to a GPU that is possible from page-locked memory only."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def fill_up(microbatch: Microbatch | None, rows: int, pad_token_id: int) -> Microbatch:
-    """A microbatch with rows of padding, which carry no loss, up to ``rows`` rows.
+    """Add rows of padding, which carry no loss, to a microbatch, up to ``rows`` rows.
 
     Args:
         microbatch: None for nothing but one token of padding per row.

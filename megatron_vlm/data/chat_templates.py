@@ -147,7 +147,7 @@ CAPTION_PROMPTS: Dict[str, Tuple[str, ...]] = {
 
 
 def folder_template(name: str, lang: str, image_token: str) -> Optional[str]:
-    """A built-in template as a model folder carries it, for transformers' processors and tokenizers.
+    """Return a built-in template as a model folder carries it, for transformers' processors and tokenizers.
 
     Args:
         lang: ``jp`` or ``en``, the language of the system turn that it writes where a conversation has none.
@@ -168,6 +168,6 @@ def folder_template(name: str, lang: str, image_token: str) -> Optional[str]:
 
 
 def caption_prompt(key: str, lang: str) -> str:
-    """The question for a sample that has none: one of ``CAPTION_PROMPTS[lang]``, fixed by its key."""
+    """Return the question for a sample that has none: one of ``CAPTION_PROMPTS[lang]``, fixed by its key."""
     prompts = CAPTION_PROMPTS[lang]
     return prompts[zlib.crc32(key.encode()) % len(prompts)]

@@ -1,4 +1,4 @@
-"""Conversations as datasets write them: turns read from JSON, and what is made of unusual ones."""
+"""Conversations as datasets write them: turns read from JSON, and the rules for unusual ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UntrainableError(SampleError):
 def read_conversation(
     sample: Mapping[str, Any], parts: Mapping[str, bytes]
 ) -> tuple[list[Turn], dict[str, list[bytes]]]:
-    """Turns and media of a sample whose JSON holds ``messages`` and, for one, ``images``.
+    """Return the turns and media of a sample whose JSON holds ``messages`` and, for one, ``images``.
 
     Args:
         sample: the parsed JSON, ``{"messages": [{"role": ..., "content": ...}], "images": ["0.jpg"]}``, with
@@ -65,7 +65,7 @@ def identity_of(fields: Mapping[str, Any]) -> Any:
 
 
 def read_json(data: bytes) -> Any:
-    """Parsed JSON.
+    """Return parsed JSON.
 
     Raises:
         SampleError: it is none; of kind ``corrupt``.
@@ -78,7 +78,7 @@ def read_json(data: bytes) -> Any:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """A text that can be tokenised.
+    """Return a text that can be tokenised.
 
     Args:
         what: names it in messages.
@@ -96,7 +96,7 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def trainable_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns that a model is trained on, by LLaVA's rules where it has any.
+    """Return the turns that a model is trained on, by LLaVA's rules where it has any.
 
     prepare.py and the loader both ask here: what the one keeps, the other trains on.
 

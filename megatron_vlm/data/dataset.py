@@ -40,7 +40,7 @@ _SHOWN = 200  # characters of what energon says
 
 @dataclass
 class RawSample(Sample):
-    """A sample's files, not decoded: what waits in the shuffle buffer."""
+    """A sample's files, not decoded, as they wait in the shuffle buffer."""
 
     parts: Dict[str, bytes] = field(default_factory=dict)
 
@@ -99,12 +99,12 @@ class PreparedDataset:
 
     @staticmethod
     def lacks(path: str, split: str) -> bool:
-        """Whether a folder is prepared and has no samples in a split."""
+        """Return whether a folder is prepared and has no samples in a split."""
         prepared = os.path.isfile(os.path.join(path, ".nv-meta", ".info.json"))
         return prepared and not _split_shards(path, split)
 
     def load(self, worker_config: WorkerConfig, **kwargs: Any) -> LoadedDataset:
-        """The split for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
+        """Return the split for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
 
         Every sample arrives as its raw files, whatever sample type the folder was prepared for: images
         stay encoded until they have left the shuffle buffer, and a sample may lack one.
@@ -122,7 +122,7 @@ class PreparedDataset:
         return LoadedDataset(dataset=dataset)
 
     def pick(self, which: Sequence[int] | Sequence[str]) -> Iterator[RawSample]:
-        """Single samples: by their numbers in the split, or by their names, in whatever split they are.
+        """Yield single samples: by their numbers in the split, or by their names, in whatever split they are.
 
         Raises:
             ValueError: there is none of a name, or what finds them is damaged.
@@ -151,7 +151,7 @@ class PreparedDataset:
             yield _cook(crude)
 
     def read(self, sample: RawSample) -> Tuple[List[Turn], Dict[str, List[bytes]]]:
-        """Turns of a sample, and the files of its media by kind.
+        """Return the turns of a sample, and the files of its media by kind.
 
         Raises:
             SampleError: a file is missing or malformed (``corrupt``), or a conversation marks more or fewer
@@ -166,8 +166,8 @@ class PreparedDataset:
 
 
 class _Crude(CrudeWebdataset):
-    """energon's, with a quicker reader, and the length of its subset: what a blend takes for the dataset's
-    share."""
+    """energon's crude dataset with a quicker reader, and the length of its subset, by which a blend weighs
+    it."""
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         built: Any = super().build(worker_rotation_offset)
@@ -206,7 +206,7 @@ RAW_COOKER = Cooker(_cook)
 
 
 def _split_shards(path: str, split: str) -> List[str]:
-    """Shards of a split, as energon reads them."""
+    """Return the shards of a split, as energon reads them."""
     from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
     from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
@@ -225,7 +225,8 @@ def _split_shards(path: str, split: str) -> List[str]:
 
 
 def _checked_shard(path: str, name: str, samples: int, prepared: PreparedShard | None) -> Shard:
-    """A shard that is there, reaches as far as the index beside it, and is the one that was prepared."""
+    """Check that a shard is there, reaches as far as the index beside it, and is the one that was
+    prepared."""
     file_name = os.path.join(path, name)
     try:
         size = os.path.getsize(file_name)
@@ -254,7 +255,8 @@ def _checked_shard(path: str, name: str, samples: int, prepared: PreparedShard |
 
 
 def _check_last_samples(path: str, names: Sequence[str], indexed: Sequence[str]) -> None:
-    """The last sample of each shard stands where energon's index has it; another file has another there."""
+    """Check that each shard's last sample stands where energon's index has it; another file has another
+    there."""
     numbers = {name: number for number, name in enumerate(indexed)}
     query = (
         "select sample_key, byte_offset from samples where tar_file_id = ? order by sample_index desc limit 1"
@@ -271,7 +273,7 @@ def _check_last_samples(path: str, names: Sequence[str], indexed: Sequence[str])
 
 
 def _stands_at(shard: str, key: str, offset: int) -> bool:
-    """Whether a file of a sample begins at a byte of a tar."""
+    """Return whether a file of a sample begins at a byte of a tar."""
     try:
         with open(shard, "rb") as file:
             file.seek(offset)
@@ -287,7 +289,8 @@ def _index(path: str) -> str:
 
 
 def index_rows(path: str, query: str, values: Sequence[Tuple[Any, ...]]) -> List[List[Tuple[Any, ...]]]:
-    """Rows of energon's index, a list for each of ``values``; none where the folder has no index."""
+    """Return the rows of energon's index, a list for each of ``values``; none where the folder has no
+    index."""
     index = os.path.abspath(_index(path))
     try:
         # Read without locks, of which a shared file system may have none.

@@ -48,13 +48,13 @@ def rgb(image: Image.Image, rule: ImageRule) -> Image.Image:
 
 
 def size(image: Image.Image, rule: ImageRule) -> Size:
-    """Height and width of what :func:`rgb` makes of an image, from the file's headers."""
+    """Return height and width of the picture that :func:`rgb` makes of an image, from the file's headers."""
     on_its_side = rule.orientation == "exif" and orientation(image) >= 5
     return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
 def orientation(image: Image.Image) -> int:
-    """How an image is to be turned, 1 to 8, by EXIF or XMP; 1 where they say nothing or are broken.
+    """Return the orientation of an image, 1 to 8, by EXIF or XMP; 1 where they say nothing or are broken.
 
     Always 1 of a TIFF, which PIL turns itself.
     """
@@ -70,7 +70,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def _has_late_metadata(image: Image.Image) -> bool:
-    """Whether a PNG, not decoded yet, has metadata behind its pixels, which PIL reads along with them."""
+    """Return whether a PNG, not decoded yet, has metadata behind its pixels, which PIL reads along with
+    them."""
     file = cast(Optional[IO[bytes]], getattr(image, "fp", None))
     if file is None or "exif" in image.info:
         return False
@@ -83,8 +84,8 @@ def _has_late_metadata(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, by the range of its values: whole numbers up to 255 as they are, up to 65535
-    without their lower 8 bits; floating-point numbers up to 1 times 255, up to 255 as they are.
+    """Reduce grey of more than 8 bits to 8, by the range of its values: whole numbers up to 255 as they are,
+    up to 65535 without their lower 8 bits; floating-point numbers up to 1 times 255, up to 255 as they are.
 
     Raises:
         SampleError: they are in none of these ranges, or all become one shade.

@@ -1,4 +1,5 @@
-"""The energon task encoder: raw samples to microbatches, and what happens to the ones that can't be used."""
+"""The energon task encoder: raw samples to microbatches; samples that can't be used are skipped and
+counted."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ STOPPED = "[data] "  # begins the message of an error that ends the run, also af
 
 @dataclass
 class Tokenized(energon.Sample):
-    """A sample whose media are not decoded yet: what waits in the buffer from which groups are chosen."""
+    """A sample whose media are not decoded yet, as it waits in the buffer from which groups are chosen."""
 
     sample: Sample
     opened: Opened
@@ -41,7 +42,9 @@ class Tokenized(energon.Sample):
 
 
 class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch]):
-    """Encodes, counts and batches in a loader worker; each worker has its own copy after the fork.
+    """The encoder of a loader worker: it encodes, counts and batches.
+
+    Each worker has its own copy after the fork.
 
     No method draws from a global random generator, so that the loader's state needs none of their states.
 
@@ -76,7 +79,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> Tokenized:
-        """Read and tokenise.
+        """Read and tokenise a sample.
 
         Raises:
             SkipSample: it can't be used; it is counted and its reason logged.
@@ -93,7 +96,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
 
     @stateless
     def postencode_sample(self, sample: Tokenized) -> Sample:
-        """Decode the media.
+        """Decode the media of a sample.
 
         Raises:
             as :meth:`preencode_sample`.
@@ -118,7 +121,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
 
     @stateless
     def pack_selected_samples(self, samples: List[Sample]) -> List[Sample]:
-        """A group, less those of its samples that could not be decoded.
+        """Return a group, less those of its samples that could not be decoded.
 
         Raises:
             SkipSample: that is all of them.
@@ -129,7 +132,7 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
 
     @stateless
     def batch(self, samples: List[Any]) -> Microbatch:
-        """Collate, and hand over the counts since the previous microbatch.
+        """Collate samples, and hand over the counts since the previous microbatch.
 
         Args:
             samples: groups of samples where there is a grouping.
@@ -148,14 +151,15 @@ class VisionLanguageEncoder(TaskEncoder[RawSample, Any, Microbatch, Microbatch])
         return microbatch
 
     def build_cook_crude_sample(self, dataset: Any, *, worker_config: WorkerConfig, **options: Any) -> Any:
-        """As energon's, shuffled: here a dataset is not repeated yet, nor mixed with others."""
+        """Build the dataset that reads samples as energon does, shuffled: here a dataset is not repeated
+        yet, nor mixed with others."""
         cooked = super().build_cook_crude_sample(dataset, worker_config=worker_config, **options)
         if self._shuffle_buffer_size <= 1:
             return cooked
         return EpochShuffle(cooked, self._shuffle_buffer_size, worker_config=worker_config)
 
     def build_batch(self, dataset: Any, *, packing_buffer_size: int | None = None, **options: Any) -> Any:
-        """As energon's, without a progress bar for each worker."""
+        """Build the dataset that batches as energon does, without a progress bar for each worker."""
         built = super().build_batch(dataset, packing_buffer_size=packing_buffer_size, **options)
         if packing_buffer_size is not None:
             fill = built.dataset._fill_reading_buffer

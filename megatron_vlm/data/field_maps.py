@@ -1,4 +1,5 @@
-"""What a folder's field map makes of a sample, by the energon class that the folder was prepared for."""
+"""Field maps: a sample's question, answer and image, by the energon class that its folder was prepared
+for."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ NOT_TRAINED = {
 
 @dataclass(frozen=True)
 class FieldMap:
-    """Which file of a sample holds what, in energon's notation.
+    """The file of a sample that holds each field, in energon's notation.
 
     Attributes:
         access: of ``image``, ``context`` and ``answers``, or ``choices`` and ``correct_choice_idx``.
@@ -70,11 +71,12 @@ class FieldMap:
 
     @property
     def files(self) -> set[str]:
-        """The files that are read, by what follows a sample's key."""
+        """The suffixes of the files that are read, which follow a sample's key."""
         return {option[0] for access in self.access.values() for option in _options(access)}
 
     def read(self, key: str, parts: Mapping[str, bytes]) -> tuple[list[Turn], dict[str, list[bytes]]]:
-        """A question, its answer and at most one image; first unless the question marks its place.
+        """Return a question, its answer and at most one image, which comes first unless the question marks
+        its place.
 
         Raises:
             SampleError: a file is missing or malformed; of kind ``corrupt``.
@@ -94,7 +96,7 @@ class FieldMap:
         return [Turn("user", question), Turn("assistant", answer)], files
 
     def _choice(self, parts: Mapping[str, bytes], question: str) -> tuple[str, str]:
-        """The question with its choices below it, and the right one's letter."""
+        """Return the question with its choices below it, and the letter of the right one."""
         choices, correct = (_value(parts, self.access[name]) for name in (CHOICES, CORRECT))
         try:
             number = int(correct)
@@ -147,14 +149,16 @@ def read_field_map(path: str) -> FieldMap | None:
 
 
 def _sample_type(config: Mapping[str, Any]) -> str:
-    """The class's name; older folders name the one of the whole dataset, such as ``CaptioningWebdataset``."""
+    """Return the name of the sample's class; older folders name the one of the whole dataset, such as
+    ``CaptioningWebdataset``."""
     given = config.get("sample_type", config)
     name = given.get("__class__", "VQASample") if isinstance(given, dict) else "VQASample"
     return str(name).replace("Webdataset", "Sample")
 
 
 def _options(access: str) -> list[list[str]]:
-    """``"json[a][b],txt"`` -> ``[["json", "a", "b"], ["txt"]]``: alternatives, the first that is there."""
+    """Parse ``"json[a][b],txt"`` to ``[["json", "a", "b"], ["txt"]]``: alternatives, the first that is
+    there."""
     return [option.replace("]", "").split("[") for option in access.split(",")]
 
 

@@ -34,8 +34,10 @@ _TILE_SETTINGS = (
 
 @dataclass(frozen=True)
 class Steps:
-    """What the processors of CLIP and SigLIP do to an image, and LLaVA's where it doesn't pad: resize it and,
-    maybe, cut the middle out. PIL does it here as there, but without the ways from PIL to numpy and back.
+    """The steps of CLIP's and SigLIP's image processors, and of LLaVA's where it doesn't pad.
+
+    An image is resized and, maybe, its middle cut out. PIL does it here as there, but without the ways
+    from PIL to numpy and back.
 
     Attributes:
         shortest_edge: that images are resized to, or
@@ -51,7 +53,7 @@ class Steps:
 
     @classmethod
     def of(cls, processor: Any) -> Optional[Steps]:
-        """The steps of a processor; None where they are others."""
+        """Return the steps of a processor; None where it takes others."""
         given = {name for name, value in dict(processor.size).items() if value}
         known = type(processor).__name__ in _PLAIN and processor.do_resize and not processor.do_pad
         if not known or given not in ({"shortest_edge"}, {"height", "width"}):
@@ -65,7 +67,7 @@ class Steps:
         )
 
     def apply(self, image: Image.Image) -> Optional[Tensor]:
-        """uint8 ``[3, H, W]`` of an RGB image; None of one that takes other steps."""
+        """Return uint8 ``[3, H, W]`` of an RGB image; None of one that takes other steps."""
         if image.info.get("transparency") is not None:  # a colour, which the processor makes white
             return None
         if self.shortest_edge is not None:
@@ -86,7 +88,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Image bytes to uint8 pixels, and the constants that finish the job on the device.
+    """The way from image bytes to uint8 pixels, and the constants that finish the job on the device.
 
     ``(pixels * rescale - mean) / std`` equals the processor's ``pixel_values``, at a quarter of the bytes.
 
@@ -153,7 +155,7 @@ class ImageTransform:
         return transform
 
     def with_aspect_ratio(self, name: str) -> ImageTransform:
-        """Images cut into tiles, or not, as LLaVA's ``image_aspect_ratio`` says; all else as it is.
+        """Return the transform that cuts images into tiles, or not, as LLaVA's ``image_aspect_ratio`` says.
 
         Args:
             name: ``square``, one tile, resized and cropped as the tower's processor does; ``pad``, one tile,
@@ -187,13 +189,14 @@ class ImageTransform:
             return [Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) for data in images]
 
     def sizes(self, images: Sequence[Image.Image]) -> List[Size]:
-        """What tells how each image of a sample is cut: its height and width, or ``UNCUT``."""
+        """Return the size that tells how each image of a sample is cut: its height and width, or
+        ``UNCUT``."""
         if self.anyres is None or (self.anyres.several_uncut and len(images) > 1):
             return [UNCUT] * len(images)
         return [self.size(image) for image in images]
 
     def size(self, image: Image.Image) -> Size:
-        """Height and width of an opened image, once it is turned as the rule says."""
+        """Return height and width of an opened image, once it is turned as the rule says."""
         return decoding.size(image, self.rule)
 
     def tiles(self, images: Sequence[Image.Image]) -> List[Tensor]:
@@ -219,8 +222,8 @@ class ImageTransform:
         return [_tensor(tile) for tile in tiles]
 
     def _check_growth(self, images: Sequence[Image.Image]) -> None:
-        """Whether a process can hold what becomes of them before they are cropped, or once they are padded:
-        1 x 2,000 pixels whose shorter side is made 336 are 226 million."""
+        """Check that a process can hold what becomes of images before they are cropped, or once they are
+        padded. 1 x 2,000 pixels whose shorter side is made 336 are 226 million."""
         edge = self.processor.size.shortest_edge if self.processor.do_resize else None
         for image in images:
             short, long = sorted(image.size)
@@ -233,17 +236,17 @@ class ImageTransform:
                 )
 
     def _tile(self, image: Image.Image) -> Tensor:
-        """uint8 ``[c, H, W]``, of an image that isn't cut."""
+        """Return uint8 ``[c, H, W]``, of an image that isn't cut."""
         tile = self.steps.apply(image) if self.steps is not None else None
         return tile if tile is not None else _tensor(self._pixels(image))
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8 ``[c, H, W]``, or ``[tiles, c, H, W]`` of an image that is cut."""
+        """Return uint8 ``[c, H, W]``, or ``[tiles, c, H, W]`` of an image that is cut."""
         output = self.processor(image, do_rescale=False, do_normalize=False)
         return np.asarray(output["pixel_values"][0])
 
     def _several(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """uint8 ``[images, 1, c, H, W]``, of a sample with several images that aren't cut."""
+        """Return uint8 ``[images, 1, c, H, W]``, of a sample with several images that aren't cut."""
         return np.stack(self.processor([images], do_rescale=False, do_normalize=False)["pixel_values"])
 
     def _check(self, directory: str) -> None:
@@ -281,7 +284,7 @@ class ImageTransform:
 
 
 def _image_token(tokenizer: Any, folder: str, model: ModelConfig, override: int | None) -> tuple[int, str]:
-    """The image token's id and text, checked to survive tokenisation."""
+    """Return the image token's id and text, checked to survive tokenisation."""
     image_token_id = model.image_token_id if override is None else override
     flag = "" if override is None else f"--image-token-id {override}: "
     if not 0 <= image_token_id < model.language.vocab_size:
@@ -303,7 +306,7 @@ def _image_token(tokenizer: Any, folder: str, model: ModelConfig, override: int 
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
-    """PIL's errors as those of a corrupt sample."""
+    """Raise PIL's errors as errors of a corrupt sample."""
     try:
         yield
     except UnidentifiedImageError:
@@ -316,7 +319,7 @@ def _decoding() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageReader(MediaReader):
-    """Reads images, as uint8 ``pixels`` ``[tiles, c, H, W]``; their sizes are height and width.
+    """The reader of images, as uint8 ``pixels`` ``[tiles, c, H, W]``; their sizes are height and width.
 
     Attributes:
         transform: decodes, resizes and cuts.
@@ -379,14 +382,16 @@ class ImageReader(MediaReader):
 
 
 def normalize(pixels: Tensor, images: ImageTransform, dtype: torch.dtype) -> Tensor:
-    """uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in ``dtype``."""
+    """Normalise uint8 ``[n, c, h, w]`` to the ``pixel_values`` that the image processor makes, in
+    ``dtype``."""
     mean, std = (_by_channel(values, pixels.device) for values in (images.mean, images.std))
     return ((pixels.float() * images.rescale - mean) / std).to(dtype)
 
 
 @functools.cache
 def _by_channel(values: Tuple[float, ...], device: torch.device) -> Tensor:
-    """``[1, c, 1, 1]``, kept: each copy to a GPU from memory that isn't page-locked is waited for."""
+    """Return ``values`` as ``[1, c, 1, 1]``, cached: each copy to a GPU from memory that isn't page-locked
+    is waited for."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 

@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 600.0
 
 
 class TrainLoader(Iterator[Microbatch]):
-    """An endless stream of microbatches for one data-parallel rank.
+    """The training loader: an endless stream of microbatches for one data-parallel rank.
 
     Args:
         dataset: the training split, of one folder or of a mixture.
@@ -114,14 +114,15 @@ class TrainLoader(Iterator[Microbatch]):
 
     @property
     def counts(self) -> Dict[str, int]:
-        """Samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on this rank, over all resumes."""
+        """The numbers of samples ``seen``, ``truncated``, ``dropped`` and ``corrupt`` on this rank, over
+        all resumes."""
         totals: Counter[str] = Counter(seen=0, truncated=0, dropped=0, corrupt=0)
         for state in self._states.values():
             totals.update(state["counts"])
         return dict(totals)
 
     def peek(self) -> Microbatch:
-        """The microbatch that ``next()`` will give, without taking it. Forks the workers if need be.
+        """Return the microbatch that ``next()`` will give, without taking it. Forks the workers if need be.
 
         Raises:
             as ``next()``.
@@ -131,7 +132,7 @@ class TrainLoader(Iterator[Microbatch]):
         return self._peeked[0]
 
     def __next__(self) -> Microbatch:
-        """The next microbatch.
+        """Return the next microbatch.
 
         Raises:
             ValueError: the data can't be read further; one line that says why.
@@ -147,7 +148,7 @@ class TrainLoader(Iterator[Microbatch]):
         return microbatch
 
     def state_dict(self) -> Dict[int, Any]:
-        """Where the consumer of this loader is, not how far its workers have read ahead.
+        """Return the place of this loader's consumer, not how far its workers have read ahead.
 
         Asks no worker: their positions have come with the microbatches.
 
@@ -206,7 +207,7 @@ class TrainLoader(Iterator[Microbatch]):
 
 
 def _check_fields(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise where a state has other fields than this version's, which then mean something else."""
+    """Check that a state has this version's fields; others would mean something else."""
     differing = ", ".join(sorted(saved.keys() ^ own.keys()))
     if differing:
         raise ValueError(
@@ -216,7 +217,7 @@ def _check_fields(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, dp_size: int) -> TrainLoader:
-    """The training loader of one data-parallel rank, as the run's flags say.
+    """Build the training loader of one data-parallel rank, as the run's flags say.
 
     Raises:
         ValueError: as :meth:`Mixture.open`, ``RunConfig.data_workers`` and :class:`TrainLoader`.
@@ -239,7 +240,8 @@ def build_train_loader(config: RunConfig, processing: Processing, dp_rank: int, 
 
 
 class ValidationLoader:
-    """Passes over the first samples of a split, each time the same, for one data-parallel rank.
+    """The validation loader: passes over a split's first samples, each time the same, for one data-parallel
+    rank.
 
     The ranks' shares are disjoint and make up the whole; they differ by one sample at most. A share is read
     by one worker of its own, which draws nothing from this process's random generators.
@@ -294,7 +296,7 @@ class ValidationLoader:
             self._peeked = self._workers.take()[0]
 
     def __iter__(self) -> Iterator[Microbatch]:
-        """One pass, in the split's order. The one before must have been read to its end.
+        """Yield one pass, in the split's order. The one before must have been read to its end.
 
         Raises:
             ValueError: the data can't be read; one line that says why.

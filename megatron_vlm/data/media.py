@@ -1,4 +1,4 @@
-"""What a sample holds beside its text: images, and any other kind of media that has a reader."""
+"""The media that a sample holds beside its text: images, and any other kind that has a reader."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def join(parts: Iterable[Mapping[str, Media]]) -> Dict[str, Media]:
 
 
 class MediaReader(ABC):
-    """Reads one kind of media, and tells how many tokens its items take. Holds no state.
+    """The reader of one kind of media; it tells how many tokens the items take, too. Holds no state.
 
     Attributes:
         kind: how datasets write it.
@@ -130,7 +130,8 @@ class MediaReader(ABC):
 
     @abstractmethod
     def finish(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Dict[str, Tensor]:
-        """Return what the encoder takes, from what :meth:`decode` made, on whatever device that is."""
+        """Return the tensors that the encoder takes, from those that :meth:`decode` made, on whatever
+        device they are."""
 
     def write(self, text: str) -> str:
         """Return a user's text with placeholders in place of markers, one for each item."""
@@ -146,13 +147,13 @@ class MediaReader(ABC):
         return Media(self.kind.name, {}, torch.tensor(sizes, dtype=torch.int64).view(len(sizes), -1))
 
     def decoded(self, media: Media, opened: Sequence[Any]) -> Media:
-        """Return what :meth:`media` gave with its tensors."""
+        """Return the media that :meth:`media` gave, with their tensors."""
         return replace(media, tensors=self.decode(opened)) if media.items else media
 
 
 @dataclass(frozen=True)
 class ReaderSettings:
-    """What readers are made from.
+    """The settings that readers are made from.
 
     Attributes:
         model: what is trained or asked.

@@ -85,7 +85,7 @@ class Mixture:
 
     @classmethod
     def of(cls, dataset: PreparedDataset) -> Mixture:
-        """A single dataset, all of it."""
+        """Return the mixture that is a single dataset, all of it."""
         return cls(dataset.path, dataset.split, (Source(dataset, None, 0, dataset.num_samples),))
 
     @property
@@ -95,24 +95,25 @@ class Mixture:
 
     @property
     def num_samples(self) -> int:
-        """Of one pass: every sample of each dataset, as often as its epochs say. With weights, as many draws
-        as there are samples, whatever their datasets.
+        """The number of samples of one pass: every sample of each dataset, as often as its epochs say.
+
+        With weights, as many draws as there are samples, whatever their datasets.
         """
         return sum(source.num_samples * source.epochs for source in self.sources)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the datasets and their parts, not with :attr:`description`."""
+        """A string that changes with the datasets and their parts, not with :attr:`description`."""
         return mixture_fingerprint({source.name: source.dataset.fingerprint for source in self.sources})
 
     @property
     def description(self) -> Dict[str, str]:
-        """What the file says of each dataset; empty for a single folder."""
+        """The file's words for each dataset; empty for a single folder."""
         return {source.name: str(source.config) for source in self.sources if source.config is not None}
 
     @property
     def blend_mode(self) -> DatasetBlendMode:
-        """How energon draws from what :meth:`load` gives."""
+        """The way in which energon draws from the datasets that :meth:`load` gives."""
         if self.weighted:
             return DatasetBlendMode.DATASET_WEIGHT
         return DatasetBlendMode.SAMPLE_REPETITIONS if self.names else DatasetBlendMode.NONE
@@ -120,7 +121,7 @@ class Mixture:
     def load(
         self, worker_config: WorkerConfig, limits: Tuple[int, ...] | None = None, **kwargs: Any
     ) -> List[LoadedDataset]:
-        """The datasets for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
+        """Return the datasets for a task encoder's ``build_train_datasets`` or ``build_val_datasets``.
 
         Args:
             limits: how many samples of each are read, the first ones.
@@ -145,7 +146,7 @@ class Mixture:
         return loaded
 
     def first_samples(self, count: int) -> Tuple[int, ...]:
-        """How many of ``count`` samples each dataset has, in proportion to their sizes.
+        """Return how many of ``count`` samples each dataset has, in proportion to their sizes.
 
         The shares are rounded so that they add up to ``count``, or to all there are.
         """
@@ -155,7 +156,7 @@ class Mixture:
         return tuple(after * count // total - before * count // total for before, after in pairwise(ends))
 
     def check_shares(self, data_workers: int) -> None:
-        """Every worker needs samples: of each dataset where weights say how many come from it.
+        """Check that every worker has samples: of each dataset where weights say how many come from it.
 
         Raises:
             ValueError: there are fewer samples than workers.
@@ -169,11 +170,11 @@ class Mixture:
         check_shares(shares, self.split, data_workers)
 
     def source_of(self, sample: RawSample) -> int:
-        """Index of the dataset that a sample of :meth:`load` is from."""
+        """Return the index of the dataset that a sample of :meth:`load` is from."""
         return int((sample.__subflavors__ or {}).get(_SOURCE, 0))
 
     def processings(self, processing: Processing) -> Tuple[Processing, ...]:
-        """How each dataset's samples are encoded.
+        """Return the processing of each dataset's samples.
 
         Args:
             processing: as the run's flags say; a mixture's file may say otherwise.

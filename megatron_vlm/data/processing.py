@@ -1,4 +1,4 @@
-"""From a sample's text and files to token ids, labels and media."""
+"""The processing of samples: from text and files to token ids, labels and media."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ Sizes = Mapping[str, Sequence[ItemSize]]
 
 @dataclass(frozen=True)
 class Processing:
-    """Everything that turns one raw sample into a :class:`Sample`. Holds no state.
+    """The parts that turn one raw sample into a :class:`Sample`: tokenizer, template, readers of media.
+
+    Holds no state.
 
     Attributes:
         tokenizer: a transformers tokenizer.
@@ -53,14 +55,14 @@ class Processing:
 
     @property
     def images(self) -> ImageTransform:
-        """What reads images."""
+        """The reader of images."""
         reader = self.readers[IMAGE.name]
         assert isinstance(reader, ImageReader)
         return reader.transform
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder of images."""
+        """The id of the images' placeholder."""
         return self.readers[IMAGE.name].token_id
 
     def encode(self, key: str, turns: Sequence[Turn], files: Files) -> Sample:
@@ -94,7 +96,8 @@ class Processing:
         return {kind: self.readers[kind].open(own) for kind, own in files.items() if own}
 
     def tokenize(self, key: str, turns: Sequence[Turn], opened: Opened) -> Sample:
-        """As :meth:`encode`, without tensors: media are opened, for their sizes, and not decoded."""
+        """Encode as :meth:`encode` does, without tensors: media are opened, for their sizes, and not
+        decoded."""
         images = len(opened.get(IMAGE.name, ()))
         turns = self._written(self._asking(key, trainable_turns(turns), images))
         ids, trained = self.template.encode(turns, images)
@@ -112,7 +115,7 @@ class Processing:
         return Sample(key, ids, labels, media, truncated)
 
     def decode(self, sample: Sample, opened: Opened) -> Sample:
-        """The sample with the tensors of its media.
+        """Return the sample with the tensors of its media.
 
         Raises:
             SampleError: one can't be decoded.
@@ -128,7 +131,7 @@ class Processing:
         overlong: str | None = None,
         image_aspect_ratio: str | None = None,
     ) -> Processing:
-        """The same, but for what is given.
+        """Return the processing with some of its settings changed.
 
         Args:
             image_aspect_ratio: as :meth:`ImageTransform.with_aspect_ratio`.
@@ -148,7 +151,7 @@ class Processing:
         )
 
     def encode_prompt(self, question: str, sizes: Sizes, raw: bool = False) -> List[int]:
-        """Token ids that a model answers, as :meth:`encode` would have them before the answer.
+        """Return the token ids that a model answers, as :meth:`encode` would have them before the answer.
 
         Args:
             question: as for :meth:`encode`.
@@ -169,7 +172,8 @@ class Processing:
         return self._expand(ids, [False] * len(ids), sizes)[0]
 
     def _written(self, turns: List[Turn]) -> List[Turn]:
-        """The turns with placeholders in place of markers, but for images', which the template writes."""
+        """Return the turns with placeholders in place of markers, but for images', which the template
+        writes."""
         for reader in self.readers.values():
             turns = [
                 replace(turn, text=reader.write(turn.text)) if reader.kind.marker in turn.text else turn
@@ -178,19 +182,19 @@ class Processing:
         return turns
 
     def _asking(self, key: str, turns: List[Turn], num_images: int) -> List[Turn]:
-        """The turns; where images come without any question, the first one asks for a caption."""
+        """Return the turns; where images come without any question, the first one asks for a caption."""
         first = int(turns[0].role == "system")
         question = Turn("user", self._question(key, turns[first].text, num_images))
         return [*turns[:first], question, *turns[first + 1 :]]
 
     def _question(self, key: str, question: str, num_images: int) -> str:
-        """The question, or where an image comes without any, one that asks for a caption."""
+        """Return the question, or where an image comes without any, one that asks for a caption."""
         if num_images and not question.replace(IMAGE_MARKER, "").strip():
             return question + caption_prompt(key, self.lang)
         return question
 
     def _expand(self, ids: List[int], trained: List[bool], sizes: Sizes) -> tuple[List[int], List[bool]]:
-        """As many placeholders for each item as it has tokens."""
+        """Repeat each item's placeholder as often as it has tokens."""
         places: List[tuple[int, int, int]] = []  # where an item's one placeholder is, its token, and how many
         for kind, reader in self.readers.items():
             own, place = sizes.get(kind, ()), -1
@@ -272,7 +276,7 @@ def load_processing(
     image_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> Processing:
-    """As :func:`build_processing`, from plain arguments.
+    """Build a processing as :func:`build_processing` does, from plain arguments.
 
     Args:
         tokenizer_dir: Hugging Face folder with a tokenizer.
@@ -344,7 +348,8 @@ def _pad_token_id(
 
 
 def _chat_template(folder: str, tokenizer: Any) -> str | None:
-    """The folder's chat template: a processor's, in the files of older releases, or the tokenizer's."""
+    """Return the folder's chat template: a processor's, in the files of older releases, or the
+    tokenizer's."""
     for name in ("chat_template.json", "processor_config.json"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):

@@ -22,14 +22,14 @@ _BLOCK = 512  # bytes; of headers, and what files are filled up to
 
 
 class ShardReader(ShardInfosITarReader):
-    """energon's reader, which gives the same samples, by their numbers in the split."""
+    """The reader of a split's shards: the same samples as energon's, by their numbers in the split."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._files: OrderedDict[int, Tuple[BinaryIO, array[int]]] = OrderedDict()  # the last used at the end
 
     def __getitem__(self, idx: int) -> Any:
-        """A sample as energon's ``FilteredSample``; None if the split excludes it.
+        """Return a sample as energon's ``FilteredSample``; None if the split excludes it.
 
         Raises:
             ValueError: the shard is no tar there, or ends before the sample does, or its files don't belong
@@ -74,7 +74,7 @@ class ShardReader(ShardInfosITarReader):
             raise ValueError(f"{shard} is damaged at its sample {number} ({error})") from None
 
     def _open(self, number: int) -> Tuple[BinaryIO, array[int]]:
-        """A shard, and where in it the samples begin and the last one ends."""
+        """Open a shard; return it, and where in it the samples begin and the last one ends."""
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
@@ -87,7 +87,8 @@ class ShardReader(ShardInfosITarReader):
 
 
 def read_index(shard: str) -> array[int]:
-    """Where in a shard the samples begin and the last one ends, by the index that energon wrote beside it.
+    """Return where in a shard the samples begin and the last one ends, by the index that energon wrote beside
+    it.
 
     Raises:
         OSError: it can't be read.
@@ -100,7 +101,7 @@ def read_index(shard: str) -> array[int]:
 
 
 def members(data: bytes) -> List[Tuple[str, bytes]]:
-    """Names and contents of the files in a piece of a tar, as ``tarfile`` gives them.
+    """Return names and contents of the files in a piece of a tar, as ``tarfile`` gives them.
 
     Raises:
         tarfile.TarError: it is no such piece.
@@ -124,7 +125,7 @@ def members(data: bytes) -> List[Tuple[str, bytes]]:
 
 
 def _is_sound(header: bytes) -> bool:
-    """Whether a header has the sum that it says."""
+    """Return whether a header has the checksum that it says."""
     said = header[148:156].strip(b" \0")
     return said.isdigit() and int(said, 8) == sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
 

@@ -17,7 +17,7 @@ _CLASSES: Dict[str, Any] = {SliceState.__name__: SliceState}
 
 
 def to_json(value: Any) -> Any:
-    """energon's state as JSON values; :func:`from_json` is its inverse.
+    """Return energon's state as JSON values; :func:`from_json` is the inverse.
 
     Raises:
         TypeError: the state holds a class that is not known here.
@@ -40,7 +40,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """energon's state from what :func:`to_json` gave.
+    """Return energon's state from the JSON values that :func:`to_json` gave.
 
     Raises:
         ValueError: it is not such a value.

@@ -43,7 +43,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a template writes around an answer."""
+    """The text that a template writes around an answer."""
 
     prompt: str  # that asks for it, as for a model that is to answer
     prefix: str  # between that and the answer
@@ -52,7 +52,7 @@ class _Frame:
 
 
 class ChatTemplate:
-    """Renders and tokenises conversations as transformers does.
+    """A chat template and a tokenizer; they render and tokenise conversations as transformers does.
 
     Token ids equal those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)`` before its image
     tokens are expanded, but for two things. Where the folder's own template ends an answer without any
@@ -118,7 +118,7 @@ class ChatTemplate:
             self.end_token_id = tokenizer.convert_tokens_to_ids(self.end_token)
 
     def varied(self, name: str | None = None, **options: Any) -> ChatTemplate:
-        """Another template, or the same with other ``options`` of its own, for this tokenizer.
+        """Return another template, or the same with other ``options``, for this tokenizer.
 
         Raises:
             ValueError: as the class.
@@ -161,7 +161,7 @@ class ChatTemplate:
         return f"answers end with {end}"
 
     def encode(self, turns: Sequence[Turn], num_images: int) -> Tuple[List[int], List[bool]]:
-        """Token ids, one image token per image, and which of them are trained.
+        """Return the token ids of a conversation, one image token per image, and which of them are trained.
 
         Args:
             turns: a system turn, if any, takes the place of the template's own. Images whose places are not
@@ -193,7 +193,7 @@ class ChatTemplate:
         return ids, trained
 
     def encode_prompt(self, turns: Sequence[Turn], num_images: int) -> List[int]:
-        """Token ids of a conversation up to where the assistant's next answer begins.
+        """Return the token ids of a conversation up to where the assistant's next answer begins.
 
         Args:
             turns: user and assistant in turn, the last one the user's.
@@ -206,7 +206,8 @@ class ChatTemplate:
         return self._encode(text, num_images)
 
     def encode_text(self, text: str, num_images: int) -> List[int]:
-        """Token ids of text that needs no rendering, after the tokenizer's start token if it has one.
+        """Return the token ids of text that needs no rendering, after the tokenizer's start token if it has
+        one.
 
         Raises:
             SampleError: markers and images differ in number.
@@ -219,7 +220,7 @@ class ChatTemplate:
         return ids
 
     def _tokenize(self, text: str) -> Tuple[List[int], np.ndarray]:
-        """Token ids, and where each token's characters begin and end, ``[tokens, 2]``."""
+        """Return token ids, and where each token's characters begin and end, ``[tokens, 2]``."""
         encoding = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -233,7 +234,7 @@ class ChatTemplate:
         return [*start, *encoding["input_ids"]], np.array(offsets).reshape(-1, 2)
 
     def _added_around(self) -> Tuple[List[int], List[int]]:
-        """Ids that the tokenizer puts before every text, and behind it."""
+        """Return the ids that the tokenizer puts before every text, and behind it."""
         text = self._image_token  # which every tokenizer here knows
         whole, own = (list(self._tokenizer(text, add_special_tokens=x)["input_ids"]) for x in (True, False))
         begin = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
@@ -247,14 +248,15 @@ class ChatTemplate:
     def _answer_spans(
         self, text: str, messages: List[Dict[str, Any]], answers: Sequence[int]
     ) -> List[Tuple[int, int, int]]:
-        """Where in ``text`` each answer begins, where what it says ends, and where its end token does."""
+        """Return where in ``text`` each answer begins, where its words end, and where its end token does."""
         spans = self._spans_at_once(text, messages, answers)
         return spans or [self._answer_span(text, messages, answer) for answer in answers]
 
     def _spans_at_once(
         self, text: str, messages: List[Dict[str, Any]], answers: Sequence[int]
     ) -> List[Tuple[int, int, int]]:
-        """The same from one rendering, with probes for answers; empty if more than them has changed in it."""
+        """Find the answers' spans from one rendering, with probes for answers; empty if more than those
+        changed in it."""
         frame = self._frame
         probes = {answer: self._probe_message() for answer in answers}
         probed = self._render([probes.get(i, message) for i, message in enumerate(messages)])
@@ -275,7 +277,8 @@ class ChatTemplate:
         return spans if position == len(text) else []
 
     def _answer_span(self, text: str, messages: List[Dict[str, Any]], answer: int) -> Tuple[int, int, int]:
-        """One answer's span, also where a template renders turns differently once there are later ones."""
+        """Return one answer's span, also where a template renders turns differently once there are later
+        ones."""
         prompt = self._render(messages[:answer], add_generation_prompt=True)
         # What follows it is the same with a probe in its place.
         probed = self._render([*messages[:answer], self._probe_message(), *messages[answer + 1 :]])
@@ -350,7 +353,8 @@ class ChatTemplate:
         return text
 
     def _takes_content_parts(self) -> bool:
-        """Whether the template wants content as parts (a processor's) or as a string (a tokenizer's)."""
+        """Return whether the template wants content as parts (a processor's) or as a string (a
+        tokenizer's)."""
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         string, said = f"{self._image_token}\n{_PROBE}", [{"type": "text", "text": "."}]
         for content in (parts, string):
@@ -365,7 +369,7 @@ class ChatTemplate:
         raise ValueError(f"--template chat: {reason}; use --template v1 or plain")
 
     def _refusal(self, *messages: Dict[str, Any]) -> str:
-        """Why the template can't write a question with an image; empty if it can."""
+        """Return why the template can't write a question with an image; empty if it can."""
         try:
             text = self._render(list(messages), add_generation_prompt=True)
         except SampleError as error:
@@ -375,7 +379,7 @@ class ChatTemplate:
         return f"the folder's chat template loses the image token {self._image_token}"
 
     def _probe_frame(self) -> _Frame:
-        """What the template writes around an answer."""
+        """Return the text that the template writes around an answer."""
         messages = self._messages(self._with_system([Turn("user", "?"), Turn("assistant", _PROBE)]), 1)
         try:
             question = self._render(messages[:-1])
@@ -397,7 +401,8 @@ class ChatTemplate:
 
 
 def _tokens_between(offsets: np.ndarray, begin: int, end: int) -> slice:
-    """The tokens that hold any of the characters from ``begin`` to ``end``, and all between two of them.
+    """Return the tokens that hold any of the characters from ``begin`` to ``end``, and all between two of
+    them.
 
     Args:
         offsets: ``[tokens, 2]``, where each token's characters begin and end.

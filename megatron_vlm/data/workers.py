@@ -1,4 +1,4 @@
-"""An energon dataset in loader workers: processes that are forked, and say where they are.
+"""Loader workers: forked processes that run an energon dataset, and say where they are in it.
 
 energon's own loader asks a worker for its state when it is wanted. The worker answers between two
 microbatches, or later where it has much to do. Here the state comes along with a microbatch every now and
@@ -42,7 +42,7 @@ Start = Tuple["str | None", int]
 
 
 class Workers(DataLoader[Any]):
-    """Takes microbatches from the loader workers of one rank, in turn.
+    """The loader workers of one rank, from which microbatches are taken in turn.
 
     Workers are forked at the first :meth:`take`, and die with the process that forked them.
 
@@ -82,7 +82,9 @@ class Workers(DataLoader[Any]):
         self._pass: Iterator[Taken] | None = None
 
     def start_at(self, starts: Sequence[Start], next_worker: int) -> None:
-        """Set what the workers start from, and which of them comes first. Before the first :meth:`take`.
+        """Set the states that the workers start from, and which worker comes first.
+
+        Before the first :meth:`take`.
 
         Raises:
             ValueError: a state is not such a thing.
@@ -94,7 +96,7 @@ class Workers(DataLoader[Any]):
         self._share.next_worker = next_worker
 
     def take(self) -> Taken:
-        """The next microbatch; the first call forks the workers.
+        """Return the next microbatch; the first call forks the workers.
 
         Raises:
             StopIteration: the dataset is at its end; the next call begins anew.
@@ -117,7 +119,7 @@ class Workers(DataLoader[Any]):
                 gc.unfreeze()
 
     def _next(self) -> Taken:
-        """``next`` with an error of a worker process as one line."""
+        """Call ``next``, and raise an error of a worker process as one line."""
         try:
             with _dead_workers_raise():
                 if self._pass is None:
@@ -159,7 +161,7 @@ _taking = False  # a microbatch, in this process
 
 @contextlib.contextmanager
 def _dead_workers_raise() -> Iterator[None]:
-    """Within, and only there, a worker's death is an error."""
+    """Raise an error at a worker's death within the block, and only there."""
     global _taking
     _taking = True
     try:
@@ -189,7 +191,8 @@ def _held(number: int, frame: FrameType | None) -> None:
 
 
 def _read(file: int, seconds: float, size: int) -> io.BytesIO:
-    """As multiprocessing's ``Connection._recv``, but a worker that stops amid a microbatch is not waited for.
+    """Read as multiprocessing's ``Connection._recv`` does; don't wait for a worker that stops amid a
+    microbatch.
 
     torch's timeout ends the wait for the first byte, and its handler of signals that for the dead.
 
@@ -211,7 +214,7 @@ def _read(file: int, seconds: float, size: int) -> io.BytesIO:
 
 
 class _Share(IterableDataset[Taken]):
-    """What runs in a worker: its share of the dataset."""
+    """The share of the dataset that runs in a worker."""
 
     def __init__(self, dataset: SavableDataset[Microbatch], state_seconds: float | None) -> None:
         self.starts: Dict[int, Tuple[FlexState | None, int]] = {}
@@ -250,7 +253,7 @@ class _Share(IterableDataset[Taken]):
 
 
 def _init_worker(parent: int, worker_id: int) -> None:
-    """Runs first in each forked worker."""
+    """Prepare a forked worker, before anything else runs in it."""
     die_with_parent(parent)  # a rank that is killed takes its workers with it
     # Signals to the process group are for the trainer: it may still save, and needs its workers for that.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -261,7 +264,7 @@ def _init_worker(parent: int, worker_id: int) -> None:
 
 @contextlib.contextmanager
 def _no_worker_number_warning() -> Iterator[None]:
-    """torch warns of more workers than cores; their number is part of the data order here."""
+    """Hide torch's warning of more workers than cores: their number is part of the data order here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield

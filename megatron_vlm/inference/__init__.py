@@ -1,4 +1,4 @@
-"""Text from a trained checkpoint, at any tensor and pipeline parallel size.
+"""Generation of text from a trained checkpoint, at any tensor and pipeline parallel size.
 
 questions.py   what is asked, rendered as training rendered it: token ids and pixels
 sampling.py    the most likely token, or one drawn

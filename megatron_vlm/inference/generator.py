@@ -1,4 +1,4 @@
-"""The passes through the model: all prompts first, then one token of each answer at a time."""
+"""The generator's passes through the model: all prompts first, then one token of each answer at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_vlm.parallel import Layout
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: what the model is given."""
+    """A prompt: token ids and media that the model answers."""
 
     number: int  # among all prompts of the input; what is drawn depends on it
     input_ids: list[int]  # each item of the media is as many placeholders as it has features
@@ -36,7 +36,7 @@ class Prompt:
 
 
 class Generator:
-    """Generates with one copy of the model, spread over all ranks.
+    """The generator of answers, with one copy of the model, spread over all ranks.
 
     Args:
         chunk: this rank's stage of the model, with its weights.
@@ -106,7 +106,7 @@ class Generator:
             cache.next_pass()
 
     def _pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Ids ``[b, s]``, padded on the right with anything but placeholders, and lengths ``[b]``."""
+        """Return ids ``[b, s]``, padded on the right with anything but placeholders, and lengths ``[b]``."""
         lengths = [len(prompt.input_ids) for prompt in prompts]
         placeholders = {modality.token_id for modality in self.chunk.modalities.values()}
         filler = next(token for token in itertools.count() if token not in placeholders)
@@ -117,7 +117,7 @@ class Generator:
         return torch.tensor(ids), torch.tensor(lengths)
 
     def _media(self, prompts: Sequence[Prompt]) -> dict[str, Media]:
-        """The prompts' media one after the other, of the model's type."""
+        """Return the prompts' media one after the other, in the model's dtype."""
         dtype = self.chunk.config.params_dtype
         joined = join(prompt.media for prompt in prompts)
         return {
@@ -126,7 +126,7 @@ class Generator:
         }
 
     def _forward(self, ids: Tensor, cache: KeyValueCache, media: Mapping[str, Placed]) -> Tensor:
-        """Logits ``[b, vocabulary]`` on the ranks of the last stage, hidden states on the others."""
+        """Return logits ``[b, vocabulary]`` on the ranks of the last stage, hidden states on the others."""
         layout = self.layout
         if not layout.is_first_stage:
             config = self.chunk.config
@@ -148,7 +148,7 @@ def load_generator(
     end_tokens: Collection[int],
     base: str | None = None,
 ) -> Generator:
-    """A generator with a checkpoint's weights; a collective call.
+    """Build a generator with a checkpoint's weights; a collective call.
 
     Args:
         precision: ``"bf16"``, ``"fp32"``, or None for what the weights are stored in.

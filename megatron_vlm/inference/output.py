@@ -1,4 +1,4 @@
-"""Where answers go: a single one to the terminal as it is made, many to a file."""
+"""The output of answers: a single one to the terminal as it is made, many to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNFINISHED = "\ufffd"  # what decodes from a part of a character
 
 
 class Answers:
-    """Writes answers as JSON Lines, or a single one as plain text.
+    """The writer of answers, as JSON Lines, or of a single one as plain text.
 
     A file appears when all answers are in it; until then ``<file>.incomplete`` holds them.
     """
@@ -27,7 +27,7 @@ class Answers:
         self.file = sys.stdout if self.path is None else open(incomplete(self.path), "w", encoding="utf-8")
 
     def show(self, answers: Sequence[Sequence[int]]) -> None:
-        """Print what is new of a single answer."""
+        """Print the new part of a single answer."""
         if self.streams:
             text = self.questions.decode(answers[0])
             if not text.endswith(_UNFINISHED):

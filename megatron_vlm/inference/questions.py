@@ -1,4 +1,4 @@
-"""What is asked: read from flags or a file, and rendered as training rendered it."""
+"""Questions for the model: read from flags or a file, and rendered as training rendered its samples."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Question:
 
     @property
     def files(self) -> dict[str, tuple[Path, ...]]:
-        """The files of its media, by kind."""
+        """The files of the question's media, by kind."""
         return {IMAGE.name: self.images} if self.images else {}
 
 
 def read_questions(prompts: PromptSection) -> list[Question]:
-    """The questions of the flags, or of each line of ``--input``.
+    """Return the questions of the flags, or of each line of ``--input``.
 
     Image files are looked for beside the input file, unless their paths are absolute.
 
@@ -98,8 +98,8 @@ def _read_line(where: str, line: str, folder: Path) -> Question:
 
 
 class Questions:
-    """The questions, checked, and what turns them into prompts: the tokenizer, template and image processor
-    of the training run.
+    """The checked questions, and the parts that turn them into prompts: the tokenizer, template and image
+    processor of the training run.
 
     Args:
         checkpoint: the checkpoint's folder. What the flags leave out is as the run that wrote it was told.
@@ -126,7 +126,7 @@ class Questions:
         return len(self.questions)
 
     def encode(self, numbers: Sequence[int]) -> list[Prompt]:
-        """These questions as the model takes them.
+        """Return these questions as prompts that the model takes.
 
         Raises:
             ValueError: an image can't be decoded.
@@ -134,7 +134,8 @@ class Questions:
         return [self._prompt(n, self.questions[n]) for n in numbers]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """An answer's text, without what ends it, which the tokenizer may not know for a special token."""
+        """Return an answer's text, without its end token, which the tokenizer may not know for a special
+        token."""
         tokens = tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens
         text: str = self.processing.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
@@ -151,7 +152,7 @@ class Questions:
         return ids
 
     def _max_new_tokens(self, wanted: int | None) -> int:
-        """What fits after the longest question, if it isn't said."""
+        """Return the number of tokens that fit after the longest question, if the flags name none."""
         longest = max(range(len(self)), key=lambda number: len(self.input_ids[number]))
         length = len(self.input_ids[longest])
         left = self.positions - length
@@ -187,7 +188,8 @@ class Questions:
 
 
 def _training_config(config: GenerationConfig, checkpoint: Path, positions: int) -> RunConfig:
-    """What training was told about its text, where the checkpoint is of a run, and what the flags say."""
+    """Return the settings of text: those of the checkpoint's run, if it is of one, and those that the
+    flags give."""
     source, of_a_run = config.source, (checkpoint / RUN_CONFIG).is_file()
     run = saved_config(checkpoint) if of_a_run else RunConfig.from_dict({})
     tokenizer_dir = source.tokenizer_load_dir or run.model.tokenizer_load_dir

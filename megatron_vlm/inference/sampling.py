@@ -1,4 +1,4 @@
-"""Which token comes next: the most likely one, or one drawn from the model's distribution."""
+"""The choice of the next token: the most likely one, or one drawn from the model's distribution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vlm.config.generation import SamplingSection
 
 
 class Sampler:
-    """Chooses the next token of each sequence of a batch.
+    """A chooser of the next token of each sequence of a batch.
 
     Logits are processed by transformers' own classes, in the order of its ``generate``: repetition
     penalty, temperature, top-k, top-p. Each prompt has a random number generator of its own, which gives
@@ -30,7 +30,7 @@ class Sampler:
         self.generators = [random.Random(f"{sampling.seed} {number}") for number in numbers]
 
     def choose(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The next token of each sequence.
+        """Return the next token of each sequence.
 
         Args:
             tokens: int64 ``[b, s]``, what each sequence holds so far; order and repeats don't matter.
@@ -47,7 +47,7 @@ class Sampler:
 
 
 def draw(probabilities: Tensor, uniform: Sequence[float]) -> Tensor:
-    """The token at which the cumulative probability passes a number from [0, 1).
+    """Return the token at which the cumulative probability passes a number from [0, 1).
 
     Args:
         probabilities: float64 ``[b, vocabulary]``.

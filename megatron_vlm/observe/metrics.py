@@ -1,4 +1,4 @@
-"""What a run reports of itself: ``metrics.jsonl`` and one console line per logged iteration."""
+"""The metrics of a run: ``metrics.jsonl`` and one console line per logged iteration."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class IterationMetrics:
     corrupt: int  # samples left out so far, unreadable
 
     def line(self, total_iterations: int, rates: Mapping[str, float], rank: str = "GPU") -> str:
-        """``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console.
+        """Return ``iteration 12/700 (1.7%) | loss ... | 0:00:31 left``, for the console.
 
         Args:
             rates: learning rates by part, where parts have rates of their own.
@@ -70,7 +70,7 @@ class IterationMetrics:
 
 
 def superseded(name: str) -> str:
-    """``metrics.jsonl`` -> ``metrics.superseded.jsonl``."""
+    """Return the name of superseded lines: ``metrics.jsonl`` -> ``metrics.superseded.jsonl``."""
     return name.replace(".jsonl", ".superseded.jsonl")
 
 
@@ -78,7 +78,7 @@ LOGS = tuple(log for name in (METRICS, VALIDATION) for log in (name, superseded(
 
 
 class MetricsLog:
-    """Appends to a run's ``metrics.jsonl`` or ``validation.jsonl``; the first line makes the file.
+    """The writer of a run's ``metrics.jsonl`` or ``validation.jsonl``; the first line makes the file.
 
     Args:
         run_folder: where the file lies.

@@ -1,4 +1,5 @@
-"""Where metrics go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases where the flags ask for them.
+"""The sinks of metrics: ``metrics.jsonl`` always, TensorBoard and Weights & Biases where the flags ask for
+them.
 
 A metric's name is the same everywhere; the viewers show those of training, which have no ``/`` in their
 name, as ``train/<name>``.
@@ -35,7 +36,7 @@ class Sink(Protocol):
         """Draw a user's attention to something."""
 
     def close(self, failed: bool) -> None:
-        """Write out what is left."""
+        """Write out the metrics that are left."""
 
 
 class Sinks:
@@ -53,7 +54,7 @@ class Sinks:
     def open(
         self, run: Path, flags: LoggingSection, name: str, config: Mapping[str, Any], last_iteration: int
     ) -> None:
-        """Open what the flags ask for.
+        """Open the sinks that the flags ask for.
 
         Args:
             run: the run folder.

@@ -1,4 +1,4 @@
-"""Adam as megatron-core expects it, for where Transformer Engine's and apex's don't run."""
+"""Adam as megatron-core expects it, for machines where Transformer Engine's and apex's don't run."""
 
 from __future__ import annotations
 

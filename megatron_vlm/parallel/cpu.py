@@ -85,7 +85,7 @@ def _leave_uncompiled(model: Any = None, **options: Any) -> Any:
 
 
 def installed() -> bool:
-    """Whether the redirection is active."""
+    """Return whether the redirection is active."""
     return bool(_saved)
 
 
@@ -213,7 +213,7 @@ class _Stream:
         pass
 
     def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""

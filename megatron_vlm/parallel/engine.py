@@ -1,4 +1,4 @@
-"""Transformer Engine's import, which can fail in more ways than that of a package of Python."""
+"""The import of Transformer Engine, which can fail in more ways than a package of Python's own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def import_engine() -> None:
 
 
 def why_not() -> str | None:
-    """Why Transformer Engine, though it is installed, can't be used; None if it can, or isn't there."""
+    """Return why Transformer Engine, though it is installed, can't be used; None if it can, or isn't
+    there."""
     if _failure is not None:
         return f"can't be imported beside torch {torch.__version__} ({_failure})"
     problem = engine_problem() if sys.modules.get(_PACKAGE) is not None else None

@@ -1,4 +1,4 @@
-"""Whether the ranks' GPUs can multiply in FP8."""
+"""A check that the ranks' GPUs can multiply in FP8."""
 
 from __future__ import annotations
 

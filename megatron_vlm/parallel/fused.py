@@ -14,7 +14,9 @@ import torch
 
 
 def adam_source(device: str) -> str:
-    """Whose Adam updates the weights: "transformer_engine" or "apex", in megatron-core's order, else "torch".
+    """Return the package whose Adam updates the weights: "transformer_engine", "apex" or "torch".
+
+    They are tried in megatron-core's order.
 
     Args:
         device: "cuda" or "cpu".
@@ -26,14 +28,15 @@ def adam_source(device: str) -> str:
 
 
 def norms(device: str) -> dict[str, type[torch.nn.Module]]:
-    """The norm classes of local layer specs: apex's, else torch's. All take the size and ``eps``."""
+    """Return the norm classes of local layer specs: apex's, else torch's. All take the size and ``eps``."""
     found = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
     fused = {name: _find("apex.normalization", f"Fused{name}") for name in found}
     return {name: (device == "cuda" and fused[name]) or found[name] for name in found}
 
 
 def weight_gradient_kernels(device: str) -> Any:
-    """apex's module that adds a weight's gradient to its fp32 sum as it is computed; None without it.
+    """Return apex's module that adds a weight's gradient to its fp32 sum as it is computed; None without
+    apex.
 
     ``wgrad_gemm_accum_fp32(a, b, total)`` is ``total += b.T @ a``, with ``a`` ``[n, in]`` and ``b``
     ``[n, out]`` contiguous and ``total`` fp32 ``[out, in]``. Source: apex, csrc/megatron/

@@ -1,4 +1,4 @@
-"""Which rank does what: process groups for tensor, pipeline and data parallelism.
+"""The layout of ranks: process groups for tensor, pipeline and data parallelism.
 
 The only reader of megatron-core's ``parallel_state``; the rest of the project asks a :class:`Layout`.
 """
@@ -47,17 +47,18 @@ class Layout:
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank holds the tower, the projector and the embedding, in its first model chunk."""
+        """Return whether this rank holds the tower, the projector and the embedding, in its first model
+        chunk."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank computes the loss, in its last model chunk."""
+        """Return whether this rank computes the loss, in its last model chunk."""
         return self.pp_rank == self.pp - 1
 
     @property
     def loads_data(self) -> bool:
-        """This rank reads batches and hands them to the others of its model copy."""
+        """Return whether this rank reads batches and hands them to the others of its model copy."""
         return self.rank == self.model_src
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class Layout:
 
 
 def choose_device(device: str | None = None, backend: str | None = None) -> tuple[str, str]:
-    """The device and the communication backend of this machine; flags override what is found.
+    """Return the device and the communication backend of this machine; flags override what is found.
 
     Args:
         device: "cuda", "cpu", or None for what is there.
@@ -179,7 +180,7 @@ def finalize() -> None:
 
 
 def first_to_arrive(name: str) -> bool:
-    """Whether no other rank has called this with the same name; not a collective call."""
+    """Return whether no other rank has called this with the same name; not a collective call."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     store = dist.distributed_c10d._get_default_store()
@@ -187,14 +188,14 @@ def first_to_arrive(name: str) -> bool:
 
 
 def has_arrived(name: str) -> bool:
-    """Whether any rank has called :func:`first_to_arrive` with a name; not a collective call."""
+    """Return whether any rank has called :func:`first_to_arrive` with a name; not a collective call."""
     if not dist.is_initialized():
         return False
     return bool(dist.distributed_c10d._get_default_store().check([f"megatron_vlm/{name}"]))
 
 
 def first_told(own: str | None) -> str | None:
-    """What the first rank that has something to tell tells, the same on every rank; a collective call."""
+    """Return the message of the first rank that has one, the same on every rank; a collective call."""
     world = dist.get_world_size()
     teller = torch.tensor([world if own is None else dist.get_rank()], device=torch.cuda.current_device())
     dist.all_reduce(teller, dist.ReduceOp.MIN)

@@ -71,7 +71,8 @@ def wrap_model(
 
 
 def _own_part(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> slice:
-    """The elements of a parameter that this data parallel rank updates; of the others it has no gradient."""
+    """Return the elements of a parameter that this data-parallel rank updates; it has no gradient of the
+    others."""
     if parameter not in optimizer.model_param_gbuf_map:
         return slice(0)
     part = optimizer._get_model_param_range_map(parameter)["param"]
@@ -79,7 +80,7 @@ def _own_part(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) ->
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:
-    """Whether AdamW decays a parameter: all but biases and norms, as in Megatron-LM."""
+    """Return whether AdamW decays a parameter: all but biases and norms, as in Megatron-LM."""
     return len(shape) > 1 and not name.endswith(".bias")
 
 
@@ -131,12 +132,12 @@ class Optimizer:
 
     @property
     def has_master_weights(self) -> bool:
-        """Whether the weights aren't fp32, and the optimizer keeps a copy that is."""
+        """Return whether the weights aren't fp32, and the optimizer keeps a copy that is."""
         return self.config.bf16
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups; the same list on every rank, though some are empty on some."""
+        """The parameter groups; the same list on every rank, though some are empty on some."""
         return self.optimizer.optimizer.param_groups
 
     def zero_grad(self) -> None:
@@ -146,12 +147,14 @@ class Optimizer:
         self.chained.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the reduced gradients, before clipping; a collective call."""
+        """Return the global L2 norm of the reduced gradients, before clipping; a collective call."""
         self.chained.prepare_grads()
         return float(self.chained.get_grad_norm())
 
     def squared_gradients(self, groups: Sequence[Sequence[torch.nn.Parameter]]) -> torch.Tensor:
-        """This rank's share of the squared L2 norm of each group's gradients; all ranks' shares add up to it.
+        """Return this rank's share of the squared L2 norm of each group's gradients.
+
+        All ranks' shares add up to it.
 
         To be called between :meth:`gradient_norm` and :meth:`step`.
 
@@ -177,7 +180,7 @@ class Optimizer:
         return squares
 
     def step(self, rates: Sequence[float], gradient_norm: float) -> None:
-        """Clip and update; a collective call.
+        """Clip the gradients and update the weights; a collective call.
 
         Args:
             rates: learning rate of each entry.
@@ -204,8 +207,7 @@ class Optimizer:
             post_all_gather_processing(in_fp8)
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool = False) -> dict[Any, dict[str, Any]]:
-        """The state as sharded tensors, for ``dist_checkpointing.save`` or as a request to ``load``; a
-        collective call.
+        """Return the state as sharded tensors, to be saved or as a request to ``load``; a collective call.
 
         Args:
             model_state: sharded state dict of the same chunks, flat.
@@ -232,8 +234,10 @@ class Optimizer:
 
     @property
     def saves(self) -> bool:
-        """Whether this rank hands state to a checkpoint and takes it from one. With the distributed optimizer
-        the first data-parallel rank does, for all of them."""
+        """Return whether this rank hands state to a checkpoint and takes it from one.
+
+        With the distributed optimizer the first data-parallel rank does, for all of them.
+        """
         return not self._is_distributed or self.optimizer.data_parallel_group.rank() == 0
 
     def load_sharded_state(self, loaded: dict[Any, dict[str, Any]], steps: int) -> None:
@@ -260,8 +264,8 @@ class Optimizer:
             self._gather()
 
     def master_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """This rank's fp32 master weights, each behind its parameter; with the distributed optimizer the part
-        that this rank updates. None where the weights are fp32 themselves."""
+        """Yield this rank's fp32 master weights, each behind its parameter; with the distributed optimizer
+        the part that this rank updates. None where the weights are fp32 themselves."""
         for parameter in self._parameters() if self.has_master_weights else ():
             main = getattr(parameter, "main_param", None)
             if main is not None:
@@ -273,17 +277,19 @@ class Optimizer:
 
     @property
     def _keys(self) -> tuple[str, ...]:
-        """What is saved of a parameter; fp32 weights are their own master weights."""
+        """The names of the tensors that are saved of a parameter; fp32 weights are their own master
+        weights."""
         return ("param", "exp_avg", "exp_avg_sq") if self.has_master_weights else ("exp_avg", "exp_avg_sq")
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        """This rank's trainable parameters, in the order of the sharded state."""
+        """Return this rank's trainable parameters, in the order of the sharded state."""
         if self._is_distributed:
             return [p for buffer in self.optimizer.buffers for p in buffer.param_index_map]
         return [p for model in self.models for p in model.parameters() if p.requires_grad]
 
     def _tensors(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """This rank's state of a parameter; with the distributed optimizer that of its part, flat, if any."""
+        """Return this rank's state of a parameter; with the distributed optimizer the state of its part,
+        flat, if any."""
         if self._is_distributed:
             if parameter not in self.optimizer.model_param_gbuf_map:
                 return {}
@@ -297,7 +303,8 @@ class Optimizer:
     # host's memory: a run that fits could end at its first save.
 
     def _to_first(self, parameter: torch.nn.Parameter, part: torch.Tensor | None) -> torch.Tensor | None:
-        """A tensor of a parameter's state, whole on the first data-parallel rank's CPU; a collective call.
+        """Gather a tensor of a parameter's state, whole on the first data-parallel rank's CPU; a collective
+        call.
 
         Args:
             part: this rank's; None if it has none.
@@ -310,7 +317,7 @@ class Optimizer:
         return whole.view(parameter.shape).cpu() if self.saves else None
 
     def _from_first(self, parameter: torch.nn.Parameter, whole: torch.Tensor | None) -> torch.Tensor:
-        """This rank's part of what :meth:`_to_first` made; a collective call."""
+        """Return this rank's part of the tensor that :meth:`_to_first` made; a collective call."""
         sent = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if whole is not None:
             sent.copy_(whole.flatten())
@@ -319,8 +326,10 @@ class Optimizer:
 
 
 def _overrides(entries: int) -> dict[ParamKey, Any]:
-    """What sets megatron-core's parameter groups apart. The groups of all entries stand on all ranks, though
-    a pipeline stage may have no parameter in some."""
+    """Return the settings that set megatron-core's parameter groups apart.
+
+    The groups of all entries stand on all ranks, though a pipeline stage may have no parameter in some.
+    """
 
     def undecayed(parameter: torch.nn.Parameter, name: str) -> bool:
         return not is_decayed(name, parameter.shape)
@@ -340,7 +349,7 @@ def _overrides(entries: int) -> dict[ParamKey, Any]:
 def _sharded_like(
     entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: torch.Tensor
 ) -> ShardedTensor | ShardedTensorFactory:
-    """``tensor``, cut as the parameter of ``entry`` is."""
+    """Return ``tensor`` as a sharded tensor, cut as the parameter of ``entry`` is."""
     changes: dict[str, Any] = {"key": f"{_PREFIX}.{key}.{entry.key}", "data": tensor}
     if isinstance(entry, ShardedTensor):
         changes["dtype"] = tensor.dtype

@@ -1,4 +1,4 @@
-"""Writing megatron-core's sharded checkpoints."""
+"""The writer of megatron-core's sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 
 def save(sharded_state_dict: dict[str, Any], folder: str) -> None:
-    """``dist_checkpointing.save``, without the process that it would leave behind; a collective call.
+    """Save as ``dist_checkpointing.save`` does, without the process that it would leave behind; a collective
+    call.
 
     megatron-core passes the results of its writers through a ``multiprocessing`` manager, so that
     they could also be written in the background. That manager is a process which imports everything
@@ -41,7 +42,7 @@ def save(sharded_state_dict: dict[str, Any], folder: str) -> None:
 
 
 def _why_not_writable(folder: str) -> tuple[int, str] | None:
-    """Number and text of the error that writing a little to ``folder`` ends in, if it does."""
+    """Return the number and text of the error that writing a little to ``folder`` ends in, if it does."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 20))

@@ -220,7 +220,7 @@ def _locked(partial: str) -> Iterator[None]:
 
 
 def _settings(options: Options, units: Sequence[Unit]) -> dict[str, Any]:
-    """All that the result depends on."""
+    """Return all settings that the result depends on."""
     settings = asdict(options)
     for name in ("workers", "force", "save_dir"):
         del settings[name]
@@ -266,7 +266,7 @@ def _first_pass(options: Options, units: Sequence[Unit], workers: Workers, progr
 
 
 def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPlan]]:
-    """What the first pass has counted, and the shards to write."""
+    """Return the counts of the first pass, and the shards to write."""
     facts = [unit_facts(_unit_path(options, i)) or {} for i in range(len(units))]
     indices = [unit_index(_unit_path(options, i)) for i in range(len(units))]
     positions = [fact["positions"] for fact in facts]
@@ -305,7 +305,7 @@ def _plan(options: Options, units: Sequence[Unit]) -> tuple[Staged, list[ShardPl
 
 
 def _read_of_files(units: Sequence[Unit], facts: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Records by file, one without any among them."""
+    """Return the number of records by file, one without any among them."""
     read: Counter[str] = Counter()
     for unit, fact in zip(units, facts, strict=True):
         read[unit.path] += fact["read"]
@@ -324,7 +324,7 @@ def _log_duplicates(options: Options, rows: np.ndarray) -> str:
 
 
 def _rejections(options: Options, staged: Staged, plans: Sequence[ShardPlan]) -> Rejections:
-    """Both passes' rejections, counted, and all of them in ``dropped.jsonl``."""
+    """Count both passes' rejections, and write all of them to ``dropped.jsonl``."""
     rejections = Rejections()
     logs = staged.logs + [(rejections_of(_done(options, plan)), 0) for plan in plans]
     with open(os.path.join(_dataset(options), "dropped.jsonl"), "wb") as file:

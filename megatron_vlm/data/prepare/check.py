@@ -135,7 +135,7 @@ def _problems(task: _Task, path: str) -> Iterator[str]:
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """Key, offset and files of each sample, cut as energon does."""
+    """Yield key, offset and files of each sample, cut as energon does."""
     members = (member for member in tar if member.isreg())
     named = ((match, member) for member in members if (match := MEMBER.fullmatch(member.name)))
     for key, group in itertools.groupby(named, key=lambda item: item[0][1]):
@@ -163,7 +163,7 @@ def _sample_problems(task: _Task, key: str, parts: dict[str, bytes]) -> Iterator
 
 
 def _index_beside(path: str) -> list[int]:
-    """Offsets of the shard's samples as the loader finds them; empty where it finds none."""
+    """Return the offsets of the shard's samples as the loader finds them; empty where it finds none."""
     try:
         return read_index(path)[:-1].tolist()
     except (OSError, ValueError):
@@ -171,7 +171,8 @@ def _index_beside(path: str) -> list[int]:
 
 
 def _indexed(task: _Task) -> list[tuple[str, int]] | None:
-    """Keys and offsets of the shard's samples when energon indexed it; None where there is no index."""
+    """Return keys and offsets of the shard's samples when energon indexed it; None where there is no
+    index."""
     query = "select sample_key, byte_offset from samples where tar_file_id = ? order by sample_index"
     rows = index_rows(task.dataset.path, query, [(task.number,)])
     return rows[0] if rows else None

@@ -41,8 +41,8 @@ def energon_prepare(dataset: str, workers: int) -> None:
 
 
 def _clear(dataset: str) -> None:
-    """Remove what a killed energon has left: half a ``.nv-meta``, which it would stumble over, and temporary
-    files of any name."""
+    """Remove the remains of a killed energon: half a ``.nv-meta``, which it would stumble over, and
+    temporary files of any name."""
     for entry in list(os.scandir(dataset)):
         if entry.is_dir():
             shutil.rmtree(entry.path)

@@ -72,7 +72,8 @@ def _flag(value: Any) -> bool | None:
 
 
 def thought_of(turn: Mapping[str, Any]) -> tuple[str, str]:
-    """The first key that holds what the assistant thought before it answered, and that; both may be empty.
+    """Return the first key that holds the assistant's thought before its answer, and the thought; both may be
+    empty.
 
     ``True`` and ``False`` say whether a model is to think, and are no thought.
 
@@ -88,7 +89,8 @@ def thought_of(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def with_thought(thought: str, answer: str) -> str:
-    """An answer behind its thought, as the chat templates of Qwen3 and DeepSeek-V3.1 and later write both."""
+    """Return an answer behind its thought, as the chat templates of Qwen3 and DeepSeek-V3.1 and later
+    write both."""
     return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + answer.lstrip("\n")
 
 
@@ -105,7 +107,9 @@ def check_no_tools(turn: Mapping[str, Any]) -> None:
 
 
 def options_of(record: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The keys that hold a question's options, and these by their labels, A, B, C, ... where they have none.
+    """Return the keys that hold a question's options, and the options by label: A, B, C, ...
+
+    where they have none.
 
     Lists, also as JSON or as Python writes them (MMMU), mappings by letter, lists of ``label`` and ``text``
     (ARC), and columns ``A`` to ``D`` (MMBench) are known.
@@ -145,7 +149,7 @@ def _labelled(value: Any) -> dict[str, Any]:
 
 
 def with_options(question: Any, answer: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A question with a line ``A. ...`` for each of its options, and its answer.
+    """Return a question with a line ``A. ...`` for each of its options, and its answer.
 
     The answer stays as it is, a letter or a text; a number that is no label is an option's index, from 0 on,
     and becomes its label. Options that stand in the question already aren't repeated.
@@ -170,7 +174,7 @@ def with_options(question: Any, answer: Any, options: Mapping[str, Any]) -> tupl
 
 
 def _stands_in(question: str, label: str, text: str) -> bool:
-    """Whether a question has an option's text behind its label, as in ``A. x`` or ``(A) x``.
+    """Return whether a question has an option's text behind its label, as in ``A. x`` or ``(A) x``.
 
     The text alone may be a word of the question, as ``1`` is in ``11 + 2``.
     """
@@ -206,7 +210,7 @@ def _answer_by(texts: Mapping[str, str], answer: Any, is_option: bool) -> Any:
 
 
 def fill_objects(messages: list[dict[str, Any]], objects: Any) -> bool:
-    """Put the names of ms-swift's ``objects`` where ``<ref-object>`` stands; whether there was one.
+    """Put the names of ms-swift's ``objects`` where ``<ref-object>`` stands; return whether there was one.
 
     Raises:
         Rejected: names and places differ in number; or a ``<bbox>`` asks for a box, which every model writes

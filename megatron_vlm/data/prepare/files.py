@@ -1,4 +1,4 @@
-"""Files that people give, and what is none; JSON files that are made of them."""
+"""Files that people give, and paths that are no such files; JSON files that are made of them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Histogram:
         self.high = value if self.high is None else max(self.high, value)
 
     def merge(self, other: Histogram) -> None:
-        """Add another's values."""
+        """Add the values of another histogram."""
         for top, count in other.bins.items():
             self.bins[top] = self.bins.get(top, 0) + count
         for top, value in other.sums.items():
@@ -53,5 +53,5 @@ class Histogram:
 
 
 def bin_label(top: int) -> str:
-    """``9–16`` for the bin that ends at 16."""
+    """Return the label of a bin: ``9–16`` for the one that ends at 16."""
     return str(top) if top <= _EXACT else f"{top // 2 + 1}–{top}"

@@ -13,7 +13,10 @@ _SHOWN = 60  # characters of an example
 
 
 class IgnoredFields:
-    """Counts a unit's fields. ``state`` is JSON: of each field the records, an example, its place and id."""
+    """A count of a unit's fields.
+
+    ``state`` is JSON: of each field the records, an example, its place and id.
+    """
 
     def __init__(self) -> None:
         self.state: dict[str, list[Any]] = {}

@@ -17,7 +17,7 @@ _LONGEST = 1 << 40
 
 
 class Lengths:
-    """Counts tokens of samples.
+    """A counter of the tokens of samples.
 
     Raises:
         ValueError: the folder is no model's, or can't be used with this template.
@@ -33,7 +33,7 @@ class Lengths:
     def __call__(
         self, key: str, messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]
     ) -> dict[str, int]:
-        """Tokens of a sample, by kind.
+        """Return the numbers of a sample's tokens, by kind.
 
         Raises:
             SampleError: training leaves it out.

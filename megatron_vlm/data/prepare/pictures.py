@@ -107,7 +107,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _pixels(image: Image.Image, with_alpha: bool) -> Image.Image:
-    """An image in a mode that can be encoded, its pixels where they lie."""
+    """Return an image in a mode that can be encoded, its pixels where they lie."""
     if with_alpha and image.mode in ("L", "RGB", "RGBA"):
         return image
     if with_alpha and image.mode in ("LA", "PA"):

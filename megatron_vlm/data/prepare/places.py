@@ -1,4 +1,4 @@
-"""Where images stand in a conversation: spellings of ``<image>``, frames of videos, no marker at all."""
+"""The places of images in a conversation: spellings of ``<image>``, frames of videos, no marker at all."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _left(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _kind(match: re.Match[str]) -> str:
-    """A spelling without its number, and without repeats of what stands for one patch."""
+    """Return a spelling without its number, and without repeats of the mark that stands for one patch."""
     text = re.sub(r"\d+", "N", match[0]) if match[1] else match[0]
     text = re.sub(r"<img>[^<]+</img>", "<img>...</img>", text)
     return re.sub(r"(<\|image_pad\|>|<IMG_CONTEXT>)\1+", r"\1...", text)

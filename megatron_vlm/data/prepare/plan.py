@@ -1,4 +1,7 @@
-"""Which sample goes where: duplicates, the split, the order, the shards. Only the seed decides."""
+"""The plan of a dataset, which sample goes where: duplicates, the split, the order, the shards.
+
+Only the seed decides.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def sample_rows(units: Sequence[np.ndarray], positions: Sequence[int]) -> np.nda
 
 
 def duplicates(ids: np.ndarray, contents: np.ndarray, kind: str) -> tuple[np.ndarray, int]:
-    """Which samples repeat an earlier one.
+    """Return which samples repeat an earlier one.
 
     Args:
         ids: hashes, uint64; 0 has no id, and is never a duplicate.
@@ -64,7 +67,8 @@ def duplicates(ids: np.ndarray, contents: np.ndarray, kind: str) -> tuple[np.nda
 
 
 def split_counts(samples: int, shares: Sequence[float]) -> list[int]:
-    """Samples of each split: nearest to ``shares``, and at least one of each that has a share.
+    """Return the number of samples of each split: nearest to ``shares``, and at least one of each that has a
+    share.
 
     Raises:
         ValueError: there are fewer samples than splits.

@@ -1,4 +1,4 @@
-"""A record of any of the known shapes to one conversation: messages, and what its images are.
+"""The conversion of records of any known shape to conversations: messages and images.
 
 The shapes are told apart by their keys, record by record:
 
@@ -174,7 +174,8 @@ def _shape_of(record: Mapping[str, Any]) -> str:
 def _turns(
     record: Mapping[str, Any], shape: str, has_image: bool, ignored: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], set[str], tuple[str, ...]]:
-    """Turns of ``role``, ``content``, perhaps ``loss`` and ``thought``; the fields they are from; notes."""
+    """Return turns of ``role``, ``content``, perhaps ``loss`` and ``thought``; the fields they are from;
+    notes."""
     used = {"images"}
     turns: list[dict[str, Any]] = []
     notes: tuple[str, ...] = ()
@@ -227,7 +228,7 @@ def _question_and_answer(
 
 
 def _turn(item: Any, path: str, ignored: dict[str, Any]) -> list[dict[str, Any]]:
-    """A turn, or the two of a pair."""
+    """Return a turn, or the two of a pair."""
     if not isinstance(item, Mapping):
         raise Rejected("bad record", "a turn is no object")
     check_no_tools(item)
@@ -264,7 +265,7 @@ def _turn(item: Any, path: str, ignored: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _ignore(fields: Mapping[str, Any], used: Sequence[str], path: str, ignored: dict[str, Any]) -> None:
-    """Note those of an object's fields that weren't used; of each the first one of a record."""
+    """Note the fields of an object that weren't used; of each the first one of a record."""
     for key, value in fields.items():
         if key not in used:
             ignored.setdefault(f"{path}.{key}", value)
@@ -278,7 +279,7 @@ def _pair(question: Any, answer: Any) -> list[dict[str, Any]]:
 
 
 def _content(content: Any, path: str, ignored: dict[str, Any]) -> tuple[str, list[Image | None]]:
-    """Text with a marker for each image part, and the images; None for one that is named elsewhere."""
+    """Return text with a marker for each image part, and the images; None for one that is named elsewhere."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):
@@ -307,7 +308,7 @@ def _content(content: Any, path: str, ignored: dict[str, Any]) -> tuple[str, lis
 
 
 def _images_of(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Image]]:
-    """The first field that holds images, or the numbered ones, and what they hold."""
+    """Return the first field that holds images, or the numbered ones, and their content."""
     numbered = {int(match[1]): key for key in record if (match := _NUMBERED_IMAGE.fullmatch(str(key)))}
     for keys in (*((key,) for key in IMAGE_KEYS), tuple(numbered[number] for number in sorted(numbered))):
         values = [
@@ -322,7 +323,7 @@ def _images_of(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Image]]
 
 
 def _videos_of(record: Mapping[str, Any]) -> list[list[Image]]:
-    """The frames of a video, or of each of several."""
+    """Return the frames of a video, or of each of several."""
     value = record.get(VIDEO_KEY)
     if is_nothing(value):
         return []
@@ -334,7 +335,7 @@ def _videos_of(record: Mapping[str, Any]) -> list[list[Image]]:
 
 
 def _keep_trainable(messages: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Take out what the loader would not train on, by its own rule."""
+    """Take out the turns that the loader would not train on, by its own rule."""
     if all(message["role"] == "system" for message in messages):
         raise Rejected("no conversation", "it has no turns")
     turns = [Turn(item["role"], item["content"], item.get("loss", True)) for item in messages]
@@ -366,7 +367,7 @@ def _check_text(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _is_null(value: Any) -> bool:
-    """None, or NaN as pandas writes it."""
+    """Return whether a value is None, or NaN as pandas writes it."""
     return value is None or (isinstance(value, float) and value != value)
 
 

@@ -1,4 +1,4 @@
-"""Records that are not trained on: each is named in a file, by reason, and none goes silently.
+"""The log of records that are not trained on: each is named in a file, by reason, and none goes silently.
 
 Both passes write a log beside what they make; the last step joins the logs to ``dropped.jsonl``.
 """
@@ -52,13 +52,14 @@ class Places:
         self._paths, self._bases = paths, bases
 
     def __call__(self, place: int) -> tuple[str, int]:
-        """The file, and the line, element or row there, of a place in the whole input; both from 1 on."""
+        """Return the file, and the line, element or row there, of a place in the whole input; both from 1
+        on."""
         path = self._paths[bisect.bisect_left(self._bases, place) - 1]
         return path, place - self._bases[self._paths.index(path)]
 
 
 class Rejections:
-    """Counts, and the first few names, by reason; of the dropped also counts by file."""
+    """The counts of rejections, and the first few names, by reason; of the dropped also counts by file."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -66,7 +67,7 @@ class Rejections:
         self.examples: dict[str, list[str]] = {}
 
     def add(self, rejection: dict[str, Any]) -> None:
-        """Count one of what :func:`read_logs` gives."""
+        """Count one entry of :func:`read_logs`."""
         reason = rejection["reason"]
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.by_file[rejection["file"]] += reason != UNTRAINED

@@ -1,4 +1,4 @@
-"""What was read, kept and dropped, and how long and how large the samples are: as JSON, and to read."""
+"""The report of what was read, kept and dropped, and of the samples' sizes: as JSON, and for a reader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_report(
     rejections: Rejections,
     shards: Sequence[ShardFacts],
 ) -> dict[str, Any]:
-    """The report of a finished dataset.
+    """Return the report of a finished dataset.
 
     Args:
         settings: all that it depends on.
@@ -72,7 +72,7 @@ def _split(split: str, shards: Sequence[ShardFacts]) -> dict[str, int]:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report for a reader."""
+    """Return the report as Markdown."""
     lines = ["# Prepared dataset", "", f"{report['read']} records read, {report['kept']} samples kept.", ""]
     lines += [f"{line}." for line in without_images(report)] + [""] * len(without_images(report))
     lines += ["| split | samples | images | shards | MB |", "|---|---|---|---|---|"]
@@ -106,7 +106,7 @@ def _ignored(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _files(files: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A table, of those files that lost most where there are many; one file's counts are the whole's."""
+    """Return a table of the files that lost most where there are many; one file's counts are the whole's."""
     if len(files) < 2:
         return []
     shown = sorted(files.items(), key=lambda item: -item[1]["dropped"])[:_MOST_FILES]
@@ -128,7 +128,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def without_images(report: Mapping[str, Any]) -> list[str]:
-    """A line where no sample that is trained on has an image; else none."""
+    """Return a line where no sample that is trained on has an image; else none."""
     if report["splits"]["train"]["images"]:
         return []
     return [
@@ -138,7 +138,8 @@ def without_images(report: Mapping[str, Any]) -> list[str]:
 
 
 def share_lost(report: Mapping[str, Any]) -> float:
-    """Part of the records that training won't see though they were meant for it; repeated ones weren't."""
+    """Return the share of records that training won't see though they were meant for it; repeated ones
+    weren't."""
     lost = {**report["dropped"], **report["untrained"]}
     return sum(facts["count"] for reason, facts in lost.items() if reason != DUPLICATE) / report["read"]
 

@@ -1,4 +1,4 @@
-"""Second pass: planned samples become shards, each with a file beside it that says it is done.
+"""The second pass: planned samples become shards, each with a file beside it that says it is done.
 
 A sample is ``<key>.json``, ``{"messages": [...], "images": ["0.jpg", ...], ...}``, and its images
 ``<key>.0.jpg``, ...; the key is its place in the input.
@@ -61,7 +61,7 @@ def write_shard(
     measure: Measure | None = None,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> None:
-    """Write one shard, and then what it holds to ``done``. No tar where none of its samples is whole.
+    """Write one shard, and then a note of its content to ``done``. No tar where none of its samples is whole.
 
     Args:
         folder: of the shard.
@@ -119,7 +119,7 @@ def write_shard(
 
 
 def rejections_of(done: str) -> str:
-    """The log of a shard's rejections."""
+    """Return the path of the log of a shard's rejections."""
     return done.removesuffix(".json") + ".losses"
 
 
@@ -187,7 +187,7 @@ class _Hashed:
 
 
 class _Reader:
-    """Reads lines and images of the first pass wherever they lie; keeps files open."""
+    """A reader of the first pass's lines and images wherever they lie; it keeps files open."""
 
     _MOST_OPEN = 64
 
@@ -199,7 +199,7 @@ class _Reader:
         return self._part(os.path.join(self._units, f"{unit}.jsonl"), offset, length)
 
     def image(self, unit: int, reference: Any) -> bytes:
-        """An image's bytes.
+        """Return an image's bytes.
 
         Raises:
             Rejected: it is gone, or can't be read.

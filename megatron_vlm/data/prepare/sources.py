@@ -1,4 +1,4 @@
-"""What people have on disk: files of records, known by their content, cut into units that are read alone."""
+"""The sources of a dataset: files of records, known by their content, cut into units that are read alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Unit:
 
 @dataclass
 class Raw:
-    """One position of a unit, as it stands there.
+    """The record at one position of a unit, as it stands there.
 
     Attributes:
         position: from 1 on: the line, the array's element, the row, the tar's sample.
@@ -72,7 +72,7 @@ def find_units(inputs: Sequence[str]) -> list[Unit]:
 
 
 def read_unit(unit: Unit) -> Iterator[Raw]:
-    """The unit's records.
+    """Yield the records of a unit.
 
     Raises:
         ValueError: the file is damaged from some point on.
@@ -116,7 +116,8 @@ def kind_of(path: str) -> str:
 
 
 def _its_fields(path: str) -> str:
-    """The fields of a file's one object, for a message; empty where it is too long to look or damaged."""
+    """Return the fields of a file's one object, for a message; empty where it is too long to look or
+    damaged."""
     found = _json_file(path) if os.path.getsize(path) < _LONGEST_RECORD else {}
     return f"; {named_fields(found)}" if found else ""
 
@@ -172,7 +173,7 @@ def _checked_file(path: str) -> str:
 
 
 def _has_conversations(path: str) -> bool:
-    """Whether a JSON file's first record could be a sample."""
+    """Return whether a JSON file's first record could be a sample."""
     try:
         raw = next(read_unit(_cut(path)[0]), None)
         if raw is None or raw.fields is None:
@@ -242,7 +243,7 @@ def _record(value: Any, position: int, done: float) -> Raw:
 
 
 def _read_json(unit: Unit) -> Iterator[Raw]:
-    """An array of any length, in the memory of one chunk or its longest record."""
+    """Yield the elements of an array of any length, in the memory of one chunk or its longest record."""
     decoder = json.JSONDecoder()
     with _readable(unit.path), _open(unit.path) as raw:
         chunks = iter(lambda: raw.read(_CHUNK), b"")
@@ -265,7 +266,7 @@ def _read_json(unit: Unit) -> Iterator[Raw]:
 
 
 def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
-    """The chunks' text, never empty: a chunk may hold but a part of one character."""
+    """Yield the chunks' text, never empty: a chunk may hold but a part of one character."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -300,7 +301,7 @@ def _read_arrow(unit: Unit) -> Iterator[Raw]:
 
 
 def _read_tar(unit: Unit) -> Iterator[Raw]:
-    """Samples of files that share a key: ``jpg``/``txt``/``json``, or conversations and images."""
+    """Yield samples of files that share a key: ``jpg``/``txt``/``json``, or conversations and images."""
     compressed = _is_gzip(unit.path)
     with _readable(unit.path), tarfile.open(unit.path, "r:*") as tar:
         members = (member for member in tar if not member.isdir())
@@ -330,7 +331,7 @@ def _read_tar(unit: Unit) -> Iterator[Raw]:
 
 
 def check_end(tar: tarfile.TarFile) -> None:
-    """Raise ``tarfile.ReadError`` where an uncompressed tar that was read through stops before its end.
+    """Check that an uncompressed tar that was read through didn't stop before its end.
 
     tarfile takes a damaged or cut header for the end.
     """
@@ -372,7 +373,7 @@ def _suffix(name: str) -> str:
 
 
 class _readable:
-    """Turns what readers say of a damaged file into one line that names it."""
+    """A block in which readers' errors of a damaged file become one line that names it."""
 
     def __init__(self, path: str) -> None:
         self._path = path

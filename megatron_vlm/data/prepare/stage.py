@@ -1,4 +1,4 @@
-"""First pass: every unit's records become conversations, laid down where any of them can be read again.
+"""The first pass: every unit's records become conversations, laid down where any of them can be read again.
 
 A unit makes ``<n>.jsonl`` (a conversation a line), ``<n>.bin`` (images that came inside the records),
 ``<n>.npy`` (an :data:`INDEX` row for each line), ``<n>.losses`` (what became none) and, last of all,
@@ -122,12 +122,12 @@ def unit_facts(path: str) -> dict[str, Any] | None:
 
 
 def unit_index(path: str) -> np.ndarray:
-    """The unit's :data:`INDEX` rows."""
+    """Return a unit's rows of :data:`INDEX`."""
     return np.load(path + ".npy", allow_pickle=False)
 
 
 def _store(image: Image, images: Any, start: str, fence: str) -> tuple[Any, int, str]:
-    """How the second pass finds an image, its size, and what tells it from others.
+    """Return how the second pass finds an image, its size, and the hash that tells it from others.
 
     Args:
         images: the file that takes images which came inside of records.

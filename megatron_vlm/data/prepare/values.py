@@ -1,4 +1,4 @@
-"""What records are made of: values that stand for nothing, lists, images; and why one becomes no sample."""
+"""The values in records: those that stand for nothing, lists, images; and the error of a rejected record."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_nothing(value: Any) -> bool:
 
 
 def named_fields(record: Mapping[str, Any]) -> str:
-    """A record's fields for a message, and how long those are that hold lists."""
+    """Return a record's fields for a message, and the lengths of those that hold lists."""
     names = [
         f"{name} (a list of {len(value)})" if isinstance(value, (list, tuple)) else str(name)
         for name, value in record.items()
@@ -56,7 +56,8 @@ def named_fields(record: Mapping[str, Any]) -> str:
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """A list, also one that a table's column holds as JSON; None for what is none."""
+    """Return a value as a list, also one that a table's column holds as JSON; None for a value that is
+    none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -66,7 +67,7 @@ def as_list(value: Any) -> list[Any] | None:
 
 
 def as_image(value: Any) -> Image:
-    """An image that a record holds or names.
+    """Return an image that a record holds or names.
 
     Raises:
         Rejected: it is none, damaged, or a web address.

@@ -19,7 +19,7 @@ _SECONDS = 0.2  # between two looks at how far they are
 
 
 class Workers:
-    """Processes that do the tasks of a pass side by side. Their number changes nothing of what they make.
+    """Processes that do the tasks of a pass side by side. Their number changes nothing of the result.
 
     Args:
         number: of processes.
@@ -40,11 +40,13 @@ class Workers:
         return future.result()
 
     def stage(self, tasks: Sequence[tuple[Any, ...]], begun: int, total: int, progress: Any) -> None:
-        """:func:`stage_unit` with each task's arguments; ``begun`` of ``total`` bytes are done already."""
+        """Run :func:`stage_unit` with each task's arguments; ``begun`` of ``total`` bytes are done
+        already."""
         self._run(_stage, tasks, "reading", begun, total, progress)
 
     def write(self, tasks: Sequence[tuple[Any, ...]], begun: int, total: int, progress: Any) -> None:
-        """:func:`write_shard` with each task's arguments; ``begun`` of ``total`` samples are done already."""
+        """Run :func:`write_shard` with each task's arguments; ``begun`` of ``total`` samples are done
+        already."""
         self._run(_write, tasks, "writing", begun, total, progress)
 
     def _run(
@@ -95,7 +97,8 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _end_children(others: Collection[Any]) -> None:
-    """End this process's workers at once; what they were writing has another name until it is whole."""
+    """End this process's workers at once; a file that they were writing has another name until it is
+    whole."""
     for process in multiprocessing.active_children():
         if process not in others:
             process.kill()
@@ -107,7 +110,7 @@ _lengths: Measure | None = None
 
 
 def _start(counter: Any, parent: int, rendering: Rendering | None) -> None:
-    """Runs first in each worker."""
+    """Prepare a worker, before anything else runs in it."""
     global _counter, _rendering
     _counter, _rendering = counter, rendering
     die_with_parent(parent)
@@ -138,7 +141,7 @@ def _stage(arguments: Any) -> None:
 
 
 def measure() -> Measure | None:
-    """Return what counts tokens in this worker; it is loaded once.
+    """Return the counter of tokens in this worker; it is loaded once.
 
     Raises:
         ValueError: the model's folder can't be used.
@@ -152,7 +155,7 @@ def measure() -> Measure | None:
 
 
 def check_measure() -> None:
-    """Load it, to find out before anything is written whether that works."""
+    """Load the counter of tokens, to find out before anything is written whether that works."""
     measure()
 
 

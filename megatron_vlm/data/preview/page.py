@@ -70,7 +70,7 @@ details div { font: 12px/1.6 ui-monospace, Menlo, Consolas, monospace; overflow-
 
 
 def page(views: Sequence[View], about: Mapping[str, str], seq_length: int, with_ids: bool) -> str:
-    """The page.
+    """Return the page.
 
     Args:
         about: lines for its head, name and value.
@@ -154,7 +154,7 @@ def _tokens(piece: Piece) -> Iterator[str]:
 
 
 def _data_uri(tile: Tensor) -> str:
-    """uint8 ``[c, H, W]`` as a PNG file inside of a page."""
+    """Return uint8 ``[c, H, W]`` as a PNG file inside of a page."""
     buffer = io.BytesIO()
     pixels = tile.permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(buffer, "PNG")

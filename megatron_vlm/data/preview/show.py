@@ -62,7 +62,7 @@ def show(config: PreviewConfig) -> int:
 
 
 def to_json(view: View) -> dict[str, Any]:
-    """A view as JSON values; pixels are left out."""
+    """Return a view as JSON values; pixels are left out."""
     return {
         "key": view.key,
         "shard": view.shard,
@@ -99,7 +99,7 @@ def to_json(view: View) -> dict[str, Any]:
 
 
 def _chosen(mixture: Mixture, choice: PreviewSection, seed: int) -> Iterator[tuple[int, RawSample]]:
-    """Samples, of each dataset as many as the flags say, and the dataset's number."""
+    """Yield samples, of each dataset as many as the flags say, with the dataset's number."""
     for key in choice.keys:
         found = [
             (number, raw) for number, source in enumerate(mixture.sources) for raw in _named(source, key)
@@ -129,7 +129,7 @@ def _named(source: Source, key: str) -> Sequence[RawSample]:
 
 
 def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
-    """The model that is trained, and the Hugging Face files that its checkpoint carries."""
+    """Return the model that is trained, and the Hugging Face files that its checkpoint carries."""
     if config.model.megatron_load_dir is not None:
         folder = checkpoint_layers(config.model.megatron_load_dir, config.model.base, "--megatron-load-dir")[
             -1
@@ -143,7 +143,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig, str | None]:
 
 
 def _about(config: RunConfig, processings: Sequence[Processing], views: Sequence[View]) -> dict[str, str]:
-    """What was looked at, and what came of it; one line each."""
+    """Return the facts below the samples: what was looked at, and what came of it, one line each."""
     states = Counter(view.state for view in views)
     used = [view for view in views if view.sample is not None]
     cut = sum(view.sample is not None and view.sample.truncated for view in used)

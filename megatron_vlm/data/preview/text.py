@@ -13,7 +13,8 @@ from megatron_vlm.system.units import count_text
 
 
 def terminal(view: View, colored: bool, with_ids: bool = False) -> str:
-    """A view as text: trained tokens in green, or between ``⟦`` and ``⟧`` where there are no colours."""
+    """Return a view as text: trained tokens in green, or between ``⟦`` and ``⟧`` where there are no
+    colours."""
 
     def paint(text: str, code: str) -> str:
         text = visible(text)
@@ -41,7 +42,7 @@ def terminal(view: View, colored: bool, with_ids: bool = False) -> str:
 
 
 def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str:
-    """The first sample of a loader's micro batch, for the log of a run.
+    """Return the first sample of a loader's micro batch as text, for the log of a run.
 
     Trained tokens stand between ``⟦`` and ``⟧``; a run of image tokens is shown once, with its count.
     """
@@ -61,7 +62,7 @@ def describe(microbatch: Microbatch, tokenizer: Any, image_token_id: int) -> str
 
 
 def summary(view: View) -> str:
-    """How many tokens a view has, and of which kinds."""
+    """Return how many tokens a view has, and of which kinds, in a few words."""
     images = len(view.pictures)
     parts = [f"{view.num_tokens} tokens", f"{view.num_trained} trained"]
     if images:
@@ -72,7 +73,7 @@ def summary(view: View) -> str:
 
 
 def picture_text(number: int, picture: Picture) -> str:
-    """What became of an image, in a few words."""
+    """Return what became of an image, in a few words."""
     height, width = picture.tiles[0].shape[1:]
     rows, columns = picture.grid
     tiles = f" and {rows}×{columns} tiles" if rows * columns else ""
@@ -83,13 +84,14 @@ def picture_text(number: int, picture: Picture) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with pictures of its control characters, which a terminal would obey; newlines and tabs stay."""
+    """Return text with pictures of its control characters, which a terminal would obey; newlines and tabs
+    stay."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     return text.translate({**pictures, 127: 0x2421})
 
 
 def _token_lines(view: View) -> Iterator[str]:
-    """Position, id and text of every token, trained ones with a star; an image's in one line."""
+    """Yield position, id and text of every token, trained ones with a star; an image's tokens in one line."""
     position = 0
     for piece in view.pieces:
         end = position + len(piece.tokens)

@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: what it was, and what the tower gets."""
+    """One image: the size it had, and the tiles that the tower gets."""
 
     width: int
     height: int
@@ -122,7 +122,8 @@ def _pieces(processing: Processing, sample: Sample, pictures: Sequence[Picture])
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any, image_token_id: int) -> list[str]:
-    """What each token adds to the text before it; a character of several tokens is its last one's."""
+    """Return the text that each token adds to those before it; a character of several tokens is the last
+    one's."""
 
     def decode(begin: int, end: int) -> str:
         text: str = tokenizer.decode(
