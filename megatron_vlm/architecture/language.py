@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
-from megatron_vlm.architecture.families.known import TextFamily, check_choice, check_rope_type, check_text
+from megatron_vlm.architecture.families.known import (
+    UNNAMED_TEXT,
+    TextFamily,
+    check_choice,
+    check_rope_type,
+    check_text,
+)
 
 TEXT_ACTIVATIONS = ("silu",)
 
@@ -67,7 +73,7 @@ def language_config(raw: Dict[str, Any], llava: Dict[str, Any]) -> LanguageConfi
     Raises:
         ValueError: the model is of a kind that is not supported.
     """
-    kind = raw.get("model_type", "llama")
+    kind = raw.get("model_type", UNNAMED_TEXT)
     family = check_text(raw)
     get = {**family.defaults, **raw}
     check_choice("text_config.hidden_act", get["hidden_act"], TEXT_ACTIVATIONS)

@@ -13,13 +13,14 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from megatron_vlm.architecture.connectors.anyres import ANYRES, AnyRes, Size, Tiling, extremes, tile
+from megatron_vlm.architecture.connectors.anyres import AnyRes, Size, Tiling, extremes, tile
 from megatron_vlm.architecture.families.known import (
     TOWERS,
+    UNNAMED_TOWER,
     check_choice,
     check_keys,
     check_tower,
-    llava_config,
+    family_of,
     other_model,
 )
 from megatron_vlm.architecture.language import LanguageConfig, RopeScaling, language_config
@@ -168,9 +169,9 @@ class ModelConfig:
             ValueError: the model is of a kind that is not supported; the message names the key,
                 its value, and what is supported.
         """
-        config = llava_config(config)
+        family = family_of(config)
+        config = family.fill_in(config)
         check_keys(config)
-        model_type = config["model_type"]
         vision = _vision_config(config["vision_config"])
         language = language_config(config["text_config"], config)
         layer = config["vision_feature_layer"]
@@ -186,11 +187,11 @@ class ModelConfig:
                 )
         strategy = config["vision_feature_select_strategy"]
         check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
-        if model_type in ANYRES and (strategy == "default") != vision.has_class_token:
+        if family.read_tiles and (strategy == "default") != vision.has_class_token:
             square = "default" if vision.has_class_token else "full"
             raise ValueError(
                 f"config.json: vision_feature_select_strategy is {strategy!r}; only with {square!r} do the "
-                f"features of a {vision.family} tower's tiles make a square, as {model_type} needs"
+                f"features of a {vision.family} tower's tiles make a square, as {config['model_type']} needs"
             )
         activation = config.get("projector_hidden_act", "gelu")
         check_choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
@@ -222,14 +223,14 @@ class ModelConfig:
                 input_size=vision.hidden_size * len(layers),
                 activation=activation,
                 bias=config.get("multimodal_projector_bias", True),
-                norm_epsilon=config["projector_layernorm_eps"] if model_type == "vipllava" else None,
+                norm_epsilon=config["projector_layernorm_eps"] if family.projector_norm else None,
             ),
             language=language,
             image_token_id=image_token_id,
             feature_layers=tuple(index % num_states for index in layers),
             feature_strategy=strategy,
             dtype=dtype,
-            anyres=AnyRes.from_hf(config, vision.image_size) if model_type in ANYRES else None,
+            anyres=family.read_tiles(config, vision.image_size) if family.read_tiles else None,
         )
 
     @classmethod
@@ -391,7 +392,7 @@ def _square(key: str, value: Any) -> int:
 
 
 def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
-    kind = raw.get("model_type", "clip_vision_model")
+    kind = raw.get("model_type", UNNAMED_TOWER)
     check_tower(raw)
     get = {**TOWERS[kind], **raw}
     check_choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)

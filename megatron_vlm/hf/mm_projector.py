@@ -314,7 +314,10 @@ def _llava_name(kind: str, name: str) -> str:
 
 def _check_activation(model: ModelConfig) -> None:
     if model.projector.norm_epsilon is not None:
-        raise ValueError("config.json: model_type is 'vipllava'; LLaVA's mm_projector has no norm before it")
+        raise ValueError(
+            f"config.json: projector_layernorm_eps is {model.projector.norm_epsilon}; LLaVA's mm_projector "
+            "has no norm before it"
+        )
     activation = model.projector.activation
     if model.projector.kind == "mlp2x_gelu" and activation != "gelu":
         raise ValueError(

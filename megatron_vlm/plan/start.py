@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from megatron_vlm.architecture.families.known import LLAVA_FAMILIES
+from megatron_vlm.architecture.families.known import FAMILIES
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import (
     CHECKPOINTS,
@@ -186,7 +186,7 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
     load_dir, tokenizer_dir = config.model.megatron_load_dir, config.model.tokenizer_load_dir
     if load_dir is not None and (not start.resumes or Path(load_dir).is_dir()):
         others[f"--megatron-load-dir {load_dir}"] = read_model(load_dir)
-    if tokenizer_dir is not None and _is_llava(Path(tokenizer_dir)):
+    if tokenizer_dir is not None and _is_whole_model(Path(tokenizer_dir)):
         others[f"--tokenizer-load-dir {tokenizer_dir}"] = ModelConfig.from_hf_dir(tokenizer_dir)
     for flag, other in others.items():
         difference = _first_difference(model.to_dict(), other.to_dict())
@@ -194,10 +194,10 @@ def check_same_model(config: RunConfig, start: Start, model: ModelConfig) -> Non
             raise ValueError(f"{flag} is of another model than {start.checkpoint}: {difference}")
 
 
-def _is_llava(folder: Path) -> bool:
-    """A tokenizer may also come from a folder of its own, or from the text model's."""
+def _is_whole_model(folder: Path) -> bool:
+    """Return whether a folder is of a whole model; that of a text model or of a bare tokenizer is not."""
     try:
-        return json.loads((folder / "config.json").read_text())["model_type"] in LLAVA_FAMILIES
+        return json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -15,6 +15,7 @@ from typing import List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.architecture.families.known import BUILT, FAMILIES, PLAIN
 from megatron_vlm.hf import cli
 
 
@@ -31,10 +32,10 @@ def pinpoints(text: str) -> List[Tuple[int, int]]:
 
 def model_type(text: str) -> str:
     """Argument type: a kind of LLaVA that is built."""
-    if text in ("llava_onevision", "vipllava"):
+    if text in FAMILIES and text not in BUILT:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is converted and trained, but not built; give llava or llava_next, or begin with a "
-            f"{text} of the hub"
+            f"{text!r} is converted and trained, but not built; give {' or '.join(BUILT)}, or begin "
+            f"with a {text} of the hub"
         )
     return text
 
@@ -52,8 +53,8 @@ def main(argv: List[str]) -> int:
     parser.add_argument(
         "--model-type",
         type=model_type,
-        choices=("llava", "llava_next"),
-        default="llava",
+        choices=BUILT,
+        default=PLAIN,
         help="llava_next cuts images into tiles, as LLaVA-1.6 does (default: %(default)s)",
     )
     parser.add_argument(
@@ -90,8 +91,9 @@ def main(argv: List[str]) -> int:
     args = parser.parse_args(argv)
     if abs(args.seed) >= 2**63:
         raise ValueError(f"--seed {args.seed}: has more than 63 bits")
-    if args.image_grid_pinpoints and args.model_type != "llava_next":
-        raise ValueError("--image-grid-pinpoints needs --model-type llava_next")
+    if args.image_grid_pinpoints and not FAMILIES[args.model_type].built_grids:
+        cut = " or ".join(kind for kind in BUILT if FAMILIES[kind].built_grids)
+        raise ValueError(f"--image-grid-pinpoints needs --model-type {cut}")
     if args.sif_path:
         from megatron_vlm.launch.container import reenter
 

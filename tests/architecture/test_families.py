@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +232,7 @@ DOCS = (ROOT / "docs" / "families.md").read_text()
 
 def test_the_docs_name_every_family_and_every_refusal() -> None:
     supported, refused = (part.split("\n## ")[0] for part in DOCS.split("\n## What is refused\n"))
-    known = [*families.LLAVA_FAMILIES, *families.TEXT_FAMILIES, *families.TOWERS, *families.ROPE_TYPES]
+    known = [*families.FAMILIES, *families.TEXT_FAMILIES, *families.TOWERS, *families.ROPE_TYPES]
     assert [name for name in known if f"`{name}`" not in supported] == []
     reasons = families._REFUSED_TEXT, families._REFUSED_TOWERS, families._REFUSED_ROPE, families._REFUSED_KEYS
     named = set(re.findall(r"`([a-z0-9_]+)`", refused))
@@ -249,3 +251,74 @@ def test_the_docs_show_what_is_there() -> None:
             lines = hunk.splitlines(keepends=True)
             assert all(line.startswith("+") for line in lines)
             assert "".join(line[1:] for line in lines) in text, hunk
+
+
+# Formats of records and of prompts that are called like a model.
+NO_FAMILIES = {
+    ("megatron_vlm/data/prepare/records.py", "llava"),
+    ("scripts/data/prepare.py", "llava"),
+    ("megatron_vlm/data/chat_templates.py", "mistral"),
+    ("megatron_vlm/artifacts/templates.py", "mistral"),
+    ("megatron_vlm/config/other_trainers/models.py", "mistral"),
+    ("megatron_vlm/config/other_trainers/models.py", "qwen2"),
+}
+
+
+def compared(source: str) -> Iterator[tuple[int, str]]:
+    """The strings that code compares, looks up, matches or lists, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        found: list[ast.AST | None] = []
+        if isinstance(node, ast.Compare):
+            found = [node.left, *node.comparators]
+        elif isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            found = [*node.elts]
+        elif isinstance(node, ast.Dict):
+            found = [*node.keys]
+        elif isinstance(node, ast.Subscript):
+            found = [node.slice]
+        elif isinstance(node, ast.MatchValue):
+            found = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            found = [*node.args] if node.func.attr in ("startswith", "endswith", "get", "index") else []
+        for part in found:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield part.lineno, part.value
+
+
+def test_no_familys_name_is_compared_outside_its_folder() -> None:
+    names = {*families.FAMILIES, *families.TEXT_FAMILIES}
+    folder = ROOT / "megatron_vlm" / "architecture" / "families"
+    found = []
+    for path in sorted([*ROOT.glob("megatron_vlm/**/*.py"), *ROOT.glob("scripts/**/*.py")]):
+        if folder not in path.parents:
+            file = str(path.relative_to(ROOT))
+            for line, text in compared(path.read_text(encoding="utf-8")):
+                if text in names and (file, text) not in NO_FAMILIES:
+                    found.append(f"{file}:{line} {text}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "kind == 'llava'",
+        "'llava' != kind",
+        "kind in ('x', 'llava')",
+        "kind in ['llava']",
+        "kind in {'llava'}",
+        "{'llava': 1}[kind]",
+        "table['llava']",
+        "kind.startswith('llava')",
+        "match kind:\n    case 'x' | 'llava':\n        pass",
+    ],
+)
+def test_a_comparison_is_seen(code: str) -> None:
+    assert "llava" in [text for _, text in compared(code)]
+    assert "llava" not in [text for _, text in compared("def f(kind='llava'):\n    'llava'\n")]
+
+
+def test_each_family_is_named_as_transformers_names_it() -> None:
+    for kind, family in families.FAMILIES.items():
+        config = getattr(transformers, f"{family.class_prefix}Config")
+        assert config.model_type == kind
+        assert hasattr(transformers, f"{family.class_prefix}ForConditionalGeneration")

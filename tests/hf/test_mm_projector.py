@@ -266,6 +266,11 @@ def test_errors(tmp_path: Path, llava: Path) -> None:
     )
     refused("holds NaN", {**good, first: torch.full((OUTER, INNER), float("nan"))})
     refused("int64, not floating point", {**good, first: torch.ones(OUTER, INNER, dtype=torch.int64)})
+    save_tiny_llava(tmp_path / "vip", "vip-clip-llama")
+    with pytest.raises(
+        ValueError, match="projector_layernorm_eps is 1e-05; LLaVA's mm_projector has no norm"
+    ):
+        export_projector(tmp_path / "vip", tmp_path / "none")
     save_tiny_llava(tmp_path / "bent", "siglip-qwen2")
     with pytest.raises(ValueError, match="projector_hidden_act is 'linear'; LLaVA's mm_projector has 'gelu'"):
         export_projector(tmp_path / "bent", tmp_path / "new")

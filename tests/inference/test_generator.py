@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlm.architecture.connectors.anyres import ANYRES
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.hf.convert import import_hf
@@ -52,7 +51,7 @@ def transformers_answers(
         pixels = torch.empty(0) if images is None else images.tensors["pixel_values"]
         sizes = torch.empty(0, 2, dtype=torch.int64) if images is None else images.sizes
         inputs = {"input_ids": torch.tensor([prompt.input_ids]), "pixel_values": pixels}
-        if net.config.model_type in ANYRES:
+        if net.config.model_type in ("llava_next", "llava_onevision"):
             inputs["image_sizes"] = sizes
         if net.config.model_type == "llava_onevision":
             inputs["batch_num_images"] = torch.tensor([len(sizes)])

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Optional, Tuple
-
-ANYRES = ("llava_next", "llava_onevision")  # the model types that cut images
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 ASPECT_RATIOS = ("square", "pad", "anyres")  # what may become of a dataset's images, by LLaVA's names
 NO_TILES = "image_aspect_ratio anyres: the model cuts no images into tiles; write square or pad"
@@ -41,42 +38,29 @@ class AnyRes:
     several_uncut: bool = False
 
     @classmethod
-    def from_hf(cls, config: Dict[str, Any], tile_size: int) -> AnyRes:
-        """Read it from a ``config.json`` of one of :data:`ANYRES`, with its defaults filled in.
-
-        Args:
-            tile_size: pixels along a tile.
-
-        Raises:
-            ValueError: the message names the key.
-        """
-        pinpoints = config["image_grid_pinpoints"]
-        sides = [side for size in pinpoints for side in size]
-        if (
-            not sides
-            or len(sides) != 2 * len(pinpoints)
-            or any(n < tile_size or n % tile_size for n in sides)
-        ):
-            raise ValueError(
-                f"config.json: image_grid_pinpoints is {pinpoints}; supported: multiples of the {tile_size} "
-                "pixels of a tile"
-            )
-        max_tiles = None
-        if config["model_type"] == "llava_onevision":
-            ratio = re.fullmatch(r"anyres_max_([1-9]\d*)", config["vision_aspect_ratio"])
-            if ratio is None:
-                raise ValueError(
-                    f"config.json: vision_aspect_ratio is {config['vision_aspect_ratio']!r}; supported: "
-                    "'anyres_max_9' and other numbers"
-                )
-            max_tiles = int(ratio[1])
-        sizes = tuple((int(height), int(width)) for height, width in pinpoints)
-        return cls(sizes, max_tiles, several_uncut=max_tiles is not None)
-
-    @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> AnyRes:
         """From plain JSON values."""
         return cls(**{**values, "grid_pinpoints": tuple(map(tuple, values["grid_pinpoints"]))})
+
+
+def read_tiles(config: Mapping[str, Any], tile_size: int) -> AnyRes:
+    """Return how a model cuts images, all features of all tiles kept.
+
+    Args:
+        config: a ``config.json`` with its family's defaults filled in.
+        tile_size: pixels along a tile.
+
+    Raises:
+        ValueError: ``image_grid_pinpoints`` are no sizes, or not of whole tiles.
+    """
+    pinpoints = config["image_grid_pinpoints"]
+    sides = [side for size in pinpoints for side in size]
+    if not sides or len(sides) != 2 * len(pinpoints) or any(n < tile_size or n % tile_size for n in sides):
+        raise ValueError(
+            f"config.json: image_grid_pinpoints is {pinpoints}; supported: multiples of the {tile_size} "
+            "pixels of a tile"
+        )
+    return AnyRes(tuple((int(height), int(width)) for height, width in pinpoints))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The families of text models and towers: an entry each, and the reason where there can be none.
+"""The families: whole models as this folder lists them, text models and towers as an entry each.
 
 An entry holds what transformers' config class assumes for a key that config.json leaves out, and which
 parts the family has. A ``model_type`` or a value that these models can't express is refused with the reason
@@ -10,6 +10,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from typing import Any, Collection, Dict, Mapping, Optional, Tuple
+
+from megatron_vlm.architecture.families import llava
+from megatron_vlm.architecture.families.family import Family
+from megatron_vlm.system.registry import registry
 
 
 @dataclass(frozen=True)
@@ -112,49 +116,13 @@ TOWERS: Dict[str, Dict[str, Any]] = {
         "layer_norm_eps": 1e-6,
     },
 }
-# What transformers' LlavaConfig and its like assume, by model_type: first the parts of a config without them.
-_LLAVA: Dict[str, Any] = {
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 336,
-    },
-    "text_config": {"model_type": "llama"},
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "image_token_index": 32000,
-}
-LLAVA_FAMILIES: Dict[str, Dict[str, Any]] = {
-    "llava": _LLAVA,
-    "llava_next": {
-        **_LLAVA,
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    },
-    "llava_onevision": {
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 384,
-        },
-        "text_config": {"model_type": "qwen2"},
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "image_token_index": 151646,
-        "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
-        "vision_aspect_ratio": "anyres_max_9",
-    },
-    "vipllava": {**_LLAVA, "vision_feature_layer": [-2, -5, -8, -11, 6], "projector_layernorm_eps": 1e-5},
-}
-# What VipLlava does whatever config.json says.
-_VIPLLAVA: Dict[str, Any] = {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True}
+# By model_type: kinds of vision-language models, a file each in this folder.
+FAMILIES: Dict[str, Family] = registry("megatron_vlm.architecture.families", "FAMILY")
+BUILT = tuple(kind for kind, family in FAMILIES.items() if family.built)
+PLAIN = llava.KIND  # what is built unless asked for another
+# What transformers takes a part for whose config has no model_type.
+UNNAMED_TEXT = "llama"
+UNNAMED_TOWER = "clip_vision_model"
 ROPE_TYPES = ("default", "linear", "llama3")
 
 _SCALED_NORM = "its norms multiply by 1 + weight and its embeddings are scaled"
@@ -264,7 +232,7 @@ def check_text(text: Mapping[str, Any], where: str = "config.json: text_config."
     Raises:
         ValueError: it can't be expressed; the line says why, and what is supported.
     """
-    kind = text.get("model_type", "llama")
+    kind = text.get("model_type", UNNAMED_TEXT)
     _check_type(where, kind, TEXT_FAMILIES, _REFUSED_TEXT)
     check_keys(text, where)
     return TEXT_FAMILIES[kind]
@@ -272,7 +240,7 @@ def check_text(text: Mapping[str, Any], where: str = "config.json: text_config."
 
 def check_tower(vision: Mapping[str, Any], where: str = "config.json: vision_config.") -> None:
     """As :func:`check_text`, of a tower."""
-    _check_type(where, vision.get("model_type", "clip_vision_model"), TOWERS, _REFUSED_TOWERS)
+    _check_type(where, vision.get("model_type", UNNAMED_TOWER), TOWERS, _REFUSED_TOWERS)
 
 
 def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
@@ -286,7 +254,7 @@ def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
     if original:
         return original
     kind = config.get("model_type")
-    if kind in LLAVA_FAMILIES:
+    if kind in FAMILIES:
         return ""
     folder = folder if folder.startswith("<") else shlex.quote(folder)
     if kind in TEXT_FAMILIES:
@@ -296,7 +264,7 @@ def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
         command = f"{_BUILDER} --text-model <text model> --vision-model {folder} --save-dir <llava>"
         return f"model_type is {kind!r}, a tower; join it with a text model: {command}"
     because = _because(_REFUSED_TEXT.get(str(kind)))
-    supported = f"supported: {_quoted(LLAVA_FAMILIES)} (build one with {_BUILDER})"
+    supported = f"supported: {_quoted(FAMILIES)} (build one with {_BUILDER})"
     return f"model_type is {kind!r}{because}; {supported}"
 
 
@@ -314,22 +282,19 @@ def original_llava(config: Mapping[str, Any]) -> str:
     )
 
 
-def llava_config(config: Mapping[str, Any]) -> Dict[str, Any]:
-    """A whole model's config, with what its ``model_type`` assumes where a key is left out.
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a whole model.
+
+    Args:
+        config: its ``config.json``.
 
     Raises:
-        ValueError: the type is not supported.
+        ValueError: its ``model_type`` is not supported.
     """
     problem = other_model(config)
     if problem:
         raise ValueError(f"config.json: {problem}")
-    kind: str = config["model_type"]
-    given = {key: value for key, value in config.items() if value not in (None, {})}
-    if kind == "vipllava":
-        if "vision_feature_layers" in given:  # as older releases wrote it
-            given["vision_feature_layer"] = given["vision_feature_layers"]
-        given.update(_VIPLLAVA)
-    return {**LLAVA_FAMILIES[kind], **given}
+    return FAMILIES[config["model_type"]]
 
 
 def check_choice(key: str, value: Any, allowed: Tuple[str, ...]) -> None:

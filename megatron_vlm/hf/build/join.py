@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.architecture.families.known import (
+    FAMILIES,
+    PLAIN,
     TEXT_FAMILIES,
     TOWERS,
     check_keys,
@@ -42,11 +44,8 @@ from megatron_vlm.hf.formats.streaming import Meter, Progress, check_free_space,
 from megatron_vlm.hf.mm_projector import read_projector
 from megatron_vlm.hf.target import check_apart, check_target
 
-MODEL_TYPES = ("llava", "llava_next")
 VOCAB_MULTIPLE = 128
 _SHARD_BYTES = 5 * 10**9
-# Rows and columns of tiles that LLaVA-1.6 pads an image to.
-_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def build_llava(
     progress: Progress | None = None,
     projector: str | os.PathLike[str] | None = None,
     verify: bool = False,
-    model_type: str = "llava",
+    model_type: str = PLAIN,
     grid_pinpoints: Sequence[tuple[int, int]] | None = None,
 ) -> Path:
     """Make a LLaVA folder that transformers loads.
@@ -111,9 +110,9 @@ def build_llava(
         progress: called with the bytes done and in all.
         projector: a trained projector, as ``projector.read_projector`` takes it.
         verify: read every tensor back from the files written, and compare.
-        model_type: ``llava``, or ``llava_next``, which cuts images into tiles.
-        grid_pinpoints: of ``llava_next``, ``(height, width)`` in pixels that images are padded to; None:
-            those of LLaVA-1.6, in tiles of this tower.
+        model_type: one of ``families.BUILT``.
+        grid_pinpoints: of a family that cuts images into tiles, ``(height, width)`` in pixels that images are
+            padded to; None: the family's own, in tiles of this tower.
 
     Returns:
         ``save_dir``.
@@ -143,12 +142,12 @@ def build_llava(
     if vision.config.model_type == "siglip_vision_model":
         vision.config.vision_use_head = tower.holds("head.probe")
     values: dict[str, Any] = {"image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}
-    if model_type == "llava_next":
-        side = vision.config.image_size
-        sizes = grid_pinpoints or [(side * rows, side * columns) for rows, columns in _GRIDS]
+    if FAMILIES[model_type].built_grids:
+        side, grids = vision.config.image_size, FAMILIES[model_type].built_grids
+        sizes = grid_pinpoints or [(side * rows, side * columns) for rows, columns in grids]
         values["image_grid_pinpoints"] = [list(size) for size in sizes]
     config, model = _llava_config(model_type, text, vision, kind, stored, values)
-    processor = _processor(vision, model, tokenizer, lang)
+    processor = _processor(model_type, vision, model, tokenizer, lang)
     generation_config = _generation_config(text, tokenizer)
 
     sources = {
@@ -231,7 +230,7 @@ def _llava_config(
 ) -> tuple[Any, ModelConfig]:
     import transformers
 
-    prefix = {"llava": "Llava", "llava_next": "LlavaNext"}[model_type]
+    prefix = FAMILIES[model_type].class_prefix
     config = getattr(transformers, f"{prefix}Config")(
         **values,
         vision_config=vision.config,
@@ -251,18 +250,18 @@ def _llava_config(
     return config, model
 
 
-def _processor(vision: _Given, model: ModelConfig, tokenizer: Any, lang: str) -> Any:
+def _processor(model_type: str, vision: _Given, model: ModelConfig, tokenizer: Any, lang: str) -> Any:
     """What turns text and images into the model's input.
 
     Raises:
         ValueError: it expands an image to another number of tokens than there are features.
     """
+    import transformers
     from PIL import Image
-    from transformers import LlavaNextProcessor, LlavaProcessor
 
     family = _FAMILIES[vision.config.model_type]
     tokenizer.chat_template = chat_template(tokenizer, lang)
-    processor = (LlavaProcessor if model.anyres is None else LlavaNextProcessor)(
+    processor = getattr(transformers, f"{FAMILIES[model_type].class_prefix}Processor")(
         image_processor=_image_processor(vision, model),
         tokenizer=tokenizer,
         patch_size=model.vision.patch_size,
