@@ -37,7 +37,7 @@ from megatron_vlm.models.weights import load_weights, named_parameters, sharded_
 from megatron_vlm.parallel import optimizer as optimizer_module
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model
 from megatron_vlm.plan.pipeline import StageCosts, deal_layers, layers_per_stage
-from megatron_vlm.training import trainer
+from megatron_vlm.training import build
 from megatron_vlm.training.batch import Batch, BatchReader, GlobalBatch
 from megatron_vlm.training.freezing import set_trainable, table
 from megatron_vlm.training.run import run
@@ -416,13 +416,13 @@ def arguments_of_build_model(argv: list[str]) -> dict[str, Any]:
         found.update(vars(options))
         raise InterruptedError
 
-    build, trainer.build_model = trainer.build_model, record
+    make, build.build_model = build.build_model, record
     try:
         train(argv)
     except InterruptedError:
         pass
     finally:
-        trainer.build_model = build
+        build.build_model = make
     return found
 
 

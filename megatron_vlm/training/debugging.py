@@ -16,10 +16,12 @@ from megatron_vlm.data.preview.text import describe
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel.optimizer import Optimizer
 from megatron_vlm.training.batch import Batch, GlobalBatch
+from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.freezing import MODULES, Regime
+from megatron_vlm.training.hooks import Hook
 
 
-class Debugger:
+class Debugger(Hook):
     """Prints what goes into a step and what comes out, and lets autograd name the operation behind a NaN.
 
     Args:
@@ -27,7 +29,12 @@ class Debugger:
     """
 
     def __init__(
-        self, regime: Regime, optimizer: Optimizer, processing: Processing, say: Callable[[str], None]
+        self,
+        regime: Regime,
+        optimizer: Optimizer,
+        processing: Processing,
+        state: RunState,
+        say: Callable[[str], None],
     ) -> None:
         torch.autograd.set_detect_anomaly(True)
         for _, parameter in regime.own:
@@ -36,38 +43,39 @@ class Debugger:
             parameter.zero_out_wgrad = True  # type: ignore[attr-defined]
         self.optimizer = optimizer
         self.processing = processing
+        self.state = state
         self.say = say
         self.modules = {
             module: [p for name, p in regime.own if name.startswith(prefix) and name in regime.trained]
             for module, prefix in MODULES.items()
         }
 
-    def show_batch(self, iteration: int, global_batch: GlobalBatch) -> None:
-        """The first sample as the model sees it, and the shapes of this rank's microbatches."""
-        self.say(f"debug: iteration {iteration}")
-        for number, batch in enumerate(global_batch.microbatches):
-            if number == 0 and global_batch.keys:
+    def before_step(self, batch: GlobalBatch) -> None:
+        """Print the first sample as the model sees it, and the shapes of this rank's microbatches."""
+        self.say(f"debug: iteration {self.state.iteration + 1}")
+        for number, microbatch in enumerate(batch.microbatches):
+            if number == 0 and batch.keys:
                 first = Microbatch(
-                    input_ids=batch.input_ids.cpu(),
-                    labels=batch.labels.where(batch.loss_mask, IGNORE_INDEX).cpu(),
-                    lengths=_length_of_first(batch),
-                    keys=global_batch.keys[0],
-                    packed=batch.packed_seq_params is not None,
+                    input_ids=microbatch.input_ids.cpu(),
+                    labels=microbatch.labels.where(microbatch.loss_mask, IGNORE_INDEX).cpu(),
+                    lengths=_length_of_first(microbatch),
+                    keys=batch.keys[0],
+                    packed=microbatch.packed_seq_params is not None,
                 )
                 shown = describe(first, self.processing.tokenizer, self.processing.image_token_id)
                 self.say(f"debug:   first sample: {shown}")
             inputs = [
                 f"{name} {list(tensor.shape)}"
-                for media in batch.media.values()
+                for media in microbatch.media.values()
                 for name, tensor in media.inputs.items()
             ]
             self.say(
-                f"debug:   microbatch {number}: input_ids {list(batch.input_ids.shape)}, "
-                f"{int(batch.loss_mask.sum())} trained tokens, {', '.join(inputs) or 'no media'}"
+                f"debug:   microbatch {number}: input_ids {list(microbatch.input_ids.shape)}, "
+                f"{int(microbatch.loss_mask.sum())} trained tokens, {', '.join(inputs) or 'no media'}"
             )
 
-    def show_gradients(self) -> None:
-        """The norm of each module's gradient before clipping; a collective call before the update."""
+    def before_update(self) -> None:
+        """Print the norm of each module's gradient before clipping; a collective call."""
         squares = self.optimizer.squared_gradients(list(self.modules.values()))
         dist.all_reduce(squares)
         norms = zip(self.modules, squares.sqrt().tolist(), strict=True)

@@ -19,7 +19,10 @@ from megatron_vlm.parallel import Layout
 from megatron_vlm.system.units import count_text
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.context import RunContext
 from megatron_vlm.training.freezing import MODULES, Regime
+from megatron_vlm.training.hooks import Hook
+from megatron_vlm.training.step import StepResult
 
 # A tensor may rightly have no gradient for a while: LoRA's first factor until the second has moved, and
 # a warmup that begins at zero keeps that still for an iteration.
@@ -28,7 +31,7 @@ _LONGEST = 100  # iterations to wait for an image
 _JUDGED = 20  # updates after which a run is judged
 
 
-class GradientCheck:
+class GradientCheck(Hook):
     """Watches a run until a gradient has reached every trained tensor.
 
     Args:
@@ -50,11 +53,8 @@ class GradientCheck:
         self.with_media = dict.fromkeys(MODALITIES, 0)  # of these, the ones with such media, by kind
         self.came: set[str] = set()  # kinds of which there was any, with trained tokens or without
 
-    def after_step(self, global_batch: GlobalBatch, trained_tokens: int) -> None:
-        """Look at the gradients that a step has left; a collective call while there is something to watch.
-
-        Args:
-            trained_tokens: of the global batch; without any there is no gradient to see.
+    def after_step(self, batch: GlobalBatch, result: StepResult) -> None:
+        """Look at the gradients that an update has left; a collective call while there is something to watch.
 
         Raises:
             ValueError: none has reached a module that is trained, in an iteration with images if they are
@@ -62,12 +62,14 @@ class GradientCheck:
                 :meth:`judge`.
             RuntimeError: the step has changed frozen parameters.
         """
+        if not result.updated:
+            return
         if self.bits is not None:
             self._check_frozen(self.bits)
             self.bits = None
         self.updates += 1
-        if self.waiting and trained_tokens:
-            self._watch(global_batch)
+        if self.waiting and result.trained_tokens:  # without any there is no gradient to see
+            self._watch(batch)
         if self.updates == _JUDGED:
             self.judge()
 
@@ -189,6 +191,19 @@ class GradientCheck:
         names = sorted({name for part in everyones for name in part})
         if names:
             raise RuntimeError(f"the first step has changed frozen parameters: {_first(names)}")
+
+
+class LastVerdict(Hook):
+    """Judges a run at its end, before its last checkpoint takes the place of another."""
+
+    def __init__(self, check: GradientCheck, run: RunContext) -> None:
+        self.check = check
+        self.run = run
+
+    def after_iteration(self) -> None:
+        """Judge a run that has fewer updates than a verdict needs, once it is finished."""
+        if self.run.finished:
+            self.check.judge()
 
 
 def _bits(parameters: list[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.parallel import Layout
 from megatron_vlm.training.batch import GlobalBatch, sample_names
 from megatron_vlm.training.checkpoint import RunState
+from megatron_vlm.training.hooks import Hook
 from megatron_vlm.training.step import NonFiniteError, StepResult
 
 STACKS = "logs/stacks"
@@ -26,7 +27,7 @@ _WINDOW, _FEWEST = 100, 10  # losses that a jump is measured against
 _GRACE_SECONDS = 5.0  # for the other ranks to write their stacks
 
 
-class LossGuard:
+class LossGuard(Hook):
     """Decides about losses and gradients that aren't finite, and tells of losses that jump.
 
     All ranks see the same losses and decide alike.
@@ -51,7 +52,7 @@ class LossGuard:
         self.sinks = sinks
         self._find_not_finite = find_not_finite
 
-    def not_finite(self, error: NonFiniteError, batch: GlobalBatch) -> StepResult:
+    def not_finite(self, error: NonFiniteError, batch: GlobalBatch) -> None:
         """Leave the update out, where ``--nan-policy`` is ``skip``; a collective call.
 
         Raises:
@@ -79,13 +80,15 @@ class LossGuard:
                 f"weights. {where}{advice}"
             )
         self._tell(iteration, "not finite", f"{what}; it changes nothing. {where}".rstrip())
-        return error.result
+
+    def after_step(self, batch: GlobalBatch, result: StepResult) -> None:
+        """Take an update's loss."""
+        if result.updated:
+            self.watch(result)
 
     def watch(self, result: StepResult) -> None:
         """Tell of a loss above ``--spike-threshold`` times the median of the last 100, once until it
         is below again."""
-        if not result.updated:
-            return
         self.state.not_finite_in_a_row = 0
         iteration, loss, recent = self.state.iteration, result.loss, self.state.recent_losses
         if self.flags.alert_spike and len(recent) >= _FEWEST:

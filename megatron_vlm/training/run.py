@@ -12,9 +12,10 @@ from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.plan.start import Start, check_restart
 from megatron_vlm.system.exit_codes import DONE
 from megatron_vlm.training import run_folder
+from megatron_vlm.training.build import begin, build, make_hooks
 from megatron_vlm.training.guards import Watchdog
 from megatron_vlm.training.signals import StopRequest
-from megatron_vlm.training.trainer import Trainer
+from megatron_vlm.training.trainer import train
 
 
 def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = None) -> int:
@@ -27,7 +28,7 @@ def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = N
         The exit code, see :mod:`megatron_vlm.system.exit_codes`.
 
     Raises:
-        ValueError: see :class:`Trainer`, :func:`run_folder.choose_start` and :meth:`Trainer.train`.
+        ValueError: see :func:`run_folder.choose_start`, :func:`begin`, :func:`build` and :func:`train`.
     """
     folder = Path(config.checkpoint.run_dir)
     held = []
@@ -48,14 +49,16 @@ def run(config: RunConfig, layout: parallel.Layout, stop: StopRequest | None = N
     with (
         Watchdog(folder, layout.rank, config.logging.watchdog_minutes) as watchdog,
         Sinks() as sinks,
-        closing(Trainer(config, layout, start, sinks, watchdog, stop)) as trainer,
     ):
-        if trainer.done:
-            trainer.say(trainer.why_finished())
+        context = begin(config, layout, start, sinks, watchdog, stop)
+        if context.done:
+            context.say(context.why_finished())
             return DONE
-        if layout.rank == 0:
-            trainer.config.save(str(folder / run_folder.CONFIG))
-        code = trainer.train()
+        with closing(build(context)) as parts:
+            hooks = make_hooks(context, parts)
+            if layout.rank == 0:
+                context.config.save(str(folder / run_folder.CONFIG))
+            code = train(context, parts, hooks)
     if code != DONE:
         stop.leave()
     return code

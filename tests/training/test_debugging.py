@@ -50,7 +50,7 @@ def test_what_fused_kernels_leave_to_autograd_is_no_nan() -> None:
     weight.main_grad = torch.zeros(2, 3)  # type: ignore[attr-defined]
     regime = Regime((), {}, {}, [("projector.weight", weight)])
     try:
-        debugging.Debugger(regime, None, None, print)  # type: ignore[arg-type]
+        debugging.Debugger(regime, None, None, None, print)  # type: ignore[arg-type]
         _AddsToMainGrad.apply(torch.ones(1, 3), weight).sum().backward()
     finally:
         torch.autograd.set_detect_anomaly(False)

@@ -197,7 +197,7 @@ def test_layouts(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path, l
 
 
 def train_without_loading(argv: list[str]) -> None:
-    with mock.patch("megatron_vlm.training.trainer.load_weights", side_effect=AssertionError):
+    with mock.patch("megatron_vlm.training.build.load_weights", side_effect=AssertionError):
         train(argv)
 
 

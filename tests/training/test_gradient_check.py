@@ -19,6 +19,7 @@ from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.freezing import Regime
 from megatron_vlm.training.gradient_check import GradientCheck
+from megatron_vlm.training.step import StepResult
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.workers import train
@@ -205,7 +206,7 @@ def judge(with_image: bool) -> str:
     batch = Batch(tokens, tokens, mask, tokens, media)
     try:
         for _ in range(20):
-            check.after_step(GlobalBatch([batch], 3), int(mask.sum()))
+            check.after_step(GlobalBatch([batch], 3), StepResult(1.0, int(mask.sum()), 0.0))
     except ValueError as error:
         return f"{check.updates}: {error}"
     return "none"

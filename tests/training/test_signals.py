@@ -20,6 +20,8 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.system.exit_codes import CONTINUE, DONE, INTERRUPTED, STOPPED
 from megatron_vlm.training import checkpoint, trainer
+from megatron_vlm.training.batch import BatchReader
+from megatron_vlm.training.context import RunContext
 from megatron_vlm.training.evaluate import Evaluator
 from megatron_vlm.training.run import run
 from megatron_vlm.training.signals import StopRequest
@@ -52,12 +54,12 @@ def train(argv: list[str], rank: int = -1, iteration: int = 0, moment: str = "tr
         "training": (trainer, "train_step"),
         "saving": (checkpoint, "save_checkpoint"),
         "evaluating": (Evaluator, "evaluate"),
-        "skipping": (trainer.Trainer, "_skip_iteration"),
+        "skipping": (BatchReader, "skip"),
     }[moment]
     said = [""]
     with (
         mock.patch.object(owner, name, then_ask(getattr(owner, name))),
-        mock.patch.object(trainer.Trainer, "say", lambda self, message: said.append(message)),
+        mock.patch.object(RunContext, "say", lambda self, message: said.append(message)),
     ):
         return run(config, layout, stop), said[-1]
 

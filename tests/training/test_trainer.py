@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,9 +15,10 @@ from megatron_vlm import parallel
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training import run_folder
+from megatron_vlm.training.build import begin, build
 from megatron_vlm.training.guards import Watchdog
 from megatron_vlm.training.signals import StopRequest
-from megatron_vlm.training.trainer import Trainer
+from megatron_vlm.training.step import train_step
 from tests.distributed import Pool
 from tests.training.conftest import Trainable
 from tests.training.test_evaluate import forget
@@ -32,21 +34,21 @@ def losses_without(argv: list[str], dropped: set[int]) -> list[float]:
     config = RunConfig.from_flags(argv)
     layout = parallel.initialize()
     start = run_folder.choose_start(config, Path(config.checkpoint.run_dir))
-    trainer = Trainer(config, layout, start, Sinks(), Watchdog(Path(), 0, 0.0), StopRequest())
-    source = trainer.reader.source
-    assert source is not None
+    run = begin(config, layout, start, Sinks(), Watchdog(Path(), 0, 0.0), StopRequest())
+    with closing(build(run)) as parts:
+        source = parts.reader.source
+        assert source is not None
 
-    def others() -> Iterator[Any]:
-        for number, microbatch in enumerate(source):
-            if number // trainer.reader.num_microbatches not in dropped:
-                yield microbatch
+        def others() -> Iterator[Any]:
+            for number, microbatch in enumerate(source):
+                if number // parts.reader.num_microbatches not in dropped:
+                    yield microbatch
 
-    trainer.reader.source = others()
-    losses = []
-    for _ in range(config.train_iterations):
-        losses.append(trainer._step(trainer.reader.next()).loss)
-        trainer.state.iteration += 1
-    trainer.close()
+        parts.reader.source = others()
+        losses = []
+        for iteration in range(1, run.total_iterations + 1):
+            batch, rates = parts.reader.next(), parts.rates(iteration)
+            losses.append(train_step(parts.models, parts.optimizer, batch, layout, rates).loss)
     return losses
 
 
