@@ -180,11 +180,18 @@ def test_the_readme_leads_to_every_page() -> None:
     assert {page.resolve() for page in PAGES} - {ROOT.resolve() / "README.md"} <= found
 
 
-def test_the_map_names_every_package() -> None:
-    text = (ROOT / "README.md").read_text()
-    packages = [path.parent.name for path in (ROOT / "megatron_vlm").glob("*/__init__.py")]
-    assert packages
-    assert all(re.search(rf"^      {name}/ ", text, re.MULTILINE) for name in packages)
+def test_the_map_names_every_folder() -> None:
+    """Each line is a folder, below the one that is further left; none of the package is left out."""
+    map_of_code = (ROOT / "README.md").read_text().split("\n## A map of the code\n")[1].split("\nImports")[0]
+    shown: list[Path] = []
+    above: dict[int, Path] = {2: ROOT}
+    for indent, name in re.findall(r"^( {4,8})([\w.]+)/ ", map_of_code, re.MULTILINE):
+        above[len(indent)] = above[len(indent) - 2] / name
+        shown.append(above[len(indent)])
+    packages = {path.parent for path in (ROOT / "megatron_vlm").rglob("__init__.py")}
+    commands = {path.parent for path in (ROOT / "scripts").rglob("*.py")}
+    assert all(folder.is_dir() for folder in shown) and len(shown) == len(set(shown))
+    assert packages | commands | {ROOT / name for name in ("docs", "tests", "examples")} <= set(shown)
 
 
 def test_the_demo_runs_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
