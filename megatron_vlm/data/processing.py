@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence, Union
 
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.chat_template import chat_template
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
@@ -318,7 +318,7 @@ def load_processing(
             f"--seq-length {seq_length} does not hold one image of {model.min_image_tokens} tokens and text; "
             f"try {1 << (model.image_tokens + 256).bit_length()}"
         )
-    jinja = _chat_template(tokenizer_dir, tokenizer)
+    jinja = chat_template(Path(tokenizer_dir))
     if template is None:
         template = "chat" if jinja is not None else "plain" if stage == 1 else "v1"
     return Processing(
@@ -345,19 +345,3 @@ def _pad_token_id(
         if pad_token_id == reader.token_id:
             raise ValueError(f"{flag} is the {kind} token; choose another with --pad-token-id")
     return int(pad_token_id)
-
-
-def _chat_template(folder: str, tokenizer: Any) -> str | None:
-    """Return the folder's chat template: a processor's, in the files of older releases, or the
-    tokenizer's."""
-    for name in ("chat_template.json", "processor_config.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                template = json.load(file).get("chat_template")
-            if isinstance(template, str):
-                return template
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template

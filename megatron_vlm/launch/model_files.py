@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from megatron_vlm.architecture.connectors.anyres import NO_TILES
 from megatron_vlm.architecture.families.known import TEXT_FAMILIES
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.chat_template import chat_template
 from megatron_vlm.artifacts.end_tokens import end_tokens
 from megatron_vlm.artifacts.mixture import MixtureConfig, SourceConfig, is_mixture
 from megatron_vlm.artifacts.templates import unfit
@@ -178,13 +179,7 @@ def _template(
     folder: str, added: Dict[int, str], settings: Dict[str, Any], config: RunConfig
 ) -> Iterator[str]:
     """The rules of data/processing.py and data/templates.py, as far as files tell."""
-    has_chat = (
-        os.path.isfile(os.path.join(folder, "chat_template.jinja"))
-        or bool(settings.get("chat_template"))
-        or any(
-            _read(folder, name).get("chat_template") for name in ("chat_template.json", _PROCESSOR_FILES[1])
-        )
-    )
+    has_chat = chat_template(Path(folder)) is not None
     default = "chat" if has_chat else "plain" if config.training.stage == 1 else "v1"
     names = {"": config.data.template or default}
     names.update((_where(config, source), source.options.get("template", "")) for source in _sources(config))

@@ -111,6 +111,13 @@ def test_templates(llava) -> None:
     assert problems(llava) == [] and not training_refuses(llava)
     (problem,) = problems(llava, None, "--template", "chat")
     assert "has no chat template" in problem and training_refuses(llava, None, "--template", "chat")
+    several = [{"name": "rag", "template": "x"}]  # and none that is used unless named
+    change(llava / "tokenizer_config.json", chat_template=several)
+    (problem,) = problems(llava, None, "--template", "chat")
+    assert "has no chat template" in problem and training_refuses(llava, None, "--template", "chat")
+    change(llava / "tokenizer_config.json", chat_template=[*several, {"name": "default", "template": "y"}])
+    assert problems(llava, None, "--template", "chat") == []
+    change(llava / "tokenizer_config.json", chat_template=None)
     (problem,) = problems(llava, None, "--template", "llama_3")
     assert "--template llama_3: the tokenizer lacks <|start_header_id|>, " in problem
     assert training_refuses(llava, None, "--template", "llama_3")

@@ -27,6 +27,7 @@ from megatron_vlm.architecture.families.known import (
     original_llava,
 )
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.artifacts.chat_template import chat_template
 from megatron_vlm.artifacts.checkpoint import appearing_folder
 from megatron_vlm.hf.build.hub import locate
 from megatron_vlm.hf.build.parts import Part, Vocabulary, check_sources, projector_sources
@@ -34,9 +35,9 @@ from megatron_vlm.hf.build.tokenizer import (
     IMAGE_TOKEN,
     add_tokens,
     answer_end,
-    chat_template,
     drop_appended_end,
     load_tokenizer,
+    template_with_images,
 )
 from megatron_vlm.hf.convert import write_conversion, write_weights
 from megatron_vlm.hf.formats.folder import HFFolder, small_files, split_into_shards, write_index
@@ -215,6 +216,7 @@ def _vocabulary(text: _Given, multiple: int) -> tuple[Any, Vocabulary]:
     rows = text.config.vocab_size
     try:
         tokenizer = load_tokenizer(text.folder)
+        tokenizer.chat_template = chat_template(text.folder)
         known = set(tokenizer.get_vocab().values())
         new = set(add_tokens(tokenizer, rows))
     except ValueError as error:
@@ -260,7 +262,7 @@ def _processor(model_type: str, vision: _Given, model: ModelConfig, tokenizer: A
     from PIL import Image
 
     family = _FAMILIES[vision.config.model_type]
-    tokenizer.chat_template = chat_template(tokenizer, lang)
+    tokenizer.chat_template = template_with_images(tokenizer, lang)
     processor = getattr(transformers, f"{FAMILIES[model_type].class_prefix}Processor")(
         image_processor=_image_processor(vision, model),
         tokenizer=tokenizer,

@@ -1,5 +1,5 @@
-"""A text model's tokenizer as a LLaVA needs it: one ``tokenizer.json``, with ``<image>`` and padding; and a
-folder's chat template."""
+"""A text model's tokenizer as a LLaVA needs it: one ``tokenizer.json``, with ``<image>`` and padding; and the
+replacement of a folder's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.artifacts.chat_template import DEFAULT, EXTRAS, KEY, LEGACY, RAW, chat_template
 from megatron_vlm.artifacts.end_tokens import end_tokens, find_end_token, with_end_token
 from megatron_vlm.hf.build.spm import fast_tokenizer, is_llama
 
@@ -24,6 +25,7 @@ _FILES = (
     "merges.txt",
     "*.model",
     "chat_template*",
+    f"{EXTRAS}/*.jinja",
 )
 _QUESTION = [{"type": "image"}, {"type": "text", "text": "?"}]
 _SETTINGS = (
@@ -156,8 +158,8 @@ def add_tokens(tokenizer: Any, rows: int) -> list[int]:
     return sorted({i for token, i in ids.items() if token not in known or i >= rows})
 
 
-def chat_template(tokenizer: Any, lang: str) -> str:
-    """The tokenizer's own chat template if it places images, otherwise one in ``lang``."""
+def template_with_images(tokenizer: Any, lang: str) -> str:
+    """Return the tokenizer's own chat template if it places images, otherwise one in ``lang``."""
     own = tokenizer.chat_template
     if isinstance(own, str) and _places_images(tokenizer, own):
         return own
@@ -206,12 +208,13 @@ def take_tokenizer(folder: Path, source: Path) -> None:
     Raises:
         ValueError: the other folder has no tokenizer.
     """
-    files, template = tokenizer_files(source), own_chat_template(source)
-    kept = own_chat_template(folder) if template is None else template
+    files, template = tokenizer_files(source), chat_template(source)
+    kept = chat_template(folder) if template is None else template
     for pattern in _FILES:  # of two tokenizers' files, transformers might take either's
         for path in filter(Path.is_file, folder.glob(pattern)):
             path.unlink()
     for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, folder / file)
     drop_appended_end(folder)
     if kept is not None:
@@ -221,35 +224,13 @@ def take_tokenizer(folder: Path, source: Path) -> None:
         replace_chat_template(folder, kept, end)
 
 
-def own_chat_template(folder: Path) -> str | None:
-    """A model folder's chat template, from the first of the files that transformers looks for it in."""
-    for name in (
-        "processor_config.json",
-        "chat_template.json",
-        "chat_template.jinja",
-        "tokenizer_config.json",
-    ):
-        path = folder / name
-        if path.suffix == ".json":
-            template = _settings(path).get("chat_template")
-        else:
-            template = path.read_text(encoding="utf-8") if path.is_file() else None
-        if isinstance(template, list):  # several, with names
-            template = {entry["name"]: entry["template"] for entry in template}
-        if isinstance(template, dict):
-            template = template.get("default")
-        if isinstance(template, str):
-            return template
-    return None
-
-
 def replace_chat_template(folder: Path, template: str, end_token_id: int | None) -> None:
     """Give a model folder another chat template, and let generation end where that ends an answer.
 
     Files are replaced, not written into, since other folders may share them. One that says the same already
     stays as it is.
     """
-    if own_chat_template(folder) != template:
+    if chat_template(folder) != template:
         _write_chat_template(folder, template)
     known = end_tokens(folder)
     ends = with_end_token(known, end_token_id)
@@ -261,13 +242,14 @@ def replace_chat_template(folder: Path, template: str, end_token_id: int | None)
 
 
 def _write_chat_template(folder: Path, template: str) -> None:
-    (folder / "chat_template.json").unlink(missing_ok=True)
+    for path in (folder / LEGACY, folder / EXTRAS / f"{DEFAULT}.jinja"):
+        path.unlink(missing_ok=True)
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = folder / name
         values = _settings(path)
-        if values.pop("chat_template", None) is not None:
+        if values.pop(KEY, None) is not None:
             _replace(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    _replace(folder / "chat_template.jinja", template)
+    _replace(folder / RAW, template)
 
 
 def drop_appended_end(folder: Path) -> None:

@@ -319,6 +319,17 @@ def test_the_end_of_the_text_models_own_template(tmp_path: Path, text: Path, tow
     assert transformers.GenerationConfig.from_pretrained(built).eos_token_id == [end, 1]
 
 
+def test_the_template_of_a_llavas_processor(tmp_path: Path, text: Path, tower: Path) -> None:
+    """A LLaVA as the text model: its template stays, though the file of older releases has it."""
+    first = build_llava(tmp_path / "first", str(text), str(tower), lang="en")
+    own = (first / "chat_template.jinja").read_text().replace("USER", "HUMAN")
+    (first / "chat_template.jinja").unlink()
+    (first / "chat_template.json").write_text(json.dumps({"chat_template": {"default": own, "rag": ""}}))
+    built = build_llava(tmp_path / "second", str(first), str(tower))
+    found = AutoProcessor.from_pretrained(built)
+    assert found.chat_template == found.tokenizer.chat_template == own
+
+
 def test_generation_stops_where_a_template_that_was_there_already_ends_an_answer(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("as it was")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "do_sample": true}')
