@@ -12,7 +12,7 @@ BASE = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatro
 BASE += ["--train-iters", "10"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(machine, "network_interfaces", lambda: ["lo", "eth0"])

@@ -17,6 +17,8 @@ from megatron_vlm.plan.data_order import data_identity, held_out_identity
 from tests.launch.conftest import write_checkpoint, write_dataset, write_json
 from tests.launch.preflight.conftest import BASE, inspect, problem, warning
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def test_an_epoch_shorter_than_a_batch(workplace) -> None:
     base = ["--name", "run", "--save-dir", "runs", "--data-path", "data", "--megatron-load-dir", "ckpt"]

@@ -21,6 +21,8 @@ from megatron_vlm.plan.memory import GIB
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 from tests.launch.preflight.conftest import BASE, inspect, problem, warning
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def test_a_sound_run(workplace) -> None:
     found = inspect()
