@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.launch.container import container_command, forwarded, with_environment
-from megatron_vlm.launch.storage import image_problems
+from megatron_vlm.launch.preflight.storage import image_problems
 from tests.cluster import apptainer
 from tests.cluster.apptainer import GPU_RECIPE, environment, find_apptainer, why_not
 from tests.cluster.demo import CHECKOUT, RUN, Demo, losses

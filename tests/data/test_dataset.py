@@ -14,7 +14,7 @@ import pytest
 from megatron_vlm.artifacts.dataset import prepare_command, split_parts, split_samples
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
 from megatron_vlm.data.templates import SampleError, Turn
-from megatron_vlm.launch.dataset_files import dataset_problems, held_out_problems
+from megatron_vlm.launch.preflight.dataset_files import dataset_problems, held_out_problems
 from tests.data.tiny_data import (
     asked,
     make_conversations,

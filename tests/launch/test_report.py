@@ -13,9 +13,10 @@ from megatron.core.parallel_state import RankGenerator
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import write_tracker
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import machine, storage
+from megatron_vlm.launch import machine
 from megatron_vlm.launch.container import CHECKOUT
 from megatron_vlm.launch.launch_plan import make_plan
+from megatron_vlm.launch.preflight import storage
 from megatron_vlm.launch.report import Facts, rank_groups, screen
 from megatron_vlm.plan.packing_estimate import PackingEstimate
 from tests.launch.conftest import write_checkpoint, write_dataset

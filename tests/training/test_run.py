@@ -28,7 +28,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.convert import export_hf, import_hf
 from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.hf.verify import verify
-from megatron_vlm.launch import storage
+from megatron_vlm.launch.preflight import storage
 from tests.distributed import CONTEXT, Pool
 from tests.patience import HANG
 from tests.training.conftest import Trainable

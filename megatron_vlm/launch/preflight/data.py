@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vlm.artifacts.mixture import MixtureConfig, check_shares, is_mixture, one_pass, worker_shares
-from megatron_vlm.launch.dataset_files import (
+from megatron_vlm.launch.preflight.dataset_files import (
     dataset_problems,
     held_out_problems,
     image_problems,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_vlm.launch import machine, storage
+from megatron_vlm.launch import machine
 from megatron_vlm.launch.launch_plan import NODE_0
+from megatron_vlm.launch.preflight import storage
 from megatron_vlm.launch.preflight.inspection import Inspection
 from megatron_vlm.plan.fp8_rules import unsupported
 from megatron_vlm.plan.memory import GIB, estimate, suggestions

@@ -17,7 +17,7 @@ from megatron_vlm.artifacts.checkpoint import (
     read_manifest,
     read_model,
 )
-from megatron_vlm.launch import model_files, storage
+from megatron_vlm.launch.preflight import model_files, storage
 from megatron_vlm.launch.preflight.inspection import Inspection
 from megatron_vlm.plan.data_order import (
     check_held_out,

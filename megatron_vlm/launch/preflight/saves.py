@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_vlm.artifacts.checkpoint import CHECKPOINTS, read_manifest
-from megatron_vlm.launch import storage
+from megatron_vlm.launch.preflight import storage
 from megatron_vlm.launch.preflight.inspection import Inspection
 from megatron_vlm.system.units import count_text, size_text
 

@@ -9,9 +9,10 @@ from typing import Optional
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER
 from megatron_vlm.artifacts.dataset import shard_counts
 from megatron_vlm.artifacts.mixture import data_folders, is_mixture
-from megatron_vlm.launch import machine, storage
+from megatron_vlm.launch import machine
 from megatron_vlm.launch.container import check_image
 from megatron_vlm.launch.launch_plan import named_variables
+from megatron_vlm.launch.preflight import storage
 from megatron_vlm.launch.preflight.inspection import Inspection
 from megatron_vlm.system.transformer_engine import check_kernel_switches, engine_problem
 

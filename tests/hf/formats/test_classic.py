@@ -19,7 +19,7 @@ from megatron_vlm.hf.convert import export_hf, import_hf, reshard
 from megatron_vlm.hf.formats.classic import BESIDE, LOCAL, TE, ClassicLayout
 from megatron_vlm.hf.formats.native import NativeReader, open_weights
 from megatron_vlm.hf.verify import check_manifest, verify
-from megatron_vlm.launch.storage import shard_problems
+from megatron_vlm.launch.preflight.storage import shard_problems
 from tests.distributed import Pool
 from tests.hf.test_convert import make
 from tests.hf.test_scripts import run

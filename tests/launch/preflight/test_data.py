@@ -11,8 +11,8 @@ import pytest
 from megatron_vlm.artifacts.checkpoint import write_tracker
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.launch import preflight, report
-from megatron_vlm.launch.dataset_files import held_out_problems
 from megatron_vlm.launch.launch_plan import make_plan
+from megatron_vlm.launch.preflight.dataset_files import held_out_problems
 from megatron_vlm.plan.data_order import data_identity, held_out_identity
 from tests.launch.conftest import write_checkpoint, write_dataset, write_json
 from tests.launch.preflight.conftest import BASE, inspect, problem, warning

@@ -14,9 +14,9 @@ import pytest
 
 from megatron_vlm.artifacts.checkpoint import read_manifest, write_manifest, write_tracker
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.launch import machine, preflight, storage
+from megatron_vlm.launch import machine, preflight
 from megatron_vlm.launch.launch_plan import LaunchPlan, make_plan, plan_job
-from megatron_vlm.launch.preflight import software
+from megatron_vlm.launch.preflight import software, storage
 from megatron_vlm.plan.memory import GIB
 from tests.launch.conftest import CONFIG, write_checkpoint, write_dataset, write_json
 from tests.launch.preflight.conftest import BASE, inspect, problem, warning

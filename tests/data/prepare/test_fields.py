@@ -16,7 +16,7 @@ from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.records import to_conversation
 from megatron_vlm.data.prepare.report import to_markdown
 from megatron_vlm.data.prepare.values import Rejected
-from tests.data.test_prepare_sources import write_table
+from tests.data.prepare.test_sources import write_table
 from tests.data.tiny_data import samples_in
 
 NAN = float("nan")

@@ -33,7 +33,7 @@ from megatron_vlm.data.prepare.shards import Rendering
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.plan.grouping import Packing
 from megatron_vlm.plan.packing_estimate import estimate_packing
-from tests.data.test_prepare_sources import save_to_disk, write_table, write_tar
+from tests.data.prepare.test_sources import save_to_disk, write_table, write_tar
 from tests.data.tiny_data import SCRIPT, llava, picture, samples_in, samples_of
 from tests.media import pixels as pixels_of
 

@@ -14,7 +14,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.hf.formats.native import NativeWriter
 from megatron_vlm.hf.tables.ops import Chunk
-from megatron_vlm.launch import storage
+from megatron_vlm.launch.preflight import storage
 from tests.launch.conftest import CONFIG
 
 

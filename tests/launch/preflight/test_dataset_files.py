@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.launch import dataset_files
+from megatron_vlm.launch.preflight import dataset_files
 from tests.data.tiny_data import make_samples, prepare, write_shards
 from tests.launch.conftest import write_shard
 

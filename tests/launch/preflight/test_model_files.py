@@ -15,7 +15,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.images import ImageTransform
 from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import build_processing
-from megatron_vlm.launch import model_files
+from megatron_vlm.launch.preflight import model_files
 from tests.data.tiny_data import FOLDERS, hf_folder
 from tests.tiny import save_llava
 

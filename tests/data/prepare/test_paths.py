@@ -21,7 +21,7 @@ from megatron_vlm.data.prepare import stage
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.files import open_regular
 from megatron_vlm.data.prepare.sources import find_units
-from tests.data.test_prepare_sources import write_table
+from tests.data.prepare.test_sources import write_table
 from tests.data.tiny_data import SCRIPT, llava, picture, samples_of
 
 
