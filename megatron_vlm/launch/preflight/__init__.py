@@ -1,10 +1,13 @@
-"""What can be found wrong with a run before torch is loaded: every check, every problem.
+"""Checks of a run before torch is loaded: every check, every problem.
 
 inspection = inspect(plan)
 inspection.contradictions, inspection.errors, inspection.warnings, inspection.passed
 
-data.py, model.py: what the run reads; saves.py: what it writes; software.py, hardware.py: what it runs in
-and on
+data.py, model.py         what a run reads
+saves.py                  what it writes
+software.py, hardware.py  what it runs in and on
+dataset_files.py, model_files.py, storage.py  what lies on disk, asked without energon, transformers or torch
+inspection.py             what these have found
 """
 
 from __future__ import annotations
