@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.loss import find_trained
 from megatron_vlm.models.modalities import modalities_of, place_media
 from megatron_vlm.models.options import ModelOptions

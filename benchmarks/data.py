@@ -42,8 +42,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.workload import IGNORE, Workload, save_model, save_shards
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.plan.grouping import Packing
 

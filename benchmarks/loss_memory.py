@@ -25,8 +25,8 @@ from benchmarks.ours import freeze_tower
 from benchmarks.workload import OPTIMIZER, Workload, make_batches, peak_memory, save_model
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models import language
 from megatron_vlm.models.loss import find_trained, linear_cross_entropy
 from megatron_vlm.models.modalities import modalities_of, place_media

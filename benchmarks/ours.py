@@ -15,8 +15,8 @@ from megatron_vlm import parallel, rank
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model

@@ -27,7 +27,7 @@ _LOST_RANK = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \\d+ms"
     "|remote process exited or there was a network error"
 )
-# What data/loader.py says of a worker that is gone or hangs; where it failed, a traceback follows.
+# What data/loading/loader.py says of a worker that is gone or hangs; where it failed, a traceback follows.
 _LOST_WORKER = re.compile(r"a data loader worker [^\n]*")
 _GO_ON = "a run with --save-optim goes on by the same command"
 _ERROR, _CRASH = "error", "crash"  # what a rank tells the others before it ends by itself

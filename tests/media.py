@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.batch import Microbatch, Sample
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
 
 
 def image_media(

@@ -14,9 +14,9 @@ from megatron_vlm.architecture.families.known import FAMILIES, TEXT_FAMILIES
 from megatron_vlm.architecture.parts import CONNECTORS, ENCODERS
 from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.sections import SECTIONS
-from megatron_vlm.data.kinds import KINDS
+from megatron_vlm.data.media.kinds import KINDS
+from megatron_vlm.data.media.readers import READERS
 from megatron_vlm.data.prepare.records import SHAPES
-from megatron_vlm.data.readers import READERS
 from megatron_vlm.hf.tables.model import TABLES
 from megatron_vlm.models.modalities import MODALITIES
 from megatron_vlm.observe.metrics import IterationMetrics

@@ -22,9 +22,9 @@ from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import HF_FOLDER, read_manifest
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.kinds import KINDS, Kind
-from megatron_vlm.data.media import ItemSize, MediaReader, ReaderSettings
-from megatron_vlm.data.readers import READERS
+from megatron_vlm.data.media.base import ItemSize, MediaReader, ReaderSettings
+from megatron_vlm.data.media.kinds import KINDS, Kind
+from megatron_vlm.data.media.readers import READERS
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.models.media import FeatureOrder, Modality
 from megatron_vlm.models.modalities import MODALITIES

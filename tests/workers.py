@@ -22,7 +22,7 @@ from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.loader import build_train_loader
+from megatron_vlm.data.loading.loader import build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters

@@ -27,7 +27,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.train_modules import parse_train_modules
 from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.models.weights import (

@@ -25,8 +25,8 @@ from benchmarks.workload import OPTIMIZER, Workload, llava_config, make_batches,
 from megatron_vlm import parallel
 from megatron_vlm.architecture.fp8 import Fp8Config
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.images import normalize
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.images import normalize
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.specs import choose_transformer_impl
 from megatron_vlm.models.vlm import build_model

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.data.media import Media, join
+from megatron_vlm.data.media.base import Media, join
 
 IGNORE_INDEX = -100  # a label that carries no loss; torch's cross_entropy has the same default
 

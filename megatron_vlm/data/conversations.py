@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.data.kinds import KINDS
+from megatron_vlm.data.media.kinds import KINDS
 from megatron_vlm.data.templates import SampleError, Turn
 
 ROLES = ("system", "user", "assistant")

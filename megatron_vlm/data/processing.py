@@ -13,10 +13,10 @@ from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.chat_templates import caption_prompt
 from megatron_vlm.data.conversations import trainable_turns
-from megatron_vlm.data.images import ImageReader, ImageTransform
-from megatron_vlm.data.kinds import IMAGE, KINDS
-from megatron_vlm.data.media import ItemSize, MediaReader, ReaderSettings
-from megatron_vlm.data.readers import load_readers
+from megatron_vlm.data.media.base import ItemSize, MediaReader, ReaderSettings
+from megatron_vlm.data.media.images import ImageReader, ImageTransform
+from megatron_vlm.data.media.kinds import IMAGE, KINDS
+from megatron_vlm.data.media.readers import load_readers
 from megatron_vlm.data.templates import IMAGE_MARKER, ChatTemplate, SampleError, Turn
 
 if TYPE_CHECKING:

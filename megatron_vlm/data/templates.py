@@ -16,7 +16,7 @@ import numpy as np
 from megatron_vlm.artifacts.end_tokens import find_end_token
 from megatron_vlm.artifacts.templates import TEMPLATES, unfit
 from megatron_vlm.data.chat_templates import BUILTIN_TEMPLATES, SYSTEM_PROMPTS, folder_template
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 
 IMAGE_MARKER = IMAGE.marker
 _PROBE = "\ue000\ue001\ue000"  # private-use characters: hardly in anyone's text, and checked

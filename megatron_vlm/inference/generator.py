@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.generation import SamplingSection
-from megatron_vlm.data.media import Media, join
+from megatron_vlm.data.media.base import Media, join
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.media import Placed

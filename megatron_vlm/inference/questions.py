@@ -15,7 +15,7 @@ from megatron_vlm.artifacts.checkpoint import HF_FOLDER, RUN_CONFIG
 from megatron_vlm.artifacts.end_tokens import end_tokens, with_end_token
 from megatron_vlm.config.generation import GenerationConfig, PromptSection
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.inference.generator import Prompt

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.media import FeatureOrder, Modality
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.tiles import index_features

@@ -67,7 +67,7 @@ class Modality(ABC):
     """One kind of media in a model: its modules, and the way through them.
 
     Attributes:
-        kind: its name in :data:`megatron_vlm.data.kinds.KINDS`.
+        kind: its name in :data:`megatron_vlm.data.media.kinds.KINDS`.
         modules: the names of its modules in the model, in the model's order.
         token_id: the placeholder that a feature takes the place of.
     """

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.images import Images
 from megatron_vlm.models.media import Modality, Placed
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, to_device
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.loss import LossParts, find_trained
 from megatron_vlm.models.media import Placed

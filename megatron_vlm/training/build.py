@@ -10,7 +10,7 @@ from megatron_vlm.artifacts.checkpoint import note_user, read_model
 from megatron_vlm.artifacts.image_rule import LOADED
 from megatron_vlm.artifacts.mixture import trained_sources
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.loader import TrainLoader, build_train_loader
+from megatron_vlm.data.loading.loader import TrainLoader, build_train_loader
 from megatron_vlm.data.preview.text import describe
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.models.lora_weights import start_adapters

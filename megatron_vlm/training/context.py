@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import BEST, HF_FOLDER
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.observe.sinks import Sinks

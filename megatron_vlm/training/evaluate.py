@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch, fill_up
-from megatron_vlm.data.loader import ValidationLoader
+from megatron_vlm.data.loading.loader import ValidationLoader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.parallel import Layout, on_first_rank

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.observe.metrics import IterationMetrics
 from megatron_vlm.parallel import Layout
 from megatron_vlm.plan.flops import Work, peak_tflops, training_flops

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.data.batch import Microbatch, to_device
-from megatron_vlm.data.media import Media
+from megatron_vlm.data.media.base import Media
 from megatron_vlm.parallel import Layout
 
 _LENGTH = 8  # bytes in which the header's length is written

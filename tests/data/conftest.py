@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.processing import Processing, load_processing
 from tests.data.tiny_data import FOLDERS, MICRO_BATCH, hf_folder, make_samples, prepare, write_shards
 

@@ -14,7 +14,7 @@ from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.conversations import read_conversation, read_json, trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.processing import Processing, load_processing
 from megatron_vlm.data.templates import SampleError, Turn
 from tests.data.tiny_data import jpeg, make_conversations, prepare, write_shards

@@ -22,7 +22,7 @@ from megatron_vlm.artifacts.mixture import one_pass
 from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.loader import TrainLoader, ValidationLoader, build_train_loader
+from megatron_vlm.data.loading.loader import TrainLoader, ValidationLoader, build_train_loader
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.preview.show import show
 from megatron_vlm.data.processing import Processing, build_processing, load_processing

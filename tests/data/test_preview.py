@@ -24,7 +24,7 @@ from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.config.preview import PreviewConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, collate, collate_packed
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import ValidationLoader
+from megatron_vlm.data.loading.loader import ValidationLoader
 from megatron_vlm.data.preview.page import page
 from megatron_vlm.data.preview.show import show
 from megatron_vlm.data.preview.text import describe, terminal

@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.prepare.workers import call_forked
 from megatron_vlm.data.templates import Turn
 

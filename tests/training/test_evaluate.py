@@ -20,7 +20,7 @@ from megatron_vlm.artifacts.dataset import split_parts
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import ValidationLoader
+from megatron_vlm.data.loading.loader import ValidationLoader
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.hf.convert import export_hf
 from megatron_vlm.plan.data_order import held_out_identity

@@ -20,7 +20,7 @@ from megatron_vlm.artifacts.checkpoint import read_manifest
 from megatron_vlm.artifacts.dataset import prepare_command
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch
-from megatron_vlm.data.loader import build_train_loader
+from megatron_vlm.data.loading.loader import build_train_loader
 from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.hf.convert import export_hf, import_hf

@@ -19,7 +19,7 @@ from megatron_vlm.artifacts.dataset import PREPARED, index_problem, meta_problem
 from megatron_vlm.data.conversations import trainable_turns
 from megatron_vlm.data.dataset import PreparedDataset, RawSample, index_rows
 from megatron_vlm.data.field_maps import read_field_map
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.prepare.files import read_json_if_there
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.shards import content_hash

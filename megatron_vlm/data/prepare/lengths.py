@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.batch import IGNORE_INDEX
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.prepare.pictures import Picture
 from megatron_vlm.data.prepare.shards import Rendering
 from megatron_vlm.data.processing import load_processing

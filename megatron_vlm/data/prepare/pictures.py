@@ -9,7 +9,7 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
-from megatron_vlm.data import decoding
+from megatron_vlm.data.media import decoding
 from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.data.batch import IGNORE_INDEX, Sample
 from megatron_vlm.data.dataset import PreparedDataset, RawSample
-from megatron_vlm.data.kinds import IMAGE
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.data.templates import SampleError, Turn
 

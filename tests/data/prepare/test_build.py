@@ -26,7 +26,7 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.dataset import split_samples
 from megatron_vlm.data.batch import IGNORE_INDEX
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.lengths import Lengths
 from megatron_vlm.data.prepare.shards import Rendering

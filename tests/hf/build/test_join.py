@@ -25,7 +25,7 @@ from transformers import (
 
 from benchmarks.conversion import make_llava, measure, write_tokenizer
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.media.images import ImageTransform
 from megatron_vlm.hf import Difference
 from megatron_vlm.hf.build.join import build_llava
 from megatron_vlm.hf.convert import export_hf, import_hf

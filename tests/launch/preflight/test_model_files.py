@@ -12,7 +12,7 @@ import pytest
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.mixture import MixtureConfig
 from megatron_vlm.config.run import RunConfig
-from megatron_vlm.data.images import ImageTransform
+from megatron_vlm.data.media.images import ImageTransform
 from megatron_vlm.data.mixture import Mixture, Source
 from megatron_vlm.data.processing import build_processing
 from megatron_vlm.launch.preflight import model_files

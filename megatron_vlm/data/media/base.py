@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.data.kinds import Kind
+from megatron_vlm.data.media.kinds import Kind
 
 if TYPE_CHECKING:
     from megatron_vlm.artifacts.image_rule import ImageRule

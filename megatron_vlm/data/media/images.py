@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron_vlm.architecture.connectors.anyres import NO_TILES, UNCUT, AnyRes, Size, best_resolution
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
-from megatron_vlm.data import decoding
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import ItemSize, MediaReader, ReaderSettings
+from megatron_vlm.data.media import decoding
+from megatron_vlm.data.media.base import ItemSize, MediaReader, ReaderSettings
+from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.templates import SampleError
 
 _PLAIN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "LlavaImageProcessorPil")

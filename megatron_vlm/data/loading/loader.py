@@ -20,10 +20,10 @@ from megatron.energon.errors import reraise_exception
 
 from megatron_vlm.data.batch import Microbatch
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.encoder import VisionLanguageEncoder
+from megatron_vlm.data.loading.encoder import VisionLanguageEncoder
+from megatron_vlm.data.loading.workers import Taken, Workers
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Processing
-from megatron_vlm.data.workers import Taken, Workers
 from megatron_vlm.plan.data_order import check_same_data, grouping
 from megatron_vlm.plan.grouping import LengthGroups, Packing
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from megatron.energon.state import FlexState
 
-import megatron_vlm.data.encoder as encoder_module
-import megatron_vlm.data.loader as loader_module
+import megatron_vlm.data.loading.encoder as encoder_module
+import megatron_vlm.data.loading.loader as loader_module
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, Sample, collate
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import ValidationLoader, build_train_loader
+from megatron_vlm.data.loading.loader import ValidationLoader, build_train_loader
+from megatron_vlm.data.loading.state import from_json, to_json
 from megatron_vlm.data.preview.text import describe
 from megatron_vlm.data.processing import Processing, build_processing, load_processing
-from megatron_vlm.data.state import from_json, to_json
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.plan.grouping import LengthGroups, Packing
 from tests.data.tiny_data import MICRO_BATCH, asked, content, jpeg, make_samples, take

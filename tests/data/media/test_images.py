@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vlm.artifacts.image_rule import FIRST_RULE, LOADED, ImageRule
-from megatron_vlm.data.images import ImageTransform, Steps
+from megatron_vlm.data.media.images import ImageTransform, Steps
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import jpeg
 

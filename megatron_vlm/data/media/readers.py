@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Dict, Type
 
-from megatron_vlm.data.images import ImageReader
-from megatron_vlm.data.kinds import IMAGE
-from megatron_vlm.data.media import MediaReader, ReaderSettings
+from megatron_vlm.data.media.base import MediaReader, ReaderSettings
+from megatron_vlm.data.media.images import ImageReader
+from megatron_vlm.data.media.kinds import IMAGE
 
 READERS: Dict[str, Type[MediaReader]] = {IMAGE.name: ImageReader}
 

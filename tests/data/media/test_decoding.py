@@ -17,8 +17,8 @@ from transformers.image_utils import load_image
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.image_rule import FIRST_RULE, LOADED, ImageRule
-from megatron_vlm.data import decoding
-from megatron_vlm.data.images import normalize
+from megatron_vlm.data.media import decoding
+from megatron_vlm.data.media.images import normalize
 from megatron_vlm.data.prepare.pictures import Encoding
 from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.processing import load_processing

@@ -17,7 +17,7 @@ import torch
 
 from megatron_vlm.data.batch import Sample
 from megatron_vlm.data.dataset import PreparedDataset
-from megatron_vlm.data.loader import TrainLoader
+from megatron_vlm.data.loading.loader import TrainLoader
 from megatron_vlm.data.processing import Processing
 from tests.data.tiny_data import take
 from tests.patience import HANG, alive, wait_until
@@ -117,7 +117,7 @@ def test_workers_end_with_their_process_and_in_silence(dataset_dir: Path, folder
         import os, sys, time
         from megatron_vlm.architecture.model import ModelConfig
         from megatron_vlm.data.dataset import PreparedDataset
-        from megatron_vlm.data.loader import TrainLoader
+        from megatron_vlm.data.loading.loader import TrainLoader
         from megatron_vlm.data.processing import Processing, load_processing
 
         folder, data = sys.argv[1:]

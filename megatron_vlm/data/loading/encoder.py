@@ -16,9 +16,9 @@ from megatron.energon.errors import FatalSampleError
 from megatron_vlm.data.batch import Microbatch, Sample, collate, collate_packed, fill_up
 from megatron_vlm.data.conversations import identity_of, read_json
 from megatron_vlm.data.dataset import RAW_COOKER, RawSample
+from megatron_vlm.data.loading.shuffle import EpochShuffle
 from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.processing import Opened, Processing
-from megatron_vlm.data.shuffle import EpochShuffle
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.plan.grouping import LengthGroups, Packing
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from megatron_vlm.data.batch import Microbatch
-from megatron_vlm.data.encoder import STOPPED
-from megatron_vlm.data.state import from_json, to_json
+from megatron_vlm.data.loading.encoder import STOPPED
+from megatron_vlm.data.loading.state import from_json, to_json
 from megatron_vlm.system.processes import die_with_parent
 
 # What next() gives: a microbatch and, every now and then, the worker's state right after it, as JSON.

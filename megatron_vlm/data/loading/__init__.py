@@ -1,0 +1,1 @@
+"""Loaders: worker processes, data order and its exact resume."""
