@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING and docs show can be run: scripts exist and take the flags, links lead on."""
 
+import ast
 import dataclasses
 import functools
 import re
@@ -192,6 +193,19 @@ def test_the_map_names_every_folder() -> None:
     commands = {path.parent for path in (ROOT / "scripts").rglob("*.py")}
     assert all(folder.is_dir() for folder in shown) and len(shown) == len(set(shown))
     assert packages | commands | {ROOT / name for name in ("docs", "tests", "examples")} <= set(shown)
+
+
+PACKAGES = sorted((ROOT / "megatron_vlm").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.parent.name)
+def test_a_package_that_lists_its_files_lists_all(package: Path) -> None:
+    text = ast.get_docstring(ast.parse(package.read_text())) or ""
+    named = set(re.findall(r"(?<![\w/])\w+\.py\b", text))
+    own = {path.name for path in package.parent.glob("*.py")} - {"__init__.py"}
+    others = {path.name for folder in (package.parent, ROOT / "scripts") for path in folder.rglob("*.py")}
+    assert named <= others
+    assert own <= named or not own & named, own - named
 
 
 def test_the_demo_runs_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:

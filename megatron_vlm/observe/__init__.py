@@ -1,1 +1,5 @@
-"""Metrics, and where they go."""
+"""Metrics, and where they go.
+
+metrics.py  metrics.jsonl, and the console line of an iteration
+sinks.py    metrics.jsonl, TensorBoard and Weights & Biases as one
+"""

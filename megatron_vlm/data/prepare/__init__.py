@@ -10,6 +10,7 @@ stage.py     first pass: units to conversations that can be read in any order
 plan.py      duplicates, split, order, shards
 pictures.py  images looked through, made smaller where asked
 shards.py    second pass: planned samples to tars
+files.py     files that people give, and what is none
 workers.py   the processes of both passes; energon.py, energon's own command in one of them
 rejections.py every record that is not trained on, by reason
 histogram.py how long and how large samples are; lengths.py counts their tokens
