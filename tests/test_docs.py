@@ -80,6 +80,8 @@ def check(words: list[str]) -> None:
         assert rest[0] in make_targets()
     elif program == "energon" and rest[0] == "prepare":
         assert given <= energon_flags()
+    elif program == "python" and rest == [RUN, "--help"]:
+        assert flags_of(RUN)
     elif program == "python" and rest[0] == RUN:
         RunConfig.from_flags(rest[1:])  # values as well as names
     elif program == "python" and rest[0] == "-m":
@@ -160,6 +162,13 @@ def test_the_page_of_flags_has_every_flag_with_its_default() -> None:
         expected[rows[0]] = group
         assert ("Not available yet" in rows[0]) == bool(field.metadata["not_yet"]), rows[0]
     assert found == expected, "docs/flags.md: these rows are of no flag, or of one with another default"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_begins_with_commands(page: Path) -> None:
+    """What most readers came for stands in the first twelve lines."""
+    begin = page.read_text().splitlines()[:12]
+    assert "```shell" in begin or page.stem == "cuda-not-yet-run"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
