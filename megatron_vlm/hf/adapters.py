@@ -34,19 +34,11 @@ from megatron_vlm.hf.formats.streaming import check_finite
 from megatron_vlm.hf.peft_config import ADAPTER_CONFIG, MERGE, PeftAdapter, read_peft_config
 from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.ops import Shape
-from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
+from megatron_vlm.hf.tables.table import IN_MODEL, Carry, Row, Table, detect_prefixes
 from megatron_vlm.system.files import check_readable
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
-# PEFT names modules as they are called in the running model of transformers 5.
-_IN_MODEL = {
-    "tower": "model.vision_tower.",
-    "projector": "model.multi_modal_projector.",
-    "newline": "model.image_newline",
-    "text": "model.language_model.",
-    "head": "lm_head.",
-}
 _PEFT = "base_model.model."
 _IN_ADAPTER = ("lora", "projector")  # entries of --train-modules
 _PROJECTOR_MODULE = "multi_modal_projector"
@@ -135,7 +127,7 @@ def export_adapter(
     if force:
         check_replaceable(target, (ADAPTER_CONFIG,), "PEFT adapter")
     reader = open_weights(source, base)
-    table = build_table(model, model.language.vocab_size, _IN_MODEL)
+    table = build_table(model, model.language.vocab_size, IN_MODEL)
     adapters = find_adapters(table, lora)
     tensors = dict(_peft_tensors(table, adapters, lora))
     projector = [row for row in table.rows if _is_projector(row)]
@@ -160,9 +152,10 @@ def export_adapter(
             for (name, _), tensor in zip(row.hf, parts, strict=True):
                 file.write(_PEFT + name, tensor)
         for carry in table.carries:
-            if _is_projector(carry):  # the identity behind a linear projector, see tables/linear.py
+            if _is_projector(carry):
+                assert carry.value is not None  # the identity behind a linear projector
                 for name, shape in carry.hf:
-                    file.write(_PEFT + name, torch.eye(shape[0]) if len(shape) == 2 else torch.zeros(shape))
+                    file.write(_PEFT + name, carry.value(shape))
         file.close()
         text = json.dumps(_peft_config(lora, model), indent=2, sort_keys=True)
         (output / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -269,7 +262,7 @@ def _prefixes(names: Collection[str]) -> dict[str, str]:
     own = [name.removeprefix(_PEFT) for name in names]
     found = detect_prefixes(own)
     return {
-        part: prefix if any(name.startswith(prefix) for name in own) else _IN_MODEL[part]
+        part: prefix if any(name.startswith(prefix) for name in own) else IN_MODEL[part]
         for part, prefix in found.items()
     }
 

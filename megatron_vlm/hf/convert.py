@@ -214,12 +214,10 @@ def export_hf(
         if tokenizer_dir is not None:
             take_tokenizer(output, Path(tokenizer_dir))
 
-        written = write_weights(output, files, metadata, source.names, source.read, meter, verify)
-        if len(files) == 1:
+        if max_shard_bytes is not None:
             (output / SAFETENSORS_INDEX).unlink(missing_ok=True)
-        elif not (output / SAFETENSORS_INDEX).exists() or max_shard_bytes is not None:
-            write_index(output, files)
-        write_conversion(output, {"source": str(source.path)}, written)
+        about = {"source": str(source.path)}
+        write_weights(output, files, metadata, source.names, source.read, meter, verify, about)
     return target
 
 
@@ -309,14 +307,15 @@ def write_weights(
     read: Callable[[str], Tensor],
     meter: Meter,
     verify: bool,
-) -> dict[str, Any]:
-    """Write the weights of a Hugging Face folder, one tensor while the next is read.
+    about: dict[str, Any],
+) -> None:
+    """Write the weights of a Hugging Face folder whose small files are there, and its manifest.
+
+    One tensor is written while the next is read. An index that is there is kept, if there are several files.
 
     Args:
         names: all tensors of ``files``, in the order that they are read in fastest.
-
-    Returns:
-        The manifest's entry of each tensor.
+        about: what the manifest says beside the tensors.
 
     Raises:
         Difference: with ``verify``, what was read back is not what was written.
@@ -337,11 +336,10 @@ def write_weights(
             for name, tensor in ahead((name, read(name)) for name in names):
                 writing.call(tensor.nbytes, write, name, tensor)
                 meter.add(tensor)
-    return written
-
-
-def write_conversion(output: Path, about: dict[str, Any], written: dict[str, Any]) -> None:
-    """Write the manifest of a Hugging Face folder whose other files are all there."""
+    if len(files) == 1:
+        (output / SAFETENSORS_INDEX).unlink(missing_ok=True)
+    elif not (output / SAFETENSORS_INDEX).exists():
+        write_index(output, files)
     HFFolder(output)  # as safetensors reads it, it is whole
     manifest = {**about, "tensors": written, "versions": tool_versions()}
     (output / CONVERSION).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

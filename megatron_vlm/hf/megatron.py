@@ -31,6 +31,7 @@ from megatron_vlm.hf.adapters import find_adapters, merged
 from megatron_vlm.hf.build.random_weights import RandomWeights
 from megatron_vlm.hf.formats.classic import FORMAT, NOT_IN_LLAVA_MODEL, ClassicReader, check_arguments
 from megatron_vlm.hf.formats.folder import (
+    CODES,
     DTYPES,
     Cast,
     HFFolder,
@@ -222,11 +223,10 @@ def write_hf_files(
                 f"{source.path}: {alias.name} differs from {alias.of}, but config.json ties them; "
                 "set tie_word_embeddings to false"
             )
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     files = {
         file: {
             "metadata": source.metadata.get(file, {"format": "pt"}),
-            "tensors": [[info.name, codes[info.dtype], list(info.shape)] for info in infos],
+            "tensors": [[info.name, CODES[info.dtype], list(info.shape)] for info in infos],
         }
         for file, infos in source.files.items()
     }

@@ -32,8 +32,9 @@ from megatron_vlm.artifacts.checkpoint import (
     is_checkpoint,
     read_manifest,
 )
-from megatron_vlm.hf.convert import reshard, write_conversion, write_weights
+from megatron_vlm.hf.convert import reshard, write_weights
 from megatron_vlm.hf.formats.folder import (
+    SHARD_BYTES,
     HFFolder,
     SafetensorsFile,
     TensorInfo,
@@ -41,11 +42,10 @@ from megatron_vlm.hf.formats.folder import (
     copy_small_files,
     open_weights_file,
     split_into_shards,
-    write_index,
 )
 from megatron_vlm.hf.formats.streaming import Meter, Progress, check_finite, check_free_space
 from megatron_vlm.hf.megatron import MegatronCheckpoint
-from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.model import MM_PROJECTORS, build_table
 from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_target
@@ -53,12 +53,6 @@ from megatron_vlm.hf.target import check_apart, check_target
 FILE = "mm_projector"
 _NAME = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
 _NEWLINE = re.compile(r"(?:.*\.)?image_newline")
-# LLaVA's names behind "mm_projector.", and transformers'.
-_LAYERS = {
-    "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
-    "linear": {"": "linear_1"},
-}
-_SHARD_BYTES = 5 * 10**9
 
 PathLike = str | os.PathLike[str]
 
@@ -149,12 +143,12 @@ def read_projector(path: PathLike) -> MMProjector:
             f"{path}: holds no mm_projector; its first tensor is {next(iter(names), 'not there')}"
         )
     layers = {key.rpartition(".")[0] for key in own}
-    kind = next((kind for kind, known in _LAYERS.items() if layers == known.keys()), None)
+    kind = next((kind for kind, known in MM_PROJECTORS.items() if layers == known.keys()), None)
     strange = [key for key in own if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
     if kind is None or strange:
         depth = max((int(layer) for layer in layers if layer.isdecimal()), default=0) // 2 + 1
         what = f"with {strange[0]}" if strange else f"of type mlp{depth}x_gelu"
-        raise ValueError(f"{path}: a projector {what}; supported: {', '.join(_LAYERS)}")
+        raise ValueError(f"{path}: a projector {what}; supported: {', '.join(MM_PROJECTORS)}")
     newline = next((name for name in names if _NEWLINE.fullmatch(name)), None)
     held = {name: read(name) for name in (*own.values(), newline) if name is not None}
     for name, tensor in held.items():
@@ -164,7 +158,7 @@ def read_projector(path: PathLike) -> MMProjector:
     tensors = {}
     for key, name in own.items():
         layer, _, part = key.rpartition(".")
-        tensors[f"{_LAYERS[kind][layer]}.{part}"] = held[name]
+        tensors[f"{MM_PROJECTORS[kind][layer]}.{part}"] = held[name]
     others = tuple(name for name in names if name not in held)
     return MMProjector(path, kind, tensors, held[newline] if newline else None, others)
 
@@ -222,17 +216,15 @@ def import_projector(
 
     files, metadata = folder.files, folder.metadata
     if not folder.is_safetensors:
-        files = split_into_shards(list(folder.tensors.values()), _SHARD_BYTES)
+        files = split_into_shards(list(folder.tensors.values()), SHARD_BYTES)
         metadata = {name: {"format": "pt"} for name in files}
     size = sum(info.nbytes for info in folder.tensors.values())
     check_free_space(target, size)
     with appearing_folder(target, replace=force) as output:
         copy_small_files(folder.path, output)
         names = [info.name for infos in files.values() for info in infos]
-        written = write_weights(output, files, metadata, names, read, Meter(size, progress), verify)
-        if len(files) > 1 and not folder.is_safetensors:
-            write_index(output, files)
-        write_conversion(output, {"source": str(folder.path), "projector": str(file.path)}, written)
+        about = {"source": str(folder.path), "projector": str(file.path)}
+        write_weights(output, files, metadata, names, read, Meter(size, progress), verify, about)
     return file
 
 
@@ -308,7 +300,7 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
 def _llava_name(kind: str, name: str) -> str:
     """``mm_projector.0.weight`` for ``linear_1.weight``."""
     layer, _, part = name.partition(".")
-    number = next((number for number, own in _LAYERS[kind].items() if own == layer), layer)
+    number = next((number for number, own in MM_PROJECTORS[kind].items() if own == layer), layer)
     return ".".join(filter(None, (FILE, number, part)))
 
 
@@ -319,7 +311,7 @@ def _check_activation(model: ModelConfig) -> None:
             "has no norm before it"
         )
     activation = model.projector.activation
-    if model.projector.kind == "mlp2x_gelu" and activation != "gelu":
+    if model.projector.kind.endswith("_gelu") and activation != "gelu":
         raise ValueError(
             f"config.json: projector_hidden_act is {activation!r}; LLaVA's mm_projector has 'gelu', so the "
             "same weights would be another function"

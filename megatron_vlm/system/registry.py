@@ -19,7 +19,7 @@ def modules_in(package: str) -> Iterator[ModuleType]:
         yield importlib.import_module(f"{package}.{name}")
 
 
-def registry(package: str, attribute: str, key: str = "KIND") -> Dict[str, Any]:
+def registry(package: str, attribute: str, key: str = "KIND", optional: bool = False) -> Dict[str, Any]:
     """Return what the modules of a package define under one name, by their kinds.
 
     Modules without ``key`` are helpers of the others and are left out.
@@ -28,6 +28,7 @@ def registry(package: str, attribute: str, key: str = "KIND") -> Dict[str, Any]:
         package: its dotted name.
         attribute: the name of what is registered, in every module that has a kind.
         key: the name of a module's kind, a string.
+        optional: modules that have a kind and not the attribute are left out too.
 
     Raises:
         ValueError: two modules have the same kind.
@@ -40,4 +41,8 @@ def registry(package: str, attribute: str, key: str = "KIND") -> Dict[str, Any]:
         if kind in found:
             raise ValueError(f"{found[kind].__name__} and {module.__name__} are both of kind {kind!r}")
         found[kind] = module
-    return {kind: getattr(module, attribute) for kind, module in found.items()}
+    return {
+        kind: getattr(module, attribute)
+        for kind, module in found.items()
+        if not optional or hasattr(module, attribute)
+    }

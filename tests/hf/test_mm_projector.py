@@ -248,7 +248,7 @@ def test_errors(tmp_path: Path, llava: Path) -> None:
     refused("are the same tensor of a projector", {**good, "mm_projector.0.bias": torch.zeros(OUTER)})
     deep = build_vision_projector("mlp3x_gelu").state_dict()
     refused(
-        "of type mlp3x_gelu; supported: mlp2x_gelu, linear", {f"mm_projector.{n}": t for n, t in deep.items()}
+        "of type mlp3x_gelu; supported: linear, mlp2x_gelu", {f"mm_projector.{n}": t for n, t in deep.items()}
     )
     refused(r"a projector with 0\.query; supported", {**good, "mm_projector.0.query": torch.ones(2)})
     refused(

@@ -41,3 +41,4 @@ def test_a_file_without_what_is_registered_is_an_error(package: Path) -> None:
     (package / "circle.py").write_text("KIND = 'circle'\n")
     with pytest.raises(AttributeError, match="sides"):
         registry(package.name, "sides")
+    assert registry(package.name, "sides", optional=True) == {"square": 4}

@@ -39,14 +39,13 @@ from megatron_vlm.hf.build.tokenizer import (
     load_tokenizer,
     template_with_images,
 )
-from megatron_vlm.hf.convert import write_conversion, write_weights
-from megatron_vlm.hf.formats.folder import HFFolder, small_files, split_into_shards, write_index
+from megatron_vlm.hf.convert import write_weights
+from megatron_vlm.hf.formats.folder import SHARD_BYTES, HFFolder, small_files, split_into_shards
 from megatron_vlm.hf.formats.streaming import Meter, Progress, check_free_space, dtype_name
 from megatron_vlm.hf.mm_projector import read_projector
 from megatron_vlm.hf.target import check_apart, check_target
 
 VOCAB_MULTIPLE = 128
-_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def build_llava(
         **language.text_sources(stored, text.tied, vocabulary),
     }
     check_sources(sources, model, language, tower)
-    files = split_into_shards([source.info for source in sources.values()], _SHARD_BYTES)
+    files = split_into_shards([source.info for source in sources.values()], SHARD_BYTES)
     size = sum(source.info.nbytes for source in sources.values())
     check_free_space(target, size)
 
@@ -170,10 +169,8 @@ def build_llava(
         def read(name: str) -> Tensor:
             return sources[name].read()
 
-        written = write_weights(output, files, metadata, sources, read, Meter(size, progress), verify)
-        if len(files) > 1:
-            write_index(output, files)
-        write_conversion(output, {"text_model": text_model, "vision_model": vision_model}, written)
+        about = {"text_model": text_model, "vision_model": vision_model}
+        write_weights(output, files, metadata, sources, read, Meter(size, progress), verify, about)
     return target
 
 

@@ -14,10 +14,8 @@ from megatron_vlm.hf.formats.folder import HFFolder, TensorInfo, cast
 from megatron_vlm.hf.formats.streaming import check_finite, same_bits
 from megatron_vlm.hf.mm_projector import MMProjector
 from megatron_vlm.hf.tables.model import build_table
-from megatron_vlm.hf.tables.table import PREFIXES
+from megatron_vlm.hf.tables.table import ON_THE_HUB, PREFIXES, Carry, Row, fixed_tensors
 
-# The names that LLaVA checkpoints of the hub have, which every release of transformers reads.
-TARGET = {part: choices[0] for part, choices in PREFIXES.items()}
 # What the tensors of a text model or a tower begin with, alone or in a larger model, and one that each has.
 _TEXT_PREFIXES, _EMBEDDING = (*PREFIXES["text"], "model.", ""), "embed_tokens.weight"
 _TOWER_PREFIXES, _PATCHES = (*PREFIXES["tower"], "vision_model.", ""), "embeddings.patch_embedding.weight"
@@ -79,7 +77,7 @@ class Part:
     """
 
     def __init__(self, flag: str, weights: HFFolder, kind: str) -> None:
-        self.flag, self.weights, self.target = flag, weights, TARGET[kind]
+        self.flag, self.weights, self.target = flag, weights, ON_THE_HUB[kind]
         prefixes, probe = {
             "text": (_TEXT_PREFIXES, _EMBEDDING),
             "tower": (_TOWER_PREFIXES, _PATCHES),
@@ -136,7 +134,7 @@ class Part:
         if not tied:
             if own is None:
                 raise ValueError(f"{self.flag}: lm_head.weight is missing; give a causal language model")
-            names.append(TARGET["head"] + "weight")
+            names.append(ON_THE_HUB["head"] + "weight")
             found.update([self._source(own, names[1], dtype)])
         for name in names:
             found[name] = self._extended(found[name], vocabulary)
@@ -168,27 +166,28 @@ def projector_sources(
 ) -> Sources:
     """A projector from a file, or one as LLaVA's starts, by torch's own initialisation.
 
-    Behind ``linear`` stands the identity; ``image_newline``, where images are cut, is normal with variance
-    1 / hidden size.
+    What the table says always has one value, such as the identity behind ``linear``, has that;
+    ``image_newline``, where images are cut, is normal with variance 1 / hidden size.
 
     Raises:
         ValueError: the one given is not for this model.
     """
-    outer, inner = model.language.hidden_size, model.projector.input_size
+    table, prefix = build_table(model, model.language.vocab_size, ON_THE_HUB), ON_THE_HUB["projector"]
+    entries: list[Row | Carry] = [*table.rows, *table.carries]
+    shapes = {name: shape for entry in entries for name, shape in entry.hf if name.startswith(prefix)}
+    named: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = torch.nn.ModuleDict(
-            {"linear_1": torch.nn.Linear(inner, outer), "linear_2": torch.nn.Linear(outer, outer)}
-        )
-        newline = torch.randn(outer) / outer**0.5
-    tensors = dict(layers.state_dict())
-    if model.projector.kind == "linear":
-        tensors.update({"linear_2.weight": torch.eye(outer), "linear_2.bias": torch.zeros(outer)})
-    named = {TARGET["projector"] + own: tensor for own, tensor in tensors.items()}
+        for layer in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+            outer, inner = shapes[f"{layer}.weight"]
+            linear = torch.nn.Linear(inner, outer, bias=f"{layer}.bias" in shapes)
+            named.update((f"{layer}.{own}", tensor) for own, tensor in linear.state_dict().items())
+        newline = torch.randn(model.language.hidden_size) / model.language.hidden_size**0.5
+    named.update((name, make()) for name, make in fixed_tensors(table).items())
     if model.anyres is not None:
-        named[TARGET["newline"]] = newline
+        named[ON_THE_HUB["newline"]] = newline
     if trained is not None:
-        named.update(trained.fit(model).named(TARGET))
+        named.update(trained.fit(model).named(ON_THE_HUB))
     found = {}
     for name, tensor in named.items():
         info = TensorInfo(name, dtype, tuple(tensor.shape))
@@ -202,7 +201,7 @@ def check_sources(sources: Sources, model: ModelConfig, text: Part, tower: Part)
     Raises:
         ValueError: one is missing, has another shape, or is none of them.
     """
-    table = build_table(model, model.language.vocab_size, TARGET)
+    table = build_table(model, model.language.vocab_size, ON_THE_HUB)
     shapes = {name: shape for row in table.rows for name, shape in row.hf}
     shapes.update(pair for carry in table.carries if not carry.optional for pair in carry.hf)
     allowed = {**shapes, **{name: shape for carry in table.carries for name, shape in carry.hf}}

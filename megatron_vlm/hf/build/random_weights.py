@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.hf.formats.folder import TensorInfo, split_into_shards
-from megatron_vlm.hf.tables.table import PREFIXES
+from megatron_vlm.hf.formats.folder import SHARD_BYTES, TensorInfo, split_into_shards
+from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.table import IN_MODEL, ON_THE_HUB, PREFIXES, fixed_tensors
 
-_SHARD_BYTES = 5 * 10**9  # of the files that an export writes
-# Parts of the running model, longest first, and what save_pretrained calls them.
-_PARTS = {
-    "model.vision_tower.": PREFIXES["tower"][1],
-    "model.multi_modal_projector.": PREFIXES["projector"][0],
-    "model.image_newline": PREFIXES["newline"][0],
-    "model.language_model.": PREFIXES["text"][0],
-    "lm_head.": PREFIXES["head"][0],
-}
+# What save_pretrained of transformers 5 calls the parts.
+_SAVED = {**ON_THE_HUB, "tower": PREFIXES["tower"][1]}
 
 
 class RandomWeights:
@@ -54,23 +48,27 @@ class RandomWeights:
         except Exception as error:  # transformers raises many types for a config that it doesn't take
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory}: transformers cannot build this model ({reason})") from None
+        model = self._model_config
+        self._fixed = fixed_tensors(build_table(model, model.language.vocab_size, _SAVED))
         self._names: dict[str, tuple[str, str]] = {}  # by the name on disk: the parameter's, inside and there
         self.tensors: dict[str, TensorInfo] = {}
         dtype = getattr(torch, self._model_config.dtype)
         for name, parameter in self._model.named_parameters():
             if name == "lm_head.weight" and self._model_config.language.tie_word_embeddings:
                 continue
-            part = next(part for part in _PARTS if name.startswith(part))
-            whole = _PARTS[part] + name.removeprefix(part)
+            part = next(part for part, prefix in IN_MODEL.items() if name.startswith(prefix))
+            whole = _SAVED[part] + name.removeprefix(IN_MODEL[part])
             for saved, value in _as_saved(whole, parameter):
                 self._names[saved] = name, whole
                 self.tensors[saved] = TensorInfo(saved, dtype, tuple(value.shape))
-        self.files = split_into_shards(list(self.tensors.values()), _SHARD_BYTES)
+        self.files = split_into_shards(list(self.tensors.values()), SHARD_BYTES)
         self.metadata = {file: {"format": "pt"} for file in self.files}
         self._filled: tuple[str, dict[str, Tensor]] = ("", {})
 
     def read(self, name: str) -> Tensor:
         """Make one tensor."""
+        if name in self._fixed:
+            return self._fixed[name]().to(self.tensors[name].dtype)
         inside, whole = self._names[name]
         unit = _unit(inside)
         if self._filled[0] != unit:
@@ -88,12 +86,7 @@ class RandomWeights:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(zlib.crc32(f"{self.seed} {unit}".encode()))  # of a seed, 32 bits are used
             module.apply(self._owner(unit)._init_weights)  # children first, as transformers does it
-        tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        if unit == "model.multi_modal_projector" and self._model_config.projector.kind == "linear":
-            torch.nn.init.eye_(tensors["linear_2.weight"])
-            if "linear_2.bias" in tensors:
-                torch.nn.init.zeros_(tensors["linear_2.bias"])
-        return tensors
+        return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def _newline(self, name: str) -> Tensor:
         """transformers initialises it with the whole model around it."""

@@ -37,7 +37,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHARD_BYTES = 5 * 10**9  # of a file of weights, where nothing else is said
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -178,7 +179,7 @@ def _bin_file(path: Path) -> dict[str, Stored | Tensor]:
     ):
         raise ValueError(f"{path}: not a file of weights (holds something else than named tensors)")
     for name, tensor in loaded.items():
-        _check_dtype(path, name, _CODES.get(tensor.dtype, str(tensor.dtype)))
+        _check_dtype(path, name, CODES.get(tensor.dtype, str(tensor.dtype)))
     return loaded
 
 
@@ -291,7 +292,7 @@ class SafetensorsFile:
         for info in tensors:
             end = position + info.nbytes
             header[info.name] = {
-                "dtype": _CODES[info.dtype],
+                "dtype": CODES[info.dtype],
                 "shape": list(info.shape),
                 "data_offsets": [position, end],
             }

@@ -10,6 +10,7 @@ from megatron_vlm.hf.tables.ops import COLUMN, COPY, Shape
 from megatron_vlm.hf.tables.table import Carry, Entries, Row
 
 KIND = "linear"
+MM_PROJECTOR = {"": "linear_1"}  # LLaVA's name of a layer behind "mm_projector.", and transformers'
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
@@ -20,12 +21,15 @@ def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
     if c.bias:
         yield Row(m + "bias", ((t + "linear_1.bias", (hidden_size,)),), COPY, COLUMN)
         identity.append((t + "linear_2.bias", (hidden_size,)))
-    yield Carry(tuple(identity), "the identity", check=_check_identity)
+    yield Carry(tuple(identity), "the identity", check=_check_identity, value=_identity)
+
+
+def _identity(shape: Shape) -> Tensor:
+    return torch.eye(shape[0]) if len(shape) == 2 else torch.zeros(shape)
 
 
 def _check_identity(name: str, tensor: Tensor) -> None:
-    expected = torch.eye(len(tensor)) if tensor.dim() == 2 else torch.zeros(len(tensor))
-    if not torch.equal(tensor.float(), expected):
+    if not torch.equal(tensor.float(), _identity(tuple(tensor.shape))):
         raise ValueError(
             f"{name} is not the identity (zero for a bias), as mm_projector_type 'linear' in config.json "
             "promises; remove that key if the projector has two trained layers"

@@ -7,6 +7,7 @@ from megatron_vlm.hf.tables.ops import COLUMN, COPY, ROW
 from megatron_vlm.hf.tables.table import Entries, Row
 
 KIND = "mlp2x_gelu"
+MM_PROJECTOR = {"0": "linear_1", "2": "linear_2"}  # LLaVA's names of layers in its Sequential
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:

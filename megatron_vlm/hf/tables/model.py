@@ -14,6 +14,8 @@ from megatron_vlm.system.registry import registry
 
 # The tables of encoders and connectors, by their kind: what the files of this folder define as ``entries``.
 TABLES: dict[str, Callable[[Any, ModelConfig], Entries]] = registry("megatron_vlm.hf.tables", "entries")
+# By a connector's kind, LLaVA's names of its layers behind "mm_projector.", and transformers'.
+MM_PROJECTORS: dict[str, dict[str, str]] = registry("megatron_vlm.hf.tables", "MM_PROJECTOR", optional=True)
 
 
 def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, str]) -> Table:

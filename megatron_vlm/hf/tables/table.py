@@ -11,6 +11,7 @@ Hugging Face names start with a placeholder, ``{tower}``, ``{projector}``, ``{ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ PREFIXES = {
     "head": ("language_model.lm_head.", "lm_head."),
 }
 
+# The names that LLaVA checkpoints of the hub have, which every release of transformers reads.
+ON_THE_HUB = {part: choices[0] for part, choices in PREFIXES.items()}
+# Those inside the running model of transformers 5, by which PEFT names modules.
+IN_MODEL = {part: choices[-1] for part, choices in PREFIXES.items()}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -60,14 +66,15 @@ class Row:
 class Carry:
     """Hugging Face tensors that training doesn't run.
 
-    All of them are there, or, if ``optional``, none. ``check`` raises ValueError for values that
-    make it wrong to leave them out.
+    All of them are there, or, if ``optional``, none. ``value`` returns what one of a shape holds in every
+    model, where that is so; ``check`` raises ValueError for values that make it wrong to leave them out.
     """
 
     hf: tuple[tuple[str, Shape], ...]
     reason: str
     optional: bool = False
     check: Callable[[str, Tensor], None] | None = None
+    value: Callable[[Shape], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,17 @@ class Table:
     rows: tuple[Row, ...]
     carries: tuple[Carry, ...]
     aliases: tuple[Alias, ...]
+
+
+def fixed_tensors(table: Table) -> dict[str, Callable[[], Tensor]]:
+    """Return what makes the tensors that are the same in every model of these shapes, by their Hugging Face
+    names."""
+    return {
+        name: functools.partial(carry.value, shape)
+        for carry in table.carries
+        if carry.value is not None
+        for name, shape in carry.hf
+    }
 
 
 def detect_prefixes(names: Collection[str]) -> dict[str, str]:
