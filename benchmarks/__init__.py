@@ -1,1 +1,1 @@
-"""What is measured against what; see docs/performance.md."""
+"""Benchmarks of speed, memory and numbers; see docs/performance.md."""

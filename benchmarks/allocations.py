@@ -1,4 +1,4 @@
-"""What a training step allocates, by torch's profiler, which is told of every allocation and release.
+"""The allocations of a training step, by torch's profiler, which is told of every allocation and release.
 
 Independent of :mod:`megatron_vlm.plan.memory`, which predicts it: nothing here knows what a layer keeps.
 """
@@ -78,7 +78,7 @@ def measure(flags: Sequence[str], model: ModelConfig) -> Measured:
 
 
 def _build(config: RunConfig, model: ModelConfig, layout: parallel.Layout) -> tuple[list[Any], Optimizer]:
-    """As the trainer does it, with random weights."""
+    """Build a model as the trainer does, with random weights."""
     chunks = build_model(
         model,
         layout,

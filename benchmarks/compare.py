@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared."""
+    """A row of the comparison."""
 
     title: str
     ours: Run
@@ -107,7 +107,7 @@ def measure(run: Run, workload: Workload, folder: Path) -> dict[str, Any]:
 
 
 def compare(workload: Workload, folder: Path, repetitions: int) -> dict[Run, list[dict[str, Any]]]:
-    """All runs, in turns, so that a machine that slows down slows both sides."""
+    """Compare all runs, in turns, so that a machine that slows down slows both sides."""
     runs = list(dict.fromkeys(run for row in ROWS for run in (row.ours, row.theirs)))
     results: dict[Run, list[dict[str, Any]]] = {run: [] for run in runs}
     for repetition in range(repetitions):

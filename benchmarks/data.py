@@ -81,7 +81,7 @@ def save_dataset(folder: Path, images: int) -> None:
 
 
 def by_pil(jpeg: bytes) -> Tensor:
-    """What CLIP's image processor does to a square picture: uint8 ``[3, 224, 224]``."""
+    """Process a square picture as CLIP's image processor does: uint8 ``[3, 224, 224]``."""
     edge = WORKLOAD.image_size
     image = Image.open(io.BytesIO(jpeg)).convert("RGB").resize((edge, edge), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -166,7 +166,8 @@ def make_loader(folder: Path, packing: bool = False) -> TrainLoader:
 
 
 def images_per_second(start: Callable[[], Generator[Any, None, None]], images: int) -> float:
-    """Of processor time, of this process and those that end with it: a long run less a short one.
+    """Return images per second of processor time, of this process and those that end with it: a long run less
+    a short one.
 
     Args:
         start: begins to give batches; what is given ends with its workers where it has any.
@@ -233,7 +234,7 @@ def differences(folder: Path) -> int:
 
 
 def save_seconds(folder: Path, packing: bool) -> list[float]:
-    """How long a hundred saves of the loader's state took, a batch apart."""
+    """Return the seconds of a hundred saves of the loader's state, a batch apart."""
     loader = make_loader(folder, packing)
     seconds = []
     for _ in range(100):

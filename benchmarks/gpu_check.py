@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one command of under eight minutes: ``make gpu-check``.
+"""The checks that only a GPU can make, in one command of under eight minutes: ``make gpu-check``.
 
 Each step is a process of its own with a limit of time. One that is timed runs alone, others run at once.
 What a step has found is written when it ends, however it ends. One that fails or runs too long is noted, and
@@ -209,7 +209,7 @@ def check(
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that matter, CUDA and its driver, where they are there."""
+    """Return the versions of Python, the packages that matter, CUDA and its driver, where they are there."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
 
 
 def end_on_sigterm() -> None:
-    """As with Ctrl-C: the steps that run end with this process, and what they have found is written."""
+    """End on SIGTERM as on Ctrl-C: steps that run end with this process, and their findings are written."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 

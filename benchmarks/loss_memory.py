@@ -40,7 +40,7 @@ from megatron_vlm.training.step import prepare_for_schedules, train_step
 def whole_logits(
     hidden: Tensor, weight: Tensor, labels: Tensor, trained: Tensor, vocab_size: int, **_: Any
 ) -> Tensor:
-    """What megatron-core does: all logits, then its ``vocab_parallel_cross_entropy``."""
+    """Compute the loss as megatron-core does: all logits, then its ``vocab_parallel_cross_entropy``."""
     logits = hidden @ weight.t()
     if vocab_size < logits.shape[-1]:
         logits = logits[..., :vocab_size].contiguous()

@@ -28,7 +28,7 @@ from megatron_vlm.training.step import prepare_for_schedules, train_step
 
 
 def freeze_tower(chunks: list[VisionLanguageModel]) -> None:
-    """What stage 2 trains: projector and language model."""
+    """Freeze the tower: stage 2 trains projector and language model."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad = not name.startswith("vision_model.")
@@ -71,7 +71,7 @@ def from_memory(
 
 
 def microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
-    """Of :func:`benchmarks.workload.make_batches`, with labels shifted."""
+    """Return a batch of :func:`benchmarks.workload.make_batches` as a microbatch, with labels shifted."""
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, :-1] = batch["labels"][:, 1:]
     rows, length = labels.shape

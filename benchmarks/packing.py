@@ -48,7 +48,7 @@ RUNS = {
 
 
 def sample_lengths(samples: int) -> list[tuple[bool, int]]:
-    """Whether each sample has an image, and the words of its text."""
+    """Return whether each sample has an image, and the number of words of its text."""
     random = np.random.default_rng(0)
     lengths = []
     for _ in range(samples):

@@ -201,7 +201,7 @@ def train(model: str, flags: Sequence[str], tree: Tree, inputs: Path, folder: Pa
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """All that a run folder's metrics say and that no clock has a part in."""
+    """Read all metrics of a run folder that no clock has a part in."""
     found = {}
     for name in ("metrics", "validation"):
         path = run / f"{name}.jsonl"

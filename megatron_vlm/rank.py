@@ -1,4 +1,4 @@
-"""How one rank begins and ends, whatever it runs in between. Imports nothing heavy by itself."""
+"""The beginning and the end of one rank, whatever it runs in between. Imports nothing heavy by itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def user_error(error: ValueError, speaks: bool) -> int:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, before there is a process group."""
+    """Return whether this is rank 0, before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -119,8 +119,8 @@ def leave(code: int) -> NoReturn:
 
 
 def _has_failed() -> bool:
-    """Whether a rank has ended by an error of its own, which the same command would meet again, and was not
-    killed; also where none can be asked any more."""
+    """Return whether a rank has ended by an error of its own, which the same command would meet again, and
+    was not killed; also where none can be asked any more."""
     from megatron_vlm import parallel
 
     try:
@@ -169,7 +169,7 @@ def _keep_log(path: str) -> None:
 
 
 def _free_space(error: OSError) -> str:
-    """What a user needs to know of a disk that is full."""
+    """Return the line that a user needs of a disk that is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not error.filename:
         return ""
     folder = os.path.dirname(os.path.abspath(error.filename))
@@ -180,7 +180,8 @@ def _free_space(error: OSError) -> str:
 
 
 def _quiet_megatron_core() -> None:
-    """Its warnings are about optional packages and its own deprecated calls: nothing a user can mend."""
+    """Hide megatron-core's warnings of optional packages and its own deprecated calls: no user can mend
+    them."""
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings(
             "ignore", category=category, module=r"megatron\.core|torch\.jit|torch\.distributed"

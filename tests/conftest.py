@@ -1,4 +1,4 @@
-"""What every test runs under, subprocesses too: no network, one thread each; and the pool of ranks."""
+"""The surroundings of every test, subprocesses too: no network, one thread each; and the pool of ranks."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""How long tests wait: as long as it takes. No test passes or fails by how fast the machine is.
+"""The patience of tests: they wait as long as it takes. No test passes or fails by how fast the machine is.
 
 A wait that no load explains is a hang, and ends as a failure. What a test waits for takes seconds on a quiet
 machine, so ``HANG`` leaves room for one that is a hundred times slower.
@@ -24,7 +24,8 @@ def wait_until(done: Callable[[], object], what: str, seen: Callable[[], str] = 
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and has not ended: one whose parent has yet to ask for its end has."""
+    """Return whether a process is there and has not ended: one whose parent has yet to ask for its end
+    has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

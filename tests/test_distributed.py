@@ -69,7 +69,7 @@ def test_a_rank_that_was_reaped_by_others(pair: Pool) -> None:
 
 
 def work_slowly() -> float:
-    """As a rank beside many others does, with a group whose every message is late."""
+    """Work as a rank beside many others does, with a group whose every message is late."""
     end = time.monotonic() + 6.0
     while dist.get_rank() == 1 and time.monotonic() < end:
         pass
@@ -82,7 +82,7 @@ def test_a_slow_rank_is_waited_for(pair: Pool, monkeypatch) -> None:
 
 
 def connect_at_the_second_time(mark: str) -> float:
-    """As gloo fails now and then, before anything is done."""
+    """Fail to connect as gloo does now and then, before anything is done."""
     if dist.get_rank() == 0 and not os.path.exists(mark):
         open(mark, "w").close()
         raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")

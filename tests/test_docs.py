@@ -1,4 +1,5 @@
-"""What README, CONTRIBUTING and docs show can be run: scripts exist and take the flags, links lead on."""
+"""The commands of README, CONTRIBUTING and docs can be run: scripts exist and take the flags, links lead
+on."""
 
 import ast
 import dataclasses
@@ -136,7 +137,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 
 
 def flag_row_start(field: dataclasses.Field) -> str:
-    """How a flag's row in docs/flags.md begins: its spellings and its default."""
+    """The beginning of a flag's row in docs/flags.md: its spellings and its default."""
     about, default = field.metadata, field.metadata["shown_default"]
     names = [flag_name(name) for name in (about["choices"] if about["switches"] else [field.name])]
     spellings = ", ".join(f"`{name}`" for name in [*names, about["short"]] if name)

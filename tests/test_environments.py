@@ -46,7 +46,7 @@ def packages_of_the_image() -> set[str]:
 
 
 def closure(requirements: list[str], python: str) -> dict[str, str]:
-    """All that ``requirements`` need on this Python, and the versions installed here."""
+    """Return all that ``requirements`` need on this Python, and the versions installed here."""
     found: dict[str, str] = {}
     seen = set()
     queue = [Requirement(text) for text in requirements]

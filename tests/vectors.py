@@ -43,7 +43,7 @@ WIDTH = 5
 
 @dataclass(frozen=True)
 class VectorReader(MediaReader):
-    """Reads ``[[...], ...]``, a token for each row; an item's size is its number of rows."""
+    """The reader of ``[[...], ...]``, a token for each row; an item's size is its number of rows."""
 
     kind = VECTOR
 

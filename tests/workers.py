@@ -1,4 +1,4 @@
-"""What ranks do in tests, for :class:`tests.distributed.Pool`; nothing here imports transformers."""
+"""The work of ranks in tests, for :class:`tests.distributed.Pool`; nothing here imports transformers."""
 
 from __future__ import annotations
 
@@ -399,7 +399,8 @@ def adapters_behind_a_fused_norm(place: str, bias: bool) -> tuple[torch.Tensor, 
 
 
 def train_in_small_buckets(argv: list[str]) -> None:
-    """As :func:`train`, with every parameter in a bucket of its own, as only large models have them."""
+    """Train as :func:`train` does, with every parameter in a bucket of its own, as only large models have
+    them."""
     make = optimizer_module.DistributedDataParallelConfig
     optimizer_module.DistributedDataParallelConfig = partial(make, bucket_size=1)
     try:
@@ -409,7 +410,7 @@ def train_in_small_buckets(argv: list[str]) -> None:
 
 
 def arguments_of_build_model(argv: list[str]) -> dict[str, Any]:
-    """What the flags of a run come to for :func:`build_model`; nothing is trained."""
+    """Return the arguments of :func:`build_model` that a run's flags come to; nothing is trained."""
     found: dict[str, Any] = {}
 
     def record(model: Any, layout: Any, options: ModelOptions) -> Any:

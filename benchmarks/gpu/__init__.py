@@ -1,4 +1,4 @@
-"""What ``make gpu-check`` runs, each part in a process of its own; see benchmarks/gpu_check.py.
+"""The steps of ``make gpu-check``, each part in a process of its own; see benchmarks/gpu_check.py.
 
 Every part takes ``--result FILE``, where it writes what it has found as JSON, and ``--tiny``: sizes that a
 CPU does in seconds. It finds one thing after the other, and the file has all of them so far: where a part
@@ -24,7 +24,7 @@ def parser(text: str) -> argparse.ArgumentParser:
 
 
 def collect(findings: Iterable[dict[str, Any]], path: Path | None = None) -> dict[str, Any]:
-    """All findings as one, which ``path`` has as soon as each is there."""
+    """Collect all findings in one object, which ``path`` has as soon as each is there."""
     found: dict[str, Any] = {}
     for finding in findings:
         found |= finding

@@ -1,4 +1,4 @@
-"""What the device can do at most: a large matrix product in BF16 and in FP8, and a copy of its memory."""
+"""The device's ceiling: a large matrix product in BF16 and in FP8, and a copy of its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU check is judged by, and its table."""
+"""The bars that the GPU check is judged by, and its table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_LOSS_APART, MOST_ACCURACY_APART = 0.02, 0.01
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked, what was found, and whether it is enough; None where it wasn't measured."""
+    """One bar: what is asked, what was found, and whether it is enough; None where it wasn't measured."""
 
     text: str
     found: str = ""
@@ -21,7 +21,7 @@ class Bar:
 
 
 def bars(steps: dict[str, Any], tiny: bool = False) -> list[Bar]:
-    """What the results are judged by; of tiny sizes no speed."""
+    """Return the bars that the results are judged by; of tiny sizes no speed."""
 
     def value(step: str, *keys: str) -> Any:
         at = steps.get(step, {}).get("result")
@@ -153,7 +153,7 @@ def _speed_table(steps: dict[str, Any], ceiling: dict[str, Any]) -> list[str]:
 
 
 def _said(name: str, one: dict[str, Any]) -> str:
-    """What a step has found, where no other table has it, and why it has found no more."""
+    """Return a step's findings that no other table has, and why it has found no more."""
     result = one.get("result", {})
     found = []
     if name == "parity" and result:

@@ -69,7 +69,7 @@ EPSILON = 2.0**-9 / math.sqrt(3)
 
 
 def tolerances(layers: int) -> dict[str, float]:
-    """How far apart two ways to compute the same in BF16 may be, relative to the norm.
+    """Return how far apart two ways to compute the same in BF16 may be, relative to the norm.
 
     Args:
         layers: that a value goes through, one after the other. A gradient goes through them once forward
@@ -145,7 +145,7 @@ def _logits(chunk: VisionLanguageModel, batch: GlobalBatch) -> Tensor:
 
 
 def round_trip(checkpoint: Path, folder: Path, layout: parallel.Layout, impl: str) -> bool:
-    """Whether what layers of one kind have written loads with megatron-core's own, to the bit."""
+    """Return whether a checkpoint of one kind of layers loads into megatron-core's own, to the bit."""
     folder.mkdir()
     sharded_files.save(
         {"model": sharded_weights(loaded(checkpoint, layout, impl, torch.bfloat16))}, str(folder)

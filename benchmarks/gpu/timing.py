@@ -33,7 +33,7 @@ def time_steps(step: Callable[[], object], warmup: int, iterations: int, device:
 
 
 def find_waits(step: Callable[[], object]) -> list[str]:
-    """Where the host waits for the GPU in a step, as ``file:line xN``; needs CUDA."""
+    """Return the places where the host waits for the GPU in a step, as ``file:line xN``; needs CUDA."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Which of a model folder's chat templates is its own, as transformers chooses."""
+"""The chat template that a model folder carries; of several the one that transformers chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and how one appears: whole or not at all.
+"""Folders of checkpoints: where each lies, and how one appears, whole or not at all.
 
     <root>/latest_checkpointed_iteration.txt    "release" (converted from Hugging Face) or an iteration
     <root>/release/   <root>/iter_0000100/      one checkpoint each, with a manifest.json
@@ -164,7 +164,7 @@ def resolve_checkpoint(path: PathLike, flag: str = "") -> Path:
 
 
 def _what_instead(path: Path) -> str:
-    """What a folder is that is no checkpoint, and what makes one of it."""
+    """Return what a folder is that is no checkpoint, and what makes one of it."""
     script = "scripts/convert/convert_hf_to_megatron.py"
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

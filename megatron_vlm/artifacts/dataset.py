@@ -1,4 +1,5 @@
-"""How a folder of shards becomes a dataset: what messages tell users to run, and what prepare has written."""
+"""Folders of shards: the command that makes a dataset of one, for messages, and the notes of prepare.py in
+it."""
 
 from __future__ import annotations
 
@@ -77,8 +78,8 @@ def not_prepared(path: str) -> str:
 
 
 def _records(path: str) -> Optional[str]:
-    """What scripts/data/prepare.py is to read where ``path`` is people's own data: a file of records, or a
-    folder of such that are no shards. None where it is neither."""
+    """Return the path that scripts/data/prepare.py is to read where ``path`` is people's own data: a file
+    of records, or a folder of such that are no shards. None where it is neither."""
     if not os.path.isdir(path):
         return path if os.path.isfile(path) and _is_records(path) else None
     try:  # what datasets' save_to_disk writes: a folder of one split, or of several

@@ -1,4 +1,4 @@
-"""Which token ends an answer, and which ones generation stops at."""
+"""The token that ends an answer, and the tokens that generation stops at."""
 
 from __future__ import annotations
 

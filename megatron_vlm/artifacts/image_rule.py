@@ -1,4 +1,4 @@
-"""How image files are read: which way up, and what becomes of their alpha."""
+"""The rule by which image files are read: which way up, and what becomes of their alpha."""
 
 from __future__ import annotations
 

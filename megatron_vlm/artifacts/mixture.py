@@ -93,7 +93,7 @@ class SourceConfig:
         return self.epochs or 1
 
     def __str__(self) -> str:
-        """What the order of samples, and what is made of them, depend on beside the dataset itself."""
+        """The source's settings that the order of samples, and what is made of them, depend on."""
         parts = [f"epochs {self.passes}" if self.weight is None else f"weight {self.weight:g}"]
         parts += [f"subset {self.subset}"] if self.subset != Subset() else []
         return ", ".join(parts + [f"{key} {value}" for key, value in self.options.items()])

@@ -23,7 +23,7 @@ TEMPLATES = tuple(_NEEDED)
 
 
 def unfit(name: str, tokens: Collection[str], bos: Optional[str], eos: Optional[str]) -> str:
-    """Why a tokenizer can't be used with a template, and which of them it can be used with; empty if it can.
+    """Return why a tokenizer can't be used with a template, and which it can be used with; empty if it can.
 
     Args:
         name: one of :data:`TEMPLATES`.

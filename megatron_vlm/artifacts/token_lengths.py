@@ -1,4 +1,4 @@
-"""What prepare.py's report says of the lengths of a dataset's samples, in tokens."""
+"""The lengths of a dataset's samples in tokens, from prepare.py's report."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TokenLengths:
 
 
 def _skew(bins: Sequence[Tuple[int, int, int]], total: int) -> float:
-    """Of bins whose values add up to ``total``."""
+    """Return the skew of bins whose values add up to ``total``."""
     least = sum(first * samples for first, _, samples in bins)
     span = sum((last - first) * samples for first, last, samples in bins)
     return 1 / min(max((total - least) / span, 0.001), 1.0) - 1 if span else 0.0

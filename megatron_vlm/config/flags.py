@@ -79,7 +79,7 @@ def negative_flag_name(name: str) -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reads flags into ``{field name: value}``; every problem is a one-line ``ValueError``.
+    """The parser of flags to ``{field name: value}``; every problem is a one-line ``ValueError``.
 
     Args:
         sections: dataclasses whose fields are flags.
@@ -240,7 +240,7 @@ class FlagParser(argparse.ArgumentParser):
         return other_trainers.answer(typed, value, own) if self._from_others else None
 
     def _without_value(self, typed: str, action: Any, value: str) -> str:
-        """What is said to ``--packing True``."""
+        """Return the answer to ``--packing True``."""
         on, choices = _BOOLEANS.get(value.lower(), True), self._fields[action.dest].metadata["choices"]
         if on:
             instead = f"give {self._spelled(typed)} alone"
@@ -313,7 +313,7 @@ class FlagParser(argparse.ArgumentParser):
         return [f"{flag_name(name)}={text}"] if text.startswith("-") else [flag_name(name), text]
 
     def _keys_of_others(self, key: str, value: Any) -> Iterator[str]:
-        """What is said to a key, or to those inside it where it is a section."""
+        """Yield the answers to a key, or to those inside it where it is a section."""
         if key in self._sections.values() and isinstance(value, dict):
             for name, inner in value.items():
                 if name.replace("-", "_") not in self._fields:
@@ -383,7 +383,7 @@ class _AppendList(argparse.Action):
 
 
 class _AppendVerbatim(_AppendList):
-    """The same for values that may hold commas."""
+    """The action of a list whose values may hold commas."""
 
     @staticmethod
     def split(value: str) -> List[str]:

@@ -1,4 +1,4 @@
-"""What ``scripts/inference/generate.py`` is told.
+"""The flags of ``scripts/inference/generate.py``.
 
 config = GenerationConfig.from_flags(sys.argv[1:])
 config.validate(model)
@@ -29,7 +29,7 @@ GROUPS = (MODEL, PROMPTS, SAMPLING, MACHINE)
 
 @dataclass(frozen=True)
 class SourceSection:
-    """Which model answers, and how a question becomes its prompt."""
+    """The flags that say which model answers, and how a question becomes its prompt."""
 
     megatron_dir: Optional[str] = flag(
         MODEL, None, "checkpoint: its folder, the root above it, or a run folder"

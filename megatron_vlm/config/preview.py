@@ -1,4 +1,4 @@
-"""What ``scripts/data/preview.py`` is told: its own flags, and any of run.py's.
+"""The flags of ``scripts/data/preview.py``: its own, and any of run.py's.
 
 config = PreviewConfig.from_flags(sys.argv[1:])
 """
@@ -37,7 +37,7 @@ _OF_RUN = (  # those that say how a sample is read; shown in --help with run.py'
 
 @dataclass(frozen=True)
 class PreviewSection:
-    """Which samples, and how they are shown."""
+    """The flags that say which samples are shown, and how."""
 
     samples: int = flag(PREVIEW, 8, "how many samples")
     skip: int = flag(PREVIEW, 0, "samples to pass over first")

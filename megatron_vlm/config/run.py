@@ -358,7 +358,7 @@ class RunConfig:
 
 
 def _recipe(given: Mapping[str, Any]) -> Dict[str, Any]:
-    """What the stage sets by default, or LoRA in its place."""
+    """Return the defaults that the stage sets, or LoRA in its place."""
     recipe = _STAGE_DEFAULTS[given.get("stage") or 2]
     return recipe if given.get("lora_rank") is None else {**recipe, **_LORA_DEFAULTS}
 
@@ -416,7 +416,7 @@ def _load_json(path: str, name: str = "--config") -> Any:
 
 
 def _over_site(site: Dict[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]:
-    """What a run gives over what its site gives: a value takes the other's place, lists add up."""
+    """Return a run's values laid over its site's: a value takes the other's place, lists add up."""
     values = {**site, **given}
     for name, value in site.items():
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What of a run's lines a terminal shows: an iteration in one line of it. The log has all fields."""
+"""A run's lines as a terminal shows them: an iteration in one line of it. The log has all fields."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fitted(line: str, columns: int, without: int = 0) -> Tuple[str, int]:
 
 
 class Terminal:
-    """Writes to a stream; if that is a terminal, its lines as :func:`fitted`.
+    """A stream for a run's lines; if that is a terminal, its lines as :func:`fitted`.
 
     Args:
         stream: unbuffered or not; it is flushed after each write.

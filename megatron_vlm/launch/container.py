@@ -239,7 +239,7 @@ def _bind_sources(paths: Iterable[str], inputs: Iterable[str]) -> List[str]:
 
 
 def _places(path: str) -> List[str]:
-    """What has to be bound for ``path`` to lead to the same inside: the real path, and what holds each
+    """Return the paths to bind for ``path`` to lead to the same inside: the real path, and what holds each
     symbolic link on the way there."""
     places: List[str] = []
     while True:
@@ -257,8 +257,10 @@ def _places(path: str) -> List[str]:
 
 
 def _around(output: str) -> List[str]:
-    """What an output is in, and what a link to it is in. What is bound by itself is a mount point inside, and
-    can't be renamed."""
+    """Return the folder that an output is in, and the one that a link to it is in.
+
+    What is bound by itself is a mount point inside, and can't be renamed.
+    """
     parents = [os.path.dirname(path) for path in (os.path.abspath(output), os.path.realpath(output))]
     return [output if parent in _OF_THE_IMAGE else parent for parent in parents]
 

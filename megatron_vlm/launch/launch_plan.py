@@ -227,7 +227,7 @@ def plan_ranks(
 
 
 def _tell(problem: str, problems: Optional[List[str]]) -> None:
-    """What a plan can be made without: an error where nobody collects problems."""
+    """Tell a problem that a plan can be made without: an error where nobody collects problems."""
     if problems is None:
         raise ValueError(problem)
     problems.append(problem)
@@ -350,7 +350,8 @@ def _training_flags(config: RunConfig) -> List[str]:
 
 
 def _inputs(config: RunConfig) -> List[str]:
-    """What the run reads, a run folder to go on in among it: that may hold links, or be one."""
+    """Return the paths that the run reads, a run folder to go on in among them: that may hold links, or be
+    one."""
     where = config.checkpoint
     paths = [
         config.data.data_path,
@@ -375,7 +376,7 @@ def _datasets(config: RunConfig) -> List[str]:
 
 
 def _bases(config: RunConfig) -> List[str]:
-    """What a checkpoint of trained weights only lies over, wherever that is."""
+    """Return the checkpoints that one of trained weights only lies over, wherever they are."""
     sources = [config.model.megatron_load_dir or ""]
     if config.checkpoint.save_dir and config.checkpoint.name:
         sources.append(config.checkpoint.run_dir)

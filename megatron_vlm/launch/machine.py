@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, cores, network interfaces, free ports. Asked without torch."""
+"""Facts of this machine: GPUs, cores, network interfaces, free ports. Asked without torch."""
 
 from __future__ import annotations
 

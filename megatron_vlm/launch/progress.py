@@ -1,4 +1,4 @@
-"""Where a run is, from its folder alone: also while it trains, waits in a queue, or was killed."""
+"""The progress of a run, from its folder alone: also while it trains, waits in a queue, or was killed."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def _total_iterations(run: str) -> Optional[int]:
 
 
 def _why_early(run: str, checkpoint: str) -> str:
-    """What to add of a run that is done, where ``--early-stopping-patience`` has ended it; else empty."""
+    """Return why a run that is done ended early, by ``--early-stopping-patience``; else empty."""
     patience = _training(run).get("early_stopping_patience")
     state = _json(os.path.join(checkpoint, RUN_STATE)) or {}
     tried, iteration = state.get("evaluations_without_improvement"), state.get("iteration")

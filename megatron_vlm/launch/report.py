@@ -115,7 +115,7 @@ def _precision(config: RunConfig, model: Optional[ModelConfig]) -> str:
 
 
 def _options(config: RunConfig) -> str:
-    """What else cuts or moves memory, by the names of the flags."""
+    """Return what else cuts or moves memory, by the names of the flags."""
     parallel = config.parallel
     given = [
         "sequence-parallel" * parallel.sequence_parallel,
@@ -126,7 +126,7 @@ def _options(config: RunConfig) -> str:
 
 
 def _stages(plan: LaunchPlan, model: ModelConfig) -> List[str]:
-    """Which ranks run a pipeline stage, and what it holds."""
+    """Return which ranks run each pipeline stage, and what it holds."""
     config = plan.config
     pp, size = config.parallel.pp, plan.world_size // config.parallel.pp
     lines = []
@@ -164,12 +164,12 @@ def _batch(config: RunConfig, world_size: int, facts: Facts) -> List[str]:
 
 
 def _unit(config: RunConfig) -> str:
-    """What batch sizes count."""
+    """Return the unit of batch sizes."""
     return "sequence" if config.data.packing else "sample"
 
 
 def _packed_length(sequences: int, batch: int, facts: Facts) -> List[str]:
-    """How many samples are in packed sequences, and how many passes over the data that is."""
+    """Return how many samples are in packed sequences, and how many passes over the data that is."""
     if facts.packing is None:
         return [
             f"{_INDENT}how many samples they hold is not known: scripts/data/prepare.py with",
@@ -272,7 +272,7 @@ def _named(noun: str, numbers: range) -> str:
 
 
 def _some(groups: Sequence[range]) -> str:
-    """All groups where they fit into a line, else the first three and the last."""
+    """Return all groups where they fit into a line, else the first three and the last."""
     every = "  ".join(map(_span, groups))
     if len(every) <= _WIDTH or len(groups) <= 4:
         return every

@@ -1,4 +1,4 @@
-"""What SLURM says about the job that this process runs in, and the step that it starts there."""
+"""The SLURM job that this process runs in, as SLURM tells of it, and the step that it starts there."""
 
 from __future__ import annotations
 

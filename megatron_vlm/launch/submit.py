@@ -169,7 +169,7 @@ def _notes(config: RunConfig) -> List[str]:
 
 
 def _options(plan: LaunchPlan, log: str) -> List[str]:
-    """What stands behind ``#SBATCH``, in the order in which one reads it."""
+    """Return the options behind ``#SBATCH``, in the order in which one reads them."""
     config, slurm = plan.config, plan.config.slurm
     options = [_option("job-name", slurm.job_name or str(config.checkpoint.name))]
     for name in ("account", "partition", "qos", "time", "constraint", "exclude", "array", "dependency"):
@@ -282,7 +282,7 @@ def _flags(plan: LaunchPlan) -> List[str]:
 
 
 def _grouped(words: Sequence[str]) -> List[str]:
-    """One line for each flag with its values."""
+    """Return one line for each flag with its values."""
     lines: List[List[str]] = []
     for word in words:
         if word.startswith("-") or not lines or len(lines) < 2:

@@ -18,7 +18,7 @@ VALIDATION = "validation.jsonl"  # one object per evaluation
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """One line of ``metrics.jsonl``. Sums are over all data parallel ranks."""
+    """The metrics of an iteration, a line of ``metrics.jsonl``. Sums are over all data parallel ranks."""
 
     iteration: int
     loss: float | None  # mean per trained token of the global batch; None if it is not finite

@@ -1,4 +1,4 @@
-"""What a pass through a part of the model holds in memory beside weights, gradients and optimizer state.
+"""The activations of a pass through a part of the model: its memory beside weights, gradients and optimizer.
 
 A part is described by a :class:`Block`: what it keeps for its backward pass, and the most that exists at
 once while it runs. Blocks one after the other are a block again, so that a stage is built from layers. The
@@ -61,7 +61,7 @@ def recomputed(block: Block, given: int) -> Block:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model is run on, and how.
+    """The shape of a pass: what the model is run on, and how.
 
     Attributes:
         batch: rows of a micro batch: samples, or 1 where they are packed.
@@ -158,7 +158,7 @@ def _language_layers(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a layer's linears keep of their inputs, as bytes for each element; 0 where nothing is trained.
+    """The bytes that a layer's linears keep for each element of their inputs; 0 where nothing is trained.
 
     Attributes:
         low: what adapters keep between A and B, as bytes for each position.
@@ -176,12 +176,12 @@ class _Inputs:
 
     @property
     def attention(self) -> bool:
-        """Whether something of the first half is trained."""
+        """Return whether something of the layer's first half is trained."""
         return bool(self.qkv or self.proj or self.norms)
 
     @property
     def mlp(self) -> bool:
-        """Whether something of the second half is trained."""
+        """Return whether something of the layer's second half is trained."""
         return bool(self.fc1 or self.fc2 or self.norms or self.router)
 
 

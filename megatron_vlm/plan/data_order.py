@@ -1,4 +1,4 @@
-"""What has to be the same for the place that a data loader has saved to mean the same samples.
+"""The settings that have to stay the same for a data loader's saved place to mean the same samples.
 
 The loader compares it when it goes on, and the launcher before a run is queued.
 """
@@ -17,8 +17,8 @@ _NO_GROUPING = "neither --packing nor --group-by-length"
 
 
 def grouping(config: RunConfig, workers: int) -> Optional[Union[Packing, LengthGroups]]:
-    """Which samples of a loader worker's buffer come together, as the flags say; None: those that follow
-    each other.
+    """Return how a loader worker groups the samples of its buffer, by the flags; None: as they follow each
+    other.
 
     Args:
         workers: loader workers over all ranks.

@@ -43,7 +43,7 @@ _PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What an iteration processes, over all ranks.
+    """The work of an iteration: what is processed, over all ranks.
 
     Attributes:
         tokens: positions in the language model, padding left out.
@@ -68,7 +68,7 @@ class Flops:
 
     @property
     def without_vision(self) -> int:
-        """All but the tower's."""
+        """The operations of all parts but the tower."""
         return self.projector + self.language
 
     @property

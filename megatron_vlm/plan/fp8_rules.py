@@ -97,7 +97,7 @@ def _check_layers(fp8: Fp8Config, layers: int, pp: int) -> None:
 def unsupported(
     recipe: str, capability: Tuple[int, int], cuda: Optional[Tuple[int, int]] = None
 ) -> Optional[str]:
-    """Why a GPU has no such products, and what would work; None if it has.
+    """Return why a GPU has no products of a recipe, and what would work; None if it has.
 
     Args:
         capability: compute capability, such as (9, 0).

@@ -1,4 +1,4 @@
-"""Which samples of a buffer share a sequence, or a micro batch."""
+"""The grouping of a buffer's samples: which ones share a sequence, or a micro batch."""
 
 from __future__ import annotations
 

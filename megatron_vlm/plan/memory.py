@@ -1,4 +1,4 @@
-"""How much memory a run will take on each pipeline rank, told before it starts.
+"""The memory that a run will take on each pipeline rank, told before the run starts.
 
     for stage in estimate(config, model, world_size=8):
         print(stage.rank, stage.total)
@@ -51,12 +51,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All tensors."""
+        """The bytes of all tensors."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @property
     def with_allowance(self) -> int:
-        """All tensors, and what a GPU is assumed to need beside them."""
+        """The bytes of all tensors, and what a GPU is assumed to need beside them."""
         return int(self.total * (1 + FRAGMENTATION)) + OUTSIDE
 
 
@@ -214,7 +214,7 @@ def schedule(pp: int, rank: int, vpp: int, microbatches: int) -> Iterator[Tuple[
 def suggestions(
     config: RunConfig, model: ModelConfig, world_size: int, limit: int, device: Optional[str] = None
 ) -> List[str]:
-    """What to change so that every rank stays within ``limit`` bytes, the allowance included.
+    """Return what to change so that every rank stays within ``limit`` bytes, the allowance included.
 
     Args:
         limit: memory of one GPU, in bytes.
@@ -258,7 +258,7 @@ _Change = Tuple[str, str, Dict[str, Any]]  # the flags, the section, its new val
 
 
 def _changes(config: RunConfig, world_size: int) -> List[_Change]:
-    """What lowers memory, the least costly first."""
+    """Return the changes that lower memory, the least costly first."""
     parallel, micro = config.parallel, config.training.micro_batch_size
     changes: List[_Change] = []
     if not parallel.dist_optim and config.dp(world_size) > 1:
@@ -284,7 +284,7 @@ def _changes(config: RunConfig, world_size: int) -> List[_Change]:
 
 
 def _without(taken: Sequence[_Change], change: _Change) -> List[_Change]:
-    """Of the changes so far, those that the new one does not take back."""
+    """Return the changes so far that the new one does not take back."""
     return [other for other in taken if not set(other[2]) & set(change[2])]
 
 

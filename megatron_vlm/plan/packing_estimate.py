@@ -1,4 +1,5 @@
-"""How many samples share a sequence with ``--packing``, estimated from lengths that prepare.py counted."""
+"""An estimate of how many samples share a sequence with ``--packing``, from lengths that prepare.py
+counted."""
 
 from __future__ import annotations
 

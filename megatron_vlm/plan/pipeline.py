@@ -1,4 +1,4 @@
-"""How the language model's layers are dealt to pipeline stages.
+"""The language model's layers, dealt to pipeline stages.
 
 A stage is what a rank runs between two exchanges: with ``--vpp`` above 1 a rank holds several, its model
 chunks. Stages are numbered in the order of the model; stage ``k`` is chunk ``k // pp`` of pipeline rank
@@ -121,7 +121,7 @@ def layers_per_stage(config: RunConfig, model: ModelConfig) -> Tuple[int, ...]:
 
 
 def describe_stages(layers: Sequence[int], pp: int) -> List[str]:
-    """What each pipeline rank holds, a line for each; chunks are separated by ``|``."""
+    """Return what each pipeline rank holds, a line for each; chunks are separated by ``|``."""
     stages, start = [], 0
     for stage, count in enumerate(layers):
         end = start + count

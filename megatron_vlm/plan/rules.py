@@ -92,7 +92,7 @@ def _packing(config: RunConfig, world_size: int) -> None:
 
 
 def _packed_length(config: RunConfig, world_size: int) -> str:
-    """What ``--train-iters`` would be for the passes that the flags ask for, as far as that can be told."""
+    """Return the ``--train-iters`` of the passes that the flags ask for, as far as that can be told."""
     try:
         samples = one_pass(str(config.data.data_path))
         packed = estimate_run(config, world_size, samples) if samples else None

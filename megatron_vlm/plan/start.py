@@ -1,4 +1,7 @@
-"""Where a start of a run begins, and whether flags and files fit that; asked without torch."""
+"""The beginning of a start of a run: from which checkpoint, and whether flags and files fit that.
+
+No torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How run.py and each rank end. What is not here is a crash, or 128 + n for signal n."""
+"""The exit codes of run.py and of each rank. What is not here is a crash, or 128 + n for signal n."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which releases of Transformer Engine fit, told from the installed packages without importing one."""
+"""The releases of Transformer Engine that fit, told from the installed packages without importing one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PARTS = ("transformer_engine_torch", "transformer_engine_cu12", "transformer_en
 
 
 def engine_problem(version_of: Optional[Callable[[str], str]] = None) -> Optional[str]:
-    """Why the Transformer Engine that is installed can't be used; None if nothing speaks against it.
+    """Return why the Transformer Engine that is installed can't be used; None if nothing speaks against it.
 
     Args:
         version_of: ``importlib.metadata.version``.

@@ -126,7 +126,7 @@ def _value(tokens: List[Token]) -> Value:
 
 
 def _goes_on(tokens: List[Token], end: str) -> bool:
-    """Whether another item comes; takes the end."""
+    """Return whether another item comes; take the end."""
     if not tokens:
         raise ValueError(f"{end!r} is missing in this line")
     if tokens[0] == ("mark", end):

@@ -178,7 +178,7 @@ def _energon(argv: list[str]) -> None:
 
 
 def prepare_as_a_user(command: str) -> None:
-    """The same in a shell, with this environment's energon."""
+    """Prepare a dataset in a shell, with this environment's energon."""
     energon = Path(sys.executable).with_name("energon")
     command = command.replace("energon prepare", f"{energon} prepare --no-progress --num-workers 1", 1)
     subprocess.run(command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
@@ -224,7 +224,7 @@ def make_conversations(count: int) -> list[dict[str, bytes | str]]:
 
 
 def picture(seed: int, form: str = "JPEG", width: int = 31, mode: str = "RGB") -> bytes:
-    """As :func:`jpeg`, in other forms."""
+    """Return a picture as :func:`jpeg` does, in other forms."""
     buffer = io.BytesIO()
     Image.open(io.BytesIO(jpeg(seed, width))).convert(mode).save(buffer, form)
     return buffer.getvalue()
@@ -257,7 +257,7 @@ def samples_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same, by the ids they had."""
+    """Return a dataset's samples, by the ids they had."""
     samples = samples_in(folder)
     by_id = {str(sample["id"]): sample for sample in samples}
     assert len(by_id) == len(samples)

@@ -16,7 +16,7 @@ from tests.tiny import save_llava
 
 @dataclass(frozen=True)
 class Trainable:
-    """What ``--megatron-load-dir``, ``--tokenizer-load-dir`` and ``--data-path`` take."""
+    """The values of ``--megatron-load-dir``, ``--tokenizer-load-dir`` and ``--data-path``."""
 
     checkpoint: Path
     hf: Path

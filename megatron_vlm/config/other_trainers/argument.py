@@ -44,17 +44,17 @@ class Argument:
 
 
 def here(flags: str, note: str = "") -> str:
-    """It has flags here."""
+    """Return the answer to an argument that has flags here."""
     return f"here it is {flags}" + (f", {note}" if note else "")
 
 
 def always(what: str) -> str:
-    """It can't be otherwise here."""
+    """Return the answer to an argument whose value can't be another here."""
     return f"always so here: {what}; leave it out"
 
 
 def not_offered(because: str, use: str = "") -> str:
-    """It has nothing here."""
+    """Return the answer to an argument that has no flag here."""
     return f"{_NOT_OFFERED}{because}; " + (f"use {use}" if use else "leave it out")
 
 

@@ -1,4 +1,4 @@
-"""What a run is trained on, and how its samples become batches: the flags, and the rules among them."""
+"""The section of a run config that says what is trained on, and how samples become batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of a run are started: the flags that the training itself does not read."""
+"""The section of a run config that says how processes are started; the training itself does not read it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from megatron_vlm.config.headings import (
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which model is trained, and which parts of it."""
+    """The flags that say which model is trained, and which parts of it."""
 
     freeze_lm: bool = flag(
         TRAINING,

@@ -1,4 +1,5 @@
-"""What ``--submit`` asks of SLURM; the training itself reads nothing here."""
+"""The section of a run config that says what ``--submit`` asks of SLURM; the training itself reads nothing
+here."""
 
 from __future__ import annotations
 

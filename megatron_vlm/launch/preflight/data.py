@@ -1,4 +1,4 @@
-"""What a run reads of data."""
+"""Checks of the data that a run reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a dataset is prepared, whole and not empty, asked without energon."""
+"""Checks that a dataset is prepared, whole and not empty, made without energon."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_vlm.system.units import count_text
 
 
 def dataset_problems(path: str) -> Iterator[str]:
-    """Why ``path`` is no prepared energon dataset with samples, or no mixture of such.
+    """Yield why ``path`` is no prepared energon dataset with samples, or no mixture of such.
 
     Raises:
         ValueError: the mixture's file, or what ``energon prepare`` has written, is damaged.
@@ -133,7 +133,7 @@ def length_problems(
 
 
 def held_out_problems(path: str) -> Iterator[str]:
-    """Why there are no samples for evaluations, as far as splits tell that can be read without YAML."""
+    """Yield why there are no samples for evaluations, as far as splits tell that can be read without YAML."""
     if is_mixture(path):
         parts = [split_parts(source.path) for source in MixtureConfig.load(path).of_split("val")]
         if all(part is not None and not part.get("val") for part in parts):
@@ -151,7 +151,7 @@ def held_out_problems(path: str) -> Iterator[str]:
 
 
 def image_problems(path: str, trained: Sequence[TrainEntry]) -> Iterator[str]:
-    """Why nothing would be trained: no sample has an image, by the counts of scripts/data/prepare.py.
+    """Yield why nothing would be trained: no sample has an image, by the counts of scripts/data/prepare.py.
 
     Args:
         trained: the parts that are; adapters are taken to be the language model's.
@@ -168,7 +168,7 @@ def image_problems(path: str, trained: Sequence[TrainEntry]) -> Iterator[str]:
 
 
 def _shard_state(path: str, samples: int, prepared: Optional[PreparedShard]) -> str:
-    """What is wrong with a shard, by the index that prepare wrote beside it and what it noted of it."""
+    """Return what is wrong with a shard, by the index that prepare wrote beside it and its notes."""
     try:
         size = os.stat(path).st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""What the ranks run on: GPUs, memory, cores, nodes."""
+"""Checks of what the ranks run on: GPUs, memory, cores, nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def memory(found: Inspection) -> None:
 
 
 def _main_memory(found: Inspection) -> None:
-    """Of the ranks of node 0, which hold the first stages."""
+    """Warn where the ranks of node 0, which hold the first stages, take more main memory than there is."""
     size = found.plan.world_size // found.config.parallel.pp
     need = sum(found.memory[rank // size].total for rank in range(found.plan.processes))
     have = machine.main_memory()

@@ -1,4 +1,4 @@
-"""What a look at a run has found."""
+"""The findings of the checks of a run."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Inspection:
 
     @property
     def _packing(self) -> Optional[PackingEstimate]:
-        """How many samples share a sequence, as each loader worker packs them."""
+        """Return how many samples share a sequence, as each loader worker packs them."""
         if not self.config.data.packing or self.contradictions or self.train_samples is None:
             return None
         return estimate_run(self.config, self.plan.world_size, self.train_samples)

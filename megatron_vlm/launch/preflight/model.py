@@ -1,4 +1,5 @@
-"""What a run reads of a model: the checkpoint, or its own to go on from, tokenizer and image processor."""
+"""Checks of the model that a run reads: the checkpoint, or its own to go on from, tokenizer and image
+processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the JSON files of a Hugging Face folder say about tokens and images, held against the model.
+"""Checks of a Hugging Face folder's JSON files, about tokens and images, against the model.
 
 Training checks the same by loading tokenizer and image processor, which needs transformers and a started
 job; here it takes milliseconds on a login node. What JSON does not tell is left to training.
@@ -34,7 +34,7 @@ _BUILDER = "scripts/convert/build_llava_jp.py"
 
 
 def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> Iterator[str]:
-    """Return what is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
+    """Yield what is wrong with the tokenizer of ``folder``: image token, padding token, chat template."""
     if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
         yield f"{_named(folder, config)}: holds no tokenizer; give the Hugging Face folder of the model"
         return
@@ -45,7 +45,7 @@ def tokenizer_problems(folder: str, model: ModelConfig, config: RunConfig) -> It
 
 
 def end_token_problems(folder: str) -> Iterator[str]:
-    """Return what keeps a run from telling an exported model where to stop: files that don't say it now."""
+    """Yield what keeps a run from telling an exported model where to stop: files that don't say it now."""
     try:
         end_tokens(Path(folder))
     except ValueError as error:
@@ -53,7 +53,7 @@ def end_token_problems(folder: str) -> Iterator[str]:
 
 
 def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
-    """Return what is wrong with the image processor, which is that of the first folder that has one."""
+    """Yield what is wrong with the image processor, which is that of the first folder that has one."""
     with_images = [f for f in folders if any(os.path.isfile(os.path.join(f, p)) for p in _PROCESSOR_FILES)]
     if not with_images:
         yield (
@@ -102,7 +102,7 @@ def uncut_problems(model: ModelConfig, config: RunConfig) -> Iterator[str]:
 
 
 def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
-    """Return warnings of what trains, but not as one would think: how many tokens an image is."""
+    """Yield warnings of what trains, but not as one would think: how many tokens an image is."""
     if model.feature_strategy == "default" and not model.vision.has_class_token:
         yield (
             f"vision_feature_select_strategy 'default' drops the first position of an image, and the "
@@ -242,7 +242,8 @@ def _list_in_tokenizer(path: str) -> List[Dict[str, Any]]:
 
 
 def _processed_size(processor: Dict[str, Any]) -> Optional[Tuple[Optional[int], Optional[int]]]:
-    """Height and width of its images: None and None where they vary, None where JSON doesn't tell."""
+    """Return height and width of processed images: None and None where they vary, None where JSON doesn't
+    tell."""
     kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
     defaults = next((d for name, d in _PROCESSOR_DEFAULTS.items() if kind.startswith(name)), {})
     known = {**defaults, **processor}

@@ -1,4 +1,4 @@
-"""What a run writes: the folder, and room for its checkpoints."""
+"""Checks of what a run writes: the folder, and room for its checkpoints."""
 
 from __future__ import annotations
 

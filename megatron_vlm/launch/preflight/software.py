@@ -1,4 +1,4 @@
-"""What the ranks run in: interpreter, Transformer Engine, container image and the paths in it."""
+"""Checks of what the ranks run in: interpreter, Transformer Engine, container image and the paths in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What disks say about a run: checkpoint files, room for those to come, what a container sees of them."""
+"""Checks of disks: checkpoint files, room for those to come, and whether a container sees them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def shard_problems(folder: Path) -> Iterator[str]:
 
 
 def image_problems(path: str) -> Iterator[str]:
-    """Why a file or folder is no container image, or not a whole one; what isn't there is not looked at.
+    """Yield why a file or folder is no container image, or not a whole one; what isn't there is not looked
+    at.
 
     Source: the header of https://github.com/apptainer/sif, after which come squashfs and ext3 images of old
     releases.
