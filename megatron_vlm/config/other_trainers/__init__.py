@@ -20,12 +20,17 @@ ARGUMENTS: Dict[str, Tuple[Argument, ...]] = {**OF_RUNS, **OF_MODELS}
 _INTRODUCTION = """\
 # From other trainers
 
+```shell
+python scripts/train/run.py --help
+python -m megatron_vlm.config.other_trainers
+```
+
 Arguments of LLaVA, transformers' Trainer, TRL, DeepSpeed, Megatron-LM, LLaMA-Factory, ms-swift, Ovis, VITA
 and lmms-engine, and what they are here. `run.py` refuses each of them, with underscores or dashes or as a key
 of a `--config` file, with the line that stands here; X is the value. Its own flags may have underscores too,
 and a switch takes no value: `--packing True` is `--packing`, and `--packing False` is `--no-packing`.
 
-The page is printed by `python -m megatron_vlm.config.other_trainers`."""
+The second command prints this page."""
 _BY_NAME: Dict[str, Argument] = {
     name: argument for group in ARGUMENTS.values() for argument in group for name in argument.names.split()
 }
