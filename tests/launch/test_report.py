@@ -124,7 +124,7 @@ LLAVA_7B |= {"image_token_index": 7, "dtype": "bfloat16"}
 def test_the_example_in_the_docs_is_what_is_printed(tmp_path, monkeypatch, capsys) -> None:
     page = (CHECKOUT / "docs/launching.md").read_text()
     command, screen = re.search(
-        r"```shell\n(python scripts/train/run.py .*?--dry-run)\n```\n\n```\n(.*?)```", page, re.S
+        r"```shell\n(python scripts/train/run.py [^`]*--dry-run)\n```\n\n```\n(.*?)```", page, re.S
     ).groups()
     argv = [word.strip("<>") for word in command.replace("\\\n", " ").split()][2:]
     write_checkpoint(tmp_path / "megatron-model/release", LLAVA_7B)
