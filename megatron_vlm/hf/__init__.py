@@ -30,4 +30,4 @@ No process groups, no CUDA, and, except in build/, no transformers.
 
 
 class Difference(ValueError):
-    """Two checkpoints that should hold the same don't."""
+    """The error of two checkpoints that should hold the same and don't."""

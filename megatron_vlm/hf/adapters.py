@@ -60,7 +60,7 @@ class Adapter:
     shape: Shape
 
     def tensors(self, rank: int) -> dict[str, Shape]:
-        """Native name and shape of A and B."""
+        """Return the native name and shape of A and B."""
         out_size, in_size = self.shape
         return {
             f"{self.native}lora_A.weight": (rank, in_size),
@@ -69,7 +69,7 @@ class Adapter:
 
 
 def find_adapters(table: Table, lora: LoRAConfig | None) -> dict[str, Adapter]:
-    """The adapters of a model, by the Hugging Face name of their weight; none without ``lora``."""
+    """Return the adapters of a model, by the Hugging Face name of their weight; none without ``lora``."""
     if lora is None:
         return {}
     found = {}
@@ -87,7 +87,7 @@ def find_adapters(table: Table, lora: LoRAConfig | None) -> dict[str, Adapter]:
 
 
 def merged(weight: Tensor, adapter: Adapter, lora: LoRAConfig, reader: LayeredReader) -> Tensor:
-    """``W + scale * B A`` in float32."""
+    """Return ``W + scale * B A`` in float32."""
     a, b = (_read_finite(reader, name).float() for name in adapter.tensors(lora.rank))
     return weight.float() + lora.scale * (b @ a)
 
@@ -169,7 +169,7 @@ def read_adapter(
     wanted: Set[str] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Tensor]:
-    """The tensors of a PEFT adapter by native name, the projector's too where it holds one.
+    """Return the tensors of a PEFT adapter by native name, the projector's too where it holds one.
 
     What a run makes of them is what ``PeftModel.from_pretrained`` makes of the folder. PiSSA and OLoRA, which
     take their start out of the base weights, become a plain LoRA of twice the rank, as PEFT itself converts
@@ -249,7 +249,7 @@ def read_adapter(
 
 
 def _weights_file(folder: Path) -> Path:
-    """The file of an adapter's tensors. As for PEFT, safetensors go first."""
+    """Return the file of an adapter's tensors. As for PEFT, safetensors go first."""
     for name in (ADAPTER_WEIGHTS, _ADAPTER_PICKLE):
         check_readable(folder / name)
         if (folder / name).is_file():
@@ -258,7 +258,8 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _prefixes(names: Collection[str]) -> dict[str, str]:
-    """What the parts' names begin with in an adapter, whatever release of transformers the model was of."""
+    """Return the prefixes of the parts' names in an adapter, whatever release of transformers the model
+    was of."""
     own = [name.removeprefix(_PEFT) for name in names]
     found = detect_prefixes(own)
     return {
@@ -268,14 +269,14 @@ def _prefixes(names: Collection[str]) -> dict[str, str]:
 
 
 def _names_beside(carry: Carry) -> Iterator[str]:
-    """Names of adapters beside weights that the model doesn't run."""
+    """Yield the names of adapters beside weights that the model doesn't run."""
     for name, _ in carry.hf:
         for part in ("lora_A", "lora_B"):
             yield f"{name.removesuffix('weight')}{part}.weight"
 
 
 def _base_weights(row: Row, config: PeftAdapter, base: LayeredReader | None) -> dict[str, Tensor]:
-    """By Hugging Face name, the weights that a start is computed from; none for a plain one."""
+    """Return the weights that a start is computed from, by Hugging Face name; none for a plain one."""
     if config.start is None:
         return {}
     if base is None:
@@ -287,8 +288,8 @@ def _base_weights(row: Row, config: PeftAdapter, base: LayeredReader | None) -> 
 
 
 def _start(config: PeftAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as PEFT's ``pissa_init`` or ``olora_init`` sets them beside a weight, which then loses their
-    product."""
+    """Return A and B as PEFT's ``pissa_init`` or ``olora_init`` sets them beside a weight, which then
+    loses their product."""
     rank = config.rank
     if config.start == "olora":
         q, r = torch.linalg.qr(weight.float())
@@ -309,7 +310,7 @@ def _is_projector(entry: Row | Carry) -> bool:
 
 
 def _pairs(adapters: dict[str, Adapter], rank: int) -> Iterator[tuple[str, Shape]]:
-    """Hugging Face name and shape of each A and B."""
+    """Yield the Hugging Face name and shape of each A and B."""
     for adapter in adapters.values():
         for native, shape in adapter.tensors(rank).items():
             yield adapter.weight.removesuffix("weight") + native.removeprefix(adapter.native), shape
@@ -318,14 +319,14 @@ def _pairs(adapters: dict[str, Adapter], rank: int) -> Iterator[tuple[str, Shape
 def _peft_tensors(
     table: Table, adapters: dict[str, Adapter], lora: LoRAConfig
 ) -> Iterator[tuple[str, tuple[str, Shape]]]:
-    """Native name of each A and B; PEFT's name and the shape."""
+    """Yield the native name of each A and B; PEFT's name and the shape."""
     natives = [native for adapter in adapters.values() for native in adapter.tensors(lora.rank)]
     for native, (name, shape) in zip(natives, _pairs(adapters, lora.rank), strict=True):
         yield native, (_PEFT + name, shape)
 
 
 def _peft_config(lora: LoRAConfig, model: ModelConfig) -> dict[str, Any]:
-    """``adapter_config.json``; what it leaves out has PEFT's default."""
+    """Return ``adapter_config.json``; keys that it leaves out have PEFT's defaults."""
     patterns = []
     if lora.language_targets:
         patterns.append(rf".*language_model\..*\.({'|'.join(lora.language_targets)})")

@@ -1,4 +1,4 @@
-"""What the conversion scripts share: common flags, one-line errors and a progress bar.
+"""The shared parts of the conversion scripts: common flags, one-line errors and a progress bar.
 
 Standard library only, so that a script can hand itself to a container on a machine without torch.
 """
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         self._given: List[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ``ArgumentParser``'s; keeps what was given for :meth:`error`."""
+        """Parse as ``ArgumentParser`` does; keep what was given for :meth:`error`."""
         self._given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -170,7 +170,7 @@ def add_container_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what says how a Megatron checkpoint is written."""
+    """Add the flags that say how a Megatron checkpoint is written."""
     parser.add_argument(
         "--format",
         choices=("torch_dist", "classic"),
@@ -212,7 +212,7 @@ def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def loads_where(args: argparse.Namespace) -> str:
-    """What to say of a checkpoint that was written as the flags of :func:`add_layout_flags` say."""
+    """Return the line about a checkpoint that was written as the flags of :func:`add_layout_flags` say."""
     if args.format == "classic":
         return (
             f"loads in Megatron-LM at --tp {args.tp} --pp {args.pp}; scripts/convert/reshard.py cuts it anew"

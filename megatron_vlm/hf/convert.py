@@ -346,7 +346,7 @@ def write_weights(
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """What torch.cat makes of tensors of these dtypes."""
+    """Return the dtype that torch.cat makes of tensors of these dtypes."""
     return functools.reduce(torch.promote_types, dtypes)
 
 

@@ -26,7 +26,7 @@ _OPTIMIZER = "optimizer."  # what names of tensors that only a run that goes on 
 
 @dataclass(frozen=True)
 class Check:
-    """Something that can be compared with its hash.
+    """A file or a part of one that can be compared with its hash.
 
     Attributes:
         file: where it lies.
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def damage(self) -> str | None:
-        """What is wrong; None if it is what was written."""
+        """Return what is wrong with the file; None if it holds what was written."""
         try:
             if self.holds():
                 return None
@@ -54,7 +54,7 @@ class Check:
 
 
 def tensors_by_place(folder: Path) -> dict[str, dict[int, str]]:
-    """For each file that holds tensors, the names of those by the byte at which their part begins.
+    """Return the names of each file's tensors by the byte at which their part begins.
 
     Raises:
         ValueError: ``.metadata`` is damaged.
@@ -66,7 +66,7 @@ def tensors_by_place(folder: Path) -> dict[str, dict[int, str]]:
 
 
 def hash_file(folder: Path, file: str, starts: Iterable[int] = ()) -> dict[str, Any]:
-    """A file's entry in a manifest, in parts that begin at ``starts``."""
+    """Return a file's entry in a manifest, in parts that begin at ``starts``."""
     path = folder / file
     size = path.stat().st_size
     cuts = sorted({0, *starts})
@@ -78,7 +78,7 @@ def hash_file(folder: Path, file: str, starts: Iterable[int] = ()) -> dict[str, 
 
 
 def checks(folder: Path, weights_only: bool) -> list[Check] | None:
-    """Everything in a checkpoint that has a hash; None if nothing has.
+    """Return everything in a checkpoint that has a hash; None if nothing has.
 
     Args:
         weights_only: leave out what only a run that goes on reads: the optimizer's tensors.
@@ -125,6 +125,6 @@ def _of_part(path: Path, tensor: str, part: Part) -> Check:
 
 
 def share(found: list[Check], rank: int, count: int) -> list[Check]:
-    """A rank's part of what is to be compared: as many bytes as any other's, nearly, file by file."""
+    """Return a rank's part of what is to be compared: as many bytes as any other's, nearly, file by file."""
     by_size = sorted(found, key=lambda check: -check.nbytes)
     return sorted(by_size[rank::count], key=lambda check: check.file)

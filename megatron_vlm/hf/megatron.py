@@ -203,7 +203,7 @@ class MegatronCheckpoint:
 
 
 def find_checkpoint(path: PathLike, hf_config: PathLike | None = None) -> Path:
-    """The folder of a checkpoint; with ``hf_config`` of one that Megatron-LM itself wrote.
+    """Return the folder of a checkpoint; with ``hf_config`` of one that Megatron-LM itself wrote.
 
     Raises:
         ValueError: there is none.
@@ -285,7 +285,7 @@ def check_written(equal: bool, name: str) -> None:
 
 
 def and_more(names: list[str]) -> str:
-    """`` (and 2 more)``, behind the first of three."""
+    """Return `` (and 2 more)``, behind the first of three."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
@@ -300,7 +300,7 @@ def _padded_size(reader: LayeredReader | ClassicReader, model: ModelConfig) -> i
 def _read_weights_json(
     hf: Path,
 ) -> tuple[dict[str, list[TensorInfo]], dict[str, dict[str, str]], dict[str, str]]:
-    """The files that were imported, their metadata, and the names' prefixes."""
+    """Return the files that were imported, their metadata, and the names' prefixes."""
     check_readable(hf / WEIGHTS)
     try:
         content = json.loads((hf / WEIGHTS).read_text(encoding="utf-8"))
@@ -320,7 +320,7 @@ def _read_weights_json(
 def _as_safetensors(
     files: dict[str, list[TensorInfo]], metadata: dict[str, dict[str, str]]
 ) -> tuple[dict[str, list[TensorInfo]], dict[str, dict[str, str]]]:
-    """Of .bin files: the same tensors in the same number of files, as transformers names them."""
+    """Return .bin files' tensors in the same number of safetensors files, as transformers names them."""
     names = {file: file if file.endswith(".safetensors") else _safetensors_name(file) for file in files}
     return (
         {names[file]: infos for file, infos in files.items()},

@@ -59,7 +59,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class MMProjector:
-    """A projector file's content.
+    """The content of a projector file.
 
     Attributes:
         kind: ``mlp2x_gelu`` or ``linear``.
@@ -75,7 +75,7 @@ class MMProjector:
     others: tuple[str, ...]
 
     def fit(self, model: ModelConfig) -> MMProjector:
-        """What of this a model takes.
+        """Return the tensors of this file that a model takes.
 
         Raises:
             ValueError: it is of another kind or shape.
@@ -109,7 +109,7 @@ class MMProjector:
         return self
 
     def named(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
-        """The tensors by their Hugging Face names.
+        """Return the tensors by their Hugging Face names.
 
         Args:
             prefixes: as ``table.detect_prefixes`` returns.
@@ -290,7 +290,7 @@ def export_projector(
 
 
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
-    """What a model's projector is trained with, by transformers' names behind the prefix."""
+    """Return the shapes of a model's projector, by transformers' names behind the prefix."""
     prefixes = detect_prefixes([])
     rows = build_table(model, model.language.vocab_size, prefixes).rows
     prefix = prefixes["projector"]
@@ -298,7 +298,7 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _llava_name(kind: str, name: str) -> str:
-    """``mm_projector.0.weight`` for ``linear_1.weight``."""
+    """Return LLaVA's name of a tensor: ``mm_projector.0.weight`` for ``linear_1.weight``."""
     layer, _, part = name.partition(".")
     number = next((number for number, own in MM_PROJECTORS[kind].items() if own == layer), layer)
     return ".".join(filter(None, (FILE, number, part)))
@@ -319,7 +319,8 @@ def _check_activation(model: ModelConfig) -> None:
 
 
 def _llava_config(config_dir: Path, model: ModelConfig) -> dict[str, Any]:
-    """LLaVA's ``config.json`` beside a projector: the language model's, and what the projector goes with."""
+    """Return LLaVA's ``config.json`` beside a projector: the language model's, and what the projector goes
+    with."""
     config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
     vision = config.get("vision_config") or {}
     values = {

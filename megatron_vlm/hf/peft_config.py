@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: which adapters are ``W + scale * B A``, and which become that.
+"""PEFT's ``adapter_config.json``: which adapters are ``W + scale * B A``, and which become that.
 
 Every key is in :data:`READ`, in :data:`IGNORED`, or in :data:`PLAIN`, which says what it must be. PEFT adds a
 way to compute something else with nearly every release, so a key that is in none of them is refused, unless
@@ -53,7 +53,7 @@ _ONLY_PEFT = "which no weights can stand for; use it with PEFT"
 
 @dataclass(frozen=True)
 class Plain:
-    """What a key has to be for an adapter to be ``W + scale * B A``.
+    """The value that a key has to have for an adapter to be ``W + scale * B A``.
 
     Attributes:
         accepts: given the key's value and the whole configuration.
@@ -105,7 +105,7 @@ FROM_WEIGHT = ("pissa", "olora")
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What ``adapter_config.json`` says of an adapter that can be read.
+    """The settings in ``adapter_config.json`` of an adapter that can be read.
 
     Attributes:
         start: one of :data:`FROM_WEIGHT` where W lacks what A and B began as; None: W is the base model's.
@@ -125,11 +125,11 @@ class PeftAdapter:
 
     @property
     def scale(self) -> float:
-        """What ``B A x`` is multiplied with."""
+        """The factor of ``B A x``."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check_fits(self, lora: LoRAConfig) -> None:
-        """Check that a run's adapters can hold it.
+        """Check that a run's adapters can hold this one.
 
         Raises:
             ValueError: their rank, alpha or scaling is another; the message names the flags.
@@ -152,11 +152,11 @@ class PeftAdapter:
             )
 
     def has_adapter(self, module: str) -> bool:
-        """Whether PEFT gives a module adapters, by its name in the running model."""
+        """Return whether PEFT gives a module adapters, by its name in the running model."""
         return _matches(self.targets, module) and not _matches(self.excluded, module)
 
     def is_saved(self, tensor: str) -> bool:
-        """Whether a tensor of the model is of a module that was trained in full."""
+        """Return whether a tensor of the model is of a module that was trained in full."""
         parts = tensor.split(".")[:-1]
         modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         return any(module.endswith(ending) for module in modules for ending in self.saved)
@@ -241,7 +241,7 @@ def _check_types(path: Path, config: dict[str, Any]) -> None:
 
 
 def _start(path: Path, value: Any) -> str | None:
-    """What A and B began as, where the base weights depend on it."""
+    """Return the start of A and B, where the base weights depend on it."""
     if not isinstance(value, str):
         if value in (None, True, False):
             return None

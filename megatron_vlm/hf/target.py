@@ -1,4 +1,4 @@
-"""Where a conversion may write: not over what it reads, nor over what isn't a conversion's."""
+"""The target of a conversion: it may not write over its input, nor over files of another origin."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_apart(source: Path, target: Path) -> None:
 def check_apart_from(
     checkpoint: PathLike, base: PathLike | None, hf_config: PathLike | None, target: Path
 ) -> None:
-    """:func:`check_apart` of all that a checkpoint is read from.
+    """Check :func:`check_apart` of all that a checkpoint is read from.
 
     Args:
         checkpoint: a checkpoint folder, a root, or a run folder.

@@ -1,4 +1,4 @@
-"""Whether two checkpoints, of whatever format, hold the same; and whether one still holds what was written.
+"""Comparison of two checkpoints, of whatever format, and of one with the hashes of what was written.
 
 Tensors are compared bit by bit, under the names that they have in a Hugging Face folder; the two
 generations of such names count as one. How tensors are cut, merged, padded or spread over files doesn't.
@@ -137,7 +137,7 @@ def check_manifest(path: PathLike) -> int:
 
 
 def _check_files(folder: Path) -> int:
-    """Of a checkpoint that training wrote: all that it holds, optimizer state too."""
+    """Check all files of a checkpoint that training wrote, optimizer state too."""
     found = checks(folder, weights_only=False) or []
     damages = [damage for damage in (check.damage for check in found) if damage is not None]
     if damages:
@@ -159,7 +159,7 @@ def _size(infos: Mapping[str, TensorInfo]) -> int:
 
 
 def _canonical(names: Iterable[str]) -> dict[str, str]:
-    """Names with their prefixes replaced by the part's name, and the names themselves."""
+    """Return the names with their prefixes replaced by the part's name, and the names themselves."""
     own = list(names)
     prefixes = detect_prefixes(own)
     found = {}

@@ -1,1 +1,1 @@
-"""A new LLaVA is built of a text model and a vision tower, trained or with random weights."""
+"""The builder of a new LLaVA, of a text model and a vision tower, trained or with random weights."""

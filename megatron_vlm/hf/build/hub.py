@@ -1,4 +1,4 @@
-"""Where a model is that the user names by a folder or by a tag of the Hugging Face hub."""
+"""The folder of a model that the user names by a folder or by a tag of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _WEIGHTS = (
 
 
 def locate(flag: str, name: str) -> Path:
-    """The folder of a model: ``name`` itself, its snapshot in the hub's cache, or one that is downloaded.
+    """Return the folder of a model: ``name`` itself, its snapshot in the hub's cache, or one that is
+    downloaded.
 
     Args:
         flag: where the user gave it, for messages.
@@ -62,7 +63,7 @@ def locate(flag: str, name: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has its config and all files of weights."""
+    """Return whether a snapshot has its config and all files of weights."""
     for single, index, _ in _WEIGHTS:
         if (folder / single).is_file():
             return (folder / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""Joins a text model, a vision tower and a projector, new or trained, into a Hugging Face LLaVA.
+"""The join of a text model, a vision tower and a projector, new or trained, to a Hugging Face LLaVA.
 
 No model is built: tensors stream from the folders of the two into the new one. transformers reads and writes
 configs, tokenizers and image processors, and is imported where it is used.
@@ -50,7 +50,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class _Family:
-    """What a kind of tower needs in LLaVA."""
+    """The settings of LLaVA that a kind of tower needs."""
 
     feature_strategy: str
     class_tokens: int
@@ -209,7 +209,7 @@ def _given(flag: str, name: str, part: str) -> _Given:
 
 
 def _vocabulary(text: _Given, multiple: int) -> tuple[Any, Vocabulary]:
-    """The tokenizer with what LLaVA needs, and what becomes of the embedding."""
+    """Return the tokenizer with the tokens that LLaVA needs, and what becomes of the embedding."""
     rows = text.config.vocab_size
     try:
         tokenizer = load_tokenizer(text.folder)
@@ -250,7 +250,7 @@ def _llava_config(
 
 
 def _processor(model_type: str, vision: _Given, model: ModelConfig, tokenizer: Any, lang: str) -> Any:
-    """What turns text and images into the model's input.
+    """Return the processor, which turns text and images into the model's input.
 
     Raises:
         ValueError: it expands an image to another number of tokens than there are features.
@@ -284,8 +284,8 @@ def _processor(model_type: str, vision: _Given, model: ModelConfig, tokenizer: A
 
 
 def _image_processor(vision: _Given, model: ModelConfig) -> Any:
-    """The tower's own image processor, or its family's usual one at the tower's image size; where images are
-    cut, one that does so with the same constants."""
+    """Return the tower's own image processor, or its family's usual one at the tower's image size; where
+    images are cut, one that does so with the same constants."""
     from transformers import (
         AutoImageProcessor,
         CLIPImageProcessor,
@@ -317,7 +317,7 @@ def _image_processor(vision: _Given, model: ModelConfig) -> Any:
 
 
 def _has_image_processor(folder: Path) -> bool:
-    """Whether a model's folder says how images are made, in a file of its own or its processor's."""
+    """Return whether a model's folder says how images are made, in a file of its own or its processor's."""
     if (folder / "preprocessor_config.json").is_file():
         return True
     path = folder / "processor_config.json"
@@ -325,7 +325,8 @@ def _has_image_processor(folder: Path) -> bool:
 
 
 def _generation_config(text: _Given, tokenizer: Any) -> Any:
-    """The text model's, ended by the token that the chat template writes behind an answer."""
+    """Return the text model's generation config, ended by the token that the chat template writes behind
+    an answer."""
     from transformers import GenerationConfig
 
     path = text.folder / "generation_config.json"

@@ -36,7 +36,7 @@ Sources = dict[str, Source]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What becomes of an embedding or a head.
+    """The rows of an embedding or a head, of which some are new.
 
     Attributes:
         rows: that there are.
@@ -51,7 +51,8 @@ class Vocabulary:
     new: tuple[int, ...]
 
     def extend(self, tensor: Tensor) -> Tensor:
-        """``[rows, hidden]`` to ``[size, hidden]``, with the mean of the rows ``known`` in the rows ``new``.
+        """Extend ``[rows, hidden]`` to ``[size, hidden]``, with the mean of the rows ``known`` in the rows
+        ``new``.
 
         The mean is taken in float64 and rounded to float32, then to the tensor's dtype.
         """
@@ -94,7 +95,7 @@ class Part:
                 raise ValueError(f"{flag}: {name} is no part of a language model")
 
     def __iter__(self) -> Iterator[TensorInfo]:
-        """The part's tensors in the order that they are stored in, without buffers."""
+        """Yield the part's tensors in the order that they are stored in, without buffers."""
         for infos in self.weights.files.values():
             for info in infos:
                 if info.name.startswith(self.prefix) and not info.name.endswith(_BUFFERS):
@@ -107,11 +108,11 @@ class Part:
         return functools.reduce(torch.promote_types, dtypes)
 
     def holds(self, name: str) -> bool:
-        """Whether the part has a tensor of this name behind its prefix."""
+        """Return whether the part has a tensor of this name behind its prefix."""
         return self.prefix + name in self.weights.tensors
 
     def sources(self, dtype: torch.dtype) -> Sources:
-        """The tensors of the part, but for the head."""
+        """Return the tensors of the part, but for the head."""
         return dict(
             self._source(info.name, self.target + info.name.removeprefix(self.prefix), dtype)
             for info in self
@@ -119,7 +120,7 @@ class Part:
         )
 
     def text_sources(self, dtype: torch.dtype, tied: bool, vocabulary: Vocabulary) -> Sources:
-        """The tensors of a language model, with the vocabulary that it will have.
+        """Return the tensors of a language model, with the vocabulary that it will have.
 
         Raises:
             ValueError: there is no head, or one that is tied and differs, or another number of rows.
@@ -164,7 +165,7 @@ class Part:
 def projector_sources(
     model: ModelConfig, dtype: torch.dtype, seed: int, trained: MMProjector | None
 ) -> Sources:
-    """A projector from a file, or one as LLaVA's starts, by torch's own initialisation.
+    """Return a projector from a file, or one as LLaVA's starts, by torch's own initialisation.
 
     What the table says always has one value, such as the identity behind ``linear``, has that;
     ``image_newline``, where images are cut, is normal with variance 1 / hidden size.

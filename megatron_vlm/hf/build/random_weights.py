@@ -89,13 +89,13 @@ class RandomWeights:
         return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def _newline(self, name: str) -> Tensor:
-        """transformers initialises it with the whole model around it."""
+        """Return ``image_newline``, which transformers initialises with the whole model around it."""
         hidden_size = self._model_config.language.hidden_size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         return torch.randn(hidden_size, generator=generator) / hidden_size**0.5
 
     def _owner(self, unit: str) -> Any:
-        """The innermost pre-trained model around a unit, which knows how its parts are initialised."""
+        """Return the innermost pre-trained model around a unit, which knows how its parts are initialised."""
         from transformers import PreTrainedModel
 
         path = unit.split(".")
@@ -104,7 +104,8 @@ class RandomWeights:
 
 
 def _as_saved(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A parameter under its name on disk; Mixtral's experts, which share parameters inside, one by one."""
+    """Yield a parameter under its name on disk; Mixtral's experts, which share parameters inside, one by
+    one."""
     layer, _, fused = name.partition(".mlp.experts.")
     if not fused:
         yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), parameter
@@ -115,7 +116,8 @@ def _as_saved(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unit(name: str) -> str:
-    """The module that is filled at once: a layer, or a direct part of tower, language model or whole."""
+    """Return the module that is filled at once: a layer, or a direct part of tower, language model or
+    whole."""
     path = name.split(".")
     if "layers" in path:
         return ".".join(path[: path.index("layers") + 2])

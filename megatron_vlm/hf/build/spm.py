@@ -37,7 +37,7 @@ _CONVERSATIONS = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A sentencepiece model as a fast tokenizer, and what it is held against.
+    """A sentencepiece model as a fast tokenizer, and the one that it is compared with.
 
     Attributes:
         tokenizer: a ``tokenizers.Tokenizer``; what its post-processor adds is to be replaced.
@@ -53,7 +53,7 @@ class Converted:
     conversations: list[str]
 
     def check(self, encode: Callable[[str], list[int]]) -> None:
-        """Compare what a tokenizer makes of conversations with what it should.
+        """Compare a tokenizer's ids of conversations with those that it should give.
 
         Raises:
             ValueError: it differs.
@@ -124,12 +124,13 @@ def fast_tokenizer(path: Path, settings: dict[str, Any]) -> Converted:
 
 
 def is_llama(settings: dict[str, Any]) -> bool:
-    """Whether a folder's ``tokenizer_config.json`` names a Llama tokenizer, or none."""
+    """Return whether a folder's ``tokenizer_config.json`` names a Llama tokenizer, or none."""
     return "Llama" in (settings.get("tokenizer_class") or "Llama")
 
 
 def _transformers_own(folder: Path, settings: dict[str, Any]) -> Iterator[Any]:
-    """The tokenizers that transformers makes of a folder: what it takes the folder for, and a Llama's."""
+    """Yield the tokenizers that transformers makes of a folder: what it takes the folder for, and a
+    Llama's."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     for kind in (AutoTokenizer, *([LlamaTokenizer] if is_llama(settings) else [])):
@@ -146,14 +147,14 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _normalised(reference: Any, texts: list[str]) -> list[str]:
-    """Texts as sentencepiece sees them, without spaces around them."""
+    """Return the texts as sentencepiece sees them, without spaces around them."""
     return [reference.normalize(text).replace(_SPACE, " ").strip(" ") for text in texts]
 
 
 def _by_sentencepiece(
     proto: Any, reference: Any, symbols: list[str], only_first: bool
 ) -> Callable[[str], list[int]]:
-    """Ids of a text by sentencepiece: special tokens, and what stands between them.
+    """Return the ids of a text by sentencepiece: special tokens, and what stands between them.
 
     Args:
         only_first: only text that begins the whole gets a space before it, unless it begins with one.
@@ -229,12 +230,13 @@ def _convert(proto: Any, path: Path, only_first: bool) -> Any:
 
 
 def _is_plain(piece: str, normalizer: Any) -> bool:
-    """Whether a symbol is found without being an added token: one character that normalizing leaves alone."""
+    """Return whether a symbol is found without being an added token: one character that normalizing leaves
+    alone."""
     return len(piece) == 1 and (normalizer is None or normalizer.normalize_str(piece) == piece)
 
 
 def _probes(proto: Any) -> list[str]:
-    """Texts to compare on: fixed ones, and the model's own pieces in a row, each once."""
+    """Return the texts to compare on: fixed ones, and the model's own pieces in a row, each once."""
     pieces = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type == _NORMAL]
     pieces = pieces[:: max(1, len(pieces) // _CHECKED_PIECES)]
     rows = ["".join(pieces[i : i + 20]) for i in range(0, len(pieces), 20)]

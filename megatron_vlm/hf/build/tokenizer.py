@@ -58,7 +58,7 @@ _CHAT_WORDS = {
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, as its files have it.
+    """Return the tokenizer of a folder, as its files have it.
 
     ``tokenizer.json`` is taken as it is: AutoTokenizer may put together another tokenizer from its
     vocabulary, by what the class in ``tokenizer_config.json`` is called. Where there is only a sentencepiece
@@ -86,7 +86,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _check_ids(tokenizer: Any, content: Any) -> None:
-    """The tokenizers library numbers added tokens anew, without a word, where their ids leave a gap."""
+    """Check that added tokens' ids leave no gap, where the tokenizers library numbers them anew without a
+    word."""
     for entry in content["added_tokens"]:
         token, wanted = entry["content"], entry["id"]
         found = tokenizer.convert_tokens_to_ids(token)
@@ -170,7 +171,7 @@ def template_with_images(tokenizer: Any, lang: str) -> str:
 
 
 def answer_end(tokenizer: Any, template: str | None = None) -> int | None:
-    """The token that a chat template writes behind an answer; None where it writes none.
+    """Return the token that a chat template writes behind an answer; None where it writes none.
 
     Args:
         template: the tokenizer's own if not given.
@@ -189,7 +190,7 @@ def answer_end(tokenizer: Any, template: str | None = None) -> int | None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make up its tokenizer, relative to it.
+    """Return the files of a folder that make up its tokenizer, relative to it.
 
     Raises:
         ValueError: it has none.
@@ -274,7 +275,8 @@ def drop_appended_end(folder: Path) -> None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing where it is missing, or damaged, which its reader will say."""
+    """Return the content of a JSON file; nothing where it is missing, or damaged, which its reader will
+    say."""
     with suppress(OSError, ValueError):
         values = json.loads(path.read_text(encoding="utf-8"))
         return values if isinstance(values, dict) else {}
@@ -287,7 +289,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _places_images(tokenizer: Any, template: str) -> bool:
-    """Whether content in parts, as transformers' processors have it, leaves one token for an image."""
+    """Return whether content in parts, as transformers' processors have it, leaves one token for an image."""
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": _QUESTION}], chat_template=template, tokenize=False

@@ -1,1 +1,2 @@
-"""Where tensors lie: Hugging Face folders, torch_dist checkpoints, Megatron-LM's classic files."""
+"""The formats in which tensors lie: Hugging Face folders, torch_dist checkpoints, Megatron-LM's classic
+files."""

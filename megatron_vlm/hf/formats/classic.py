@@ -57,7 +57,7 @@ _TE_TO_LOCAL = {
 
 @dataclass(frozen=True)
 class ClassicLayout:
-    """How a classic checkpoint is cut.
+    """The cut of a classic checkpoint.
 
     Attributes:
         layers: of the language model, of each stage in the order of the model; ``pp * vpp`` numbers.
@@ -80,7 +80,7 @@ class ClassicLayout:
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace, num_layers: int) -> ClassicLayout | None:
-        """The layout that the flags of ``cli.add_layout_flags`` say; None for the native format.
+        """Return the layout that the flags of ``cli.add_layout_flags`` say; None for the native format.
 
         Args:
             num_layers: of the language model.
@@ -112,12 +112,12 @@ class ClassicLayout:
 
 
 def rank_folder(tp_rank: int, pp_rank: int, pp: int) -> str:
-    """The name of a rank's folder."""
+    """Return the name of a rank's folder."""
     return f"mp_rank_{tp_rank:02d}" if pp == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
 
 
 class ClassicWriter:
-    """Writes all ranks' files at once, tensor by tensor, each straight to its place.
+    """The writer of all ranks' files at once, tensor by tensor, each straight to its place.
 
     The files are laid out first, full of holes, and then filled. So nothing is held; but the zip archives
     lack their checksums, which ``torch.load`` doesn't read.
@@ -156,7 +156,7 @@ class ClassicWriter:
                 self._models[tp_rank, stage][local].write(rule.shard(tensor, tp_rank, self._layout.tp))
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the files hold the tensor that was written, put together again."""
+        """Return whether the files hold the tensor that was written, put together again."""
         stage, local = self._places[name][0]
         shards = [self._models[tp_rank, stage][local].read() for tp_rank in range(self._layout.tp)]
         return same_bits(_unshard(self._rows[name].shard, shards), tensor)
@@ -193,7 +193,7 @@ class ClassicWriter:
 
 
 class ClassicReader:
-    """Reads tensors of a classic checkpoint whole, one at a time, whatever its layout.
+    """The reader of a classic checkpoint's tensors: each whole, one at a time, whatever the layout.
 
     Args:
         folder: holds the ranks' folders.
@@ -231,7 +231,7 @@ class ClassicReader:
         return list(self._shards)
 
     def shape(self, name: str) -> Shape:
-        """Global shape of a tensor."""
+        """Return the global shape of a tensor."""
         shards, rule = self._shards[name], self._rules.get(name, REPLICATED)
         shape = list(shards[0].shape)
         if rule.dim is not None:
@@ -239,7 +239,7 @@ class ClassicReader:
         return tuple(shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+        """Return the stored dtype of a tensor."""
         return self._shards[name][0].dtype
 
     def read(self, name: str) -> Tensor:
@@ -300,7 +300,7 @@ def check_arguments(path: Path, found: Mapping[str, Any], model: ModelConfig) ->
 
 
 def _arguments(model: ModelConfig, layout: ClassicLayout, padded_vocab_size: int) -> dict[str, Any]:
-    """What Megatron-LM takes from a checkpoint with ``--use-checkpoint-args``, under its flags' names."""
+    """Return the arguments that Megatron-LM takes from a checkpoint with ``--use-checkpoint-args``."""
     language = model.language
     experts: dict[str, Any] = {}
     if language.num_experts is not None:
@@ -341,7 +341,7 @@ def _arguments(model: ModelConfig, layout: ClassicLayout, padded_vocab_size: int
 
 
 def _place(name: str, layout: ClassicLayout) -> tuple[int, str]:
-    """The stage that holds a tensor, and the tensor's name there."""
+    """Return the stage that holds a tensor, and the tensor's name there."""
     match = _LANGUAGE_LAYER.fullmatch(name)
     stage, local = 0, name
     if match:
@@ -359,7 +359,7 @@ def _place(name: str, layout: ClassicLayout) -> tuple[int, str]:
 
 
 def _global_name(local: str, layers_before: int, known: Container[str]) -> tuple[str, int]:
-    """The name in the whole model, and the language model's layer on its stage (-1: not of a layer).
+    """Return the name in the whole model, and the language model's layer on its stage (-1: not of a layer).
 
     Args:
         known: the model's names; another one is taken for a layer spec's own.
@@ -407,7 +407,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _models(path: Path, content: Any) -> list[dict[str, Stored]]:
-    """The state dicts of a rank's chunks, without what isn't a weight."""
+    """Return the state dicts of a rank's chunks, without what isn't a weight."""
     chunks: dict[int, dict[str, Stored]] = {}
     for key, value in content.items() if isinstance(content, dict) else ():
         match = _CHUNK.fullmatch("model" if key == BESIDE else str(key))
@@ -423,7 +423,8 @@ def _models(path: Path, content: Any) -> list[dict[str, Stored]]:
 
 
 class _Inert:
-    """Stands for what a checkpoint holds beside weights: its pickle makes one, and nothing comes of it."""
+    """A stand-in for what a checkpoint holds beside weights: its pickle makes one, and nothing comes of
+    it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -434,8 +435,11 @@ class _Inert:
 
 
 def _load(path: Path) -> Any:
-    """A file's content, with the places of its tensors. Megatron-LM's own classes, which describe the run,
-    come out as nothing, its flags as they are; any other class is refused."""
+    """Return a file's content, with the places of its tensors.
+
+    Megatron-LM's own classes, which describe the run, come out as nothing, its flags as they are; any
+    other class is refused.
+    """
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins: list[Any] = [

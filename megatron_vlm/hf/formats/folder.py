@@ -44,7 +44,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of a tensor: name, dtype and shape."""
+    """The entry of a tensor in a file: name, dtype and shape."""
 
     name: str
     dtype: torch.dtype
@@ -90,7 +90,7 @@ class HFFolder:
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether the weights are safetensors files rather than pickles."""
+        """Return whether the weights are safetensors files rather than pickles."""
         return all(file.endswith(".safetensors") for file in self.files)
 
     @property
@@ -103,7 +103,7 @@ class HFFolder:
         return _read(self._stored[name])
 
     def _weight_files(self) -> tuple[list[str], dict[str, str] | None]:
-        """File names, and the index's map from tensor to file where there is one."""
+        """Return the files of weights, and the index's map from tensor to file where there is one."""
         for single, index_name in (
             ("model.safetensors", SAFETENSORS_INDEX),
             ("pytorch_model.bin", BIN_INDEX),
@@ -142,7 +142,8 @@ class HFFolder:
 
 
 def _safetensors_file(path: Path) -> tuple[dict[str, Stored | Tensor], dict[str, str]]:
-    """A file's tensors, in the order of the data, and its metadata; safetensors itself checks the file."""
+    """Return a file's tensors, in the order of the data, and its metadata; safetensors itself checks the
+    file."""
     found: dict[str, Stored | Tensor] = {}
     try:
         # In this order: to safetensors a file that may not be read is one that isn't there.
@@ -162,7 +163,9 @@ def _safetensors_file(path: Path) -> tuple[dict[str, Stored | Tensor], dict[str,
 
 
 def _bin_file(path: Path) -> dict[str, Stored | Tensor]:
-    """A ``.bin`` file's tensors: nothing else is unpickled. A file of torch 1.5 or older is read whole.
+    """Return a ``.bin`` file's tensors: nothing else is unpickled.
+
+    A file of torch 1.5 or older is read whole.
 
     Raises:
         ValueError: it holds anything else, or is damaged.
@@ -184,7 +187,7 @@ def _bin_file(path: Path) -> dict[str, Stored | Tensor]:
 
 
 def open_weights_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """The names in a ``.safetensors`` file or one of ``torch.save``, and how a tensor of it is read.
+    """Return the names in a ``.safetensors`` file or one of ``torch.save``, and how a tensor of it is read.
 
     Raises:
         ValueError: it isn't there, is damaged, or holds anything but named tensors.
@@ -223,7 +226,7 @@ class Cast:
 
 
 def cast_infos(files: dict[str, list[TensorInfo]], dtype: torch.dtype) -> dict[str, list[TensorInfo]]:
-    """The tensors of each file, with ``dtype`` for those of floating point."""
+    """Return the tensors of each file, with ``dtype`` for those of floating point."""
     return {
         file: [replace(info, dtype=dtype) if info.dtype.is_floating_point else info for info in infos]
         for file, infos in files.items()
@@ -231,7 +234,7 @@ def cast_infos(files: dict[str, list[TensorInfo]], dtype: torch.dtype) -> dict[s
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A finite tensor in another dtype.
+    """Return a finite tensor in another dtype.
 
     Raises:
         ValueError: a value is too large for it.
@@ -278,7 +281,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 class SafetensorsFile:
-    """Writes one safetensors file, its tensors in any order, each straight to its place.
+    """The writer of one safetensors file, its tensors in any order, each straight to its place.
 
     The layout is fixed by the first call: header, then the data in the order of ``tensors``. Given
     the tensors in the order of an existing file, the bytes are those that ``safetensors`` wrote.
@@ -314,7 +317,7 @@ class SafetensorsFile:
         write_at(self._file, self._data + position, tensor.to(info.dtype))
 
     def hash(self, name: str) -> str:
-        """The hash of what the file holds of a tensor that was written."""
+        """Return the hash of what the file holds of a tensor that was written."""
         position, info = self._written[name]
         return stored_hash(self.path, self._data + position, info.nbytes)
 
@@ -330,7 +333,7 @@ class SafetensorsFile:
 
 
 class WeightsWriter:
-    """Writes the shards of a folder, tensors in any order.
+    """The writer of a folder's shards, tensors in any order.
 
     Args:
         directory: an existing folder.
@@ -355,7 +358,7 @@ class WeightsWriter:
         self._files[self._of[name]].write(name, tensor)
 
     def hash(self, name: str) -> str:
-        """The hash of what its file holds of a tensor that was written."""
+        """Return the hash of a tensor that was written, as its file holds it."""
         return self._files[self._of[name]].hash(name)
 
     def __enter__(self) -> WeightsWriter:
@@ -397,8 +400,8 @@ def write_index(directory: Path, files: dict[str, list[TensorInfo]]) -> None:
 
 
 def small_files(directory: Path) -> Iterator[Path]:
-    """The files of a model folder that are not weights or of a conversion, relative to it; hidden folders
-    are left out.
+    """Yield the files of a model folder that are not weights or of a conversion, relative to it; hidden
+    folders are left out.
 
     Raises:
         ValueError: one is a pipe, a device or a link to nothing.

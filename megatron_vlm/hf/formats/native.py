@@ -76,7 +76,7 @@ for _name, _value in vars(torch).items():
 
 
 def _enum_member(kind: Any, name: Any) -> Any:
-    """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle the member of an enum."""
+    """Return a member of an enum: in place of ``getattr``, with which Python 3.11.0 to 3.11.3 pickle one."""
     if kind not in (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType):
         raise pickle.UnpicklingError(f"asks for an attribute of {kind!r}")
     return kind[name]
@@ -124,8 +124,8 @@ def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
 
 
 def check_before_loading(folder: str | os.PathLike[str]) -> None:
-    """What has to be true before a folder is handed to ``dist_checkpointing.load``: nothing in it is
-    executed, and no file is missing or cut off.
+    """Check a folder before ``dist_checkpointing.load``: nothing in it is executed, and no file is missing or
+    cut off.
 
     torch unpickles without restraint both ``.metadata`` and what ``.metadata`` calls bytes, so a
     checkpoint may hold tensors only, which are read with ``weights_only``.
@@ -158,7 +158,7 @@ class Part:
     hash: str
 
     def is_in(self, path: Path) -> bool:
-        """Whether the file holds what was written.
+        """Return whether the file holds the bytes that were written.
 
         Raises:
             ValueError: the file ends before it, or is a pipe.
@@ -168,7 +168,7 @@ class Part:
 
 
 def promised_parts(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[Part]]:
-    """By file, what the manifest of a checkpoint that training wrote has hashes of: every byte of the file.
+    """Return the parts that the manifest of a trained checkpoint has hashes of, by file: every byte of each.
 
     Raises:
         ValueError: the manifest is damaged.
@@ -188,7 +188,8 @@ def promised_parts(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[
 
 
 class NativeReader:
-    """Reads tensors of a ``torch_dist`` checkpoint whole, one at a time, whatever grid they were cut into.
+    """The reader of a ``torch_dist`` checkpoint's tensors: each whole, whatever grid it was cut into.
+
     Where training wrote it, each chunk is compared with its hash.
 
     Args:
@@ -222,11 +223,11 @@ class NativeReader:
         return list(self._tensors)
 
     def shape(self, name: str) -> Shape:
-        """Global shape of a tensor."""
+        """Return the global shape of a tensor."""
         return tuple(self._tensors[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+        """Return the stored dtype of a tensor."""
         return self._tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
@@ -249,7 +250,7 @@ class NativeReader:
         return result
 
     def first_bytes(self, name: str, elements: int) -> bytes:
-        """The first elements as they are stored, without reading the whole tensor.
+        """Return the first elements as they are stored, without reading the whole tensor.
 
         Raises:
             ValueError: as :meth:`read`.
@@ -286,7 +287,7 @@ class NativeReader:
                 raise ValueError(f"{path} is not what was written ({name}); copy the checkpoint again")
 
     def _stored(self, name: str, offset: Shape) -> Stored:
-        """Where the chunk at ``offset`` lies."""
+        """Return the place of the chunk at ``offset``."""
         try:
             where = self._where[name, offset]
         except KeyError:
@@ -303,7 +304,7 @@ class NativeReader:
 
 
 class LayeredReader:
-    """Reads a checkpoint that may hold trained weights only: what it lacks comes from what it lies over.
+    """The reader of a checkpoint that may hold trained weights only; the others come from the one below it.
 
     Args:
         folders: of :func:`~megatron_vlm.artifacts.checkpoint.checkpoint_layers`, the one with all weights
@@ -320,24 +321,26 @@ class LayeredReader:
         return list(self._readers)
 
     def folder(self, name: str) -> Path:
-        """The folder that a tensor is read from."""
+        """Return the folder that a tensor is read from."""
         return self._readers[name].path
 
     def shape(self, name: str) -> Shape:
-        """As :meth:`NativeReader.shape`."""
+        """Return the global shape of a tensor."""
         return self._readers[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As :meth:`NativeReader.dtype`."""
+        """Return the stored dtype of a tensor."""
         return self._readers[name].dtype(name)
 
     def read(self, name: str) -> Tensor:
-        """As :meth:`NativeReader.read`."""
+        """Read a whole tensor, in its stored dtype."""
         return self._readers[name].read(name)
 
     def fingerprint(self) -> str:
-        """Tells these weights from others, wherever they lie and however they were cut: SHA-256 over the
-        name and the first eight elements of every tensor of the model."""
+        """Return a hash that tells these weights from others, wherever they lie and however they were cut.
+
+        It is SHA-256 over the name and the first eight elements of every tensor of the model.
+        """
         digest = hashlib.sha256()
         for name in sorted(name for name in self.names if not name.startswith("optimizer.")):
             digest.update(name.encode() + b"\0" + self._readers[name].first_bytes(name, 8))
@@ -345,7 +348,8 @@ class LayeredReader:
 
 
 def open_weights(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> LayeredReader:
-    """The weights of a checkpoint, over those that it was trained from if it holds trained weights only.
+    """Return the weights of a checkpoint, over those that it was trained from if it holds trained weights
+    only.
 
     Args:
         path: a checkpoint folder, a root, or a run folder.
@@ -366,7 +370,7 @@ def open_weights(path: str | os.PathLike[str], base: str | os.PathLike[str] | No
 
 
 class NativeWriter:
-    """Writes a ``torch_dist`` checkpoint tensor by tensor, holding one chunk at a time.
+    """The writer of a ``torch_dist`` checkpoint, tensor by tensor; it holds one chunk at a time.
 
     Args:
         folder: an existing folder.
@@ -401,7 +405,7 @@ class NativeWriter:
             )
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether the files hold, chunk by chunk, the tensor that was written."""
+        """Return whether the files hold, chunk by chunk, the tensor that was written."""
         entry = self._tensors[name]
         assert isinstance(entry, metadata.TensorStorageMetadata)
         for number, stored in enumerate(entry.chunks):
@@ -429,7 +433,8 @@ class NativeWriter:
         (self.path / _METADATA).write_bytes(buffer.getvalue())
 
     def _room(self) -> IO[bytes]:
-        """The file for the next chunk; a new one once the last is large enough to be read in parallel."""
+        """Return the file for the next chunk; a new one once the last is large enough to be read in
+        parallel."""
         if self._file is None or self._file.tell() >= _BYTES_PER_FILE:
             if self._file is not None:
                 self._file.close()
@@ -440,7 +445,8 @@ class NativeWriter:
 
 
 def _with_own_storage(tensor: Tensor) -> Tensor:
-    """The same elements, alone in their storage, since ``torch.save`` writes all that is behind a view."""
+    """Return a tensor's elements alone in their storage, since ``torch.save`` writes all that is behind a
+    view."""
     if not tensor.numel():
         return tensor.clone()
     return torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
@@ -448,8 +454,8 @@ def _with_own_storage(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """No CRC-32 in what ``torch.save`` writes: ``torch.load`` doesn't look at it, and it takes as long as the
-    rest. The manifest has better ones."""
+    """Let ``torch.save`` write no CRC-32 within the block: ``torch.load`` doesn't look at it, and it takes
+    as long as the rest. The manifest has better ones."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

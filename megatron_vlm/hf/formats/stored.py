@@ -43,7 +43,7 @@ class Stored:
     offset: int = 0
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        """Read it.
+        """Read the tensor.
 
         Args:
             out: a tensor of its shape and dtype to read into, or a part of one.
@@ -58,7 +58,7 @@ class Stored:
         return result if out is None else out.copy_(result)
 
     def write(self, tensor: Tensor) -> None:
-        """Write it; the file has room for it already."""
+        """Write the tensor; the file has room for it already."""
         assert self._is_contiguous
         assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype)
         with open(self.path, "r+b", buffering=0) as file:
@@ -74,7 +74,7 @@ class Stored:
 
     @property
     def _extent(self) -> int:
-        """Elements from the first to the last."""
+        """The number of elements from the first to the last."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
@@ -88,7 +88,7 @@ class Stored:
 
 
 def saved_tensors(path: Path, start: int = 0, length: int | None = None) -> Any:
-    """What a file holds that ``torch.save`` wrote, or a part of a file, with :class:`Stored` for tensors.
+    """Return the content of a file of ``torch.save``, or of a part of one, with :class:`Stored` for tensors.
 
     Nothing but tensors and plain values is unpickled; see ``torch.serialization.safe_globals`` for more.
 
@@ -107,7 +107,10 @@ def saved_tensors(path: Path, start: int = 0, length: int | None = None) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """Why ``torch.load`` refused a file, in a line. Its own first one advises to unpickle it nonetheless."""
+    """Return why ``torch.load`` refused a file, in a line.
+
+    Its own first one advises to unpickle it nonetheless.
+    """
     _, of_the_pickle, why = str(error).partition("WeightsUnpickler error:")
     line = (why if of_the_pickle else str(error)).strip().split("\n")[0].split(". ")[0]
     return line or "not what torch.save writes"
@@ -175,7 +178,7 @@ def _let_go(file: IO[bytes], start: int, length: int) -> None:
 
 
 def stored_hash(path: Path, start: int, length: int) -> str:
-    """:func:`~megatron_vlm.hf.formats.streaming.digest` of a part of a file.
+    """Return the :func:`~megatron_vlm.hf.formats.streaming.digest` of a part of a file.
 
     Raises:
         ValueError: the file ends before that.

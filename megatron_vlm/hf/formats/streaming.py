@@ -1,4 +1,4 @@
-"""What every conversion does with each tensor: check it, hash it, count it, and write it beside the reading.
+"""The way of each tensor through a conversion: checked, hashed, counted, and written beside the reading.
 
 The hash is XXH3-128 over the elements as they lie in memory, row by row, little-endian: what a
 safetensors file holds of the tensor. It guards against damage and mistakes, not against an attacker;
@@ -38,34 +38,34 @@ Item = TypeVar("Item")
 
 
 def digest(tensor: Tensor) -> str:
-    """The hash of a tensor's elements, as 32 hexadecimal digits."""
+    """Return the hash of a tensor's elements, as 32 hexadecimal digits."""
     return xxhash.xxh3_128(as_bytes(tensor)).hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements of a tensor, row by row; of a contiguous one without a copy."""
+    """Return the elements of a tensor, row by row; of a contiguous one without a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit (so a NaN equals itself)."""
+    """Return whether two tensors are equal in dtype, shape and every bit (so a NaN equals itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def describe(tensor: Tensor) -> dict[str, Any]:
-    """A tensor's entry in a manifest."""
+    """Return a tensor's entry in a manifest."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), HASH: digest(tensor)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
+    """Return a dtype's name: ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def tool_versions() -> dict[str, str]:
-    """What a manifest says of the software that wrote it."""
+    """Return the versions that a manifest names of the software that wrote it."""
     return {
         "megatron_vlm": megatron_vlm.__version__,
         "torch": torch.__version__,
@@ -106,7 +106,7 @@ def check_free_space(target: Path, needed: int) -> None:
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each made in a thread while the one before it is in use: read, for one."""
+    """Yield items, each made in a thread while the one before it is in use: read, for one."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as executor:
         coming = executor.submit(next, iterator, None)
@@ -116,7 +116,7 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 
 class Background:
-    """Makes calls one after the other in a thread, so that a tensor is written while the next is read.
+    """A thread that makes calls one after the other, so that a tensor is written while the next is read.
 
     A call's error comes out of a later call, or at the end of the block. Within it torch computes with one
     thread, in this thread and in those that begin: OpenMP's others would spin and take the writer's core.
@@ -164,7 +164,7 @@ def _give_freed_memory_back() -> None:
 
 
 class Meter:
-    """Counts bytes for a progress callback."""
+    """A counter of bytes for a progress callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress

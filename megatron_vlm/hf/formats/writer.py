@@ -86,7 +86,7 @@ class CheckpointWriter:
             self._writer.write(row.native, tensor)
 
     def holds(self, row: Row, tensor: Tensor) -> bool:
-        """Whether the files hold the tensor that was written."""
+        """Return whether the files hold the tensor that was written."""
         return self._writer.holds(row.native, tensor)
 
     def close(self, model: dict[str, Any], pp: int, written: dict[str, Any], carried: dict[str, Any]) -> None:

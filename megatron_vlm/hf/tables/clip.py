@@ -11,7 +11,7 @@ KIND = "clip"
 
 
 def entries(c: VisionConfig, model: ModelConfig) -> Entries:
-    """transformers ``CLIPVisionModel``; megatron-core ``CLIPViTModel``."""
+    """Yield the rows of transformers' ``CLIPVisionModel`` and megatron-core's ``CLIPViTModel``."""
     h, p = c.hidden_size, c.patch_size
     m, t = "vision_model.", "{tower}"
     yield Row(m + "class_token", ((t + "embeddings.class_embedding", (h,)),), Unsqueeze(2))

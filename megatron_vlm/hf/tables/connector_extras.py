@@ -7,7 +7,7 @@ from megatron_vlm.hf.tables.table import Entries, Row
 
 
 def entries(model: ModelConfig) -> Entries:
-    """The vector behind each row of features, where images are cut into tiles, and ViP-LLaVA's norm."""
+    """Yield the vector behind each row of features, where images are cut into tiles, and ViP-LLaVA's norm."""
     if model.projector.norm_epsilon is not None:
         for name in ("weight", "bias"):
             norm = (f"{{projector}}projector_layernorm.{name}", (model.projector.input_size,))

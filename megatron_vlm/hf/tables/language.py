@@ -8,7 +8,8 @@ from megatron_vlm.hf.tables.table import Alias, Carry, Entries, Row
 
 
 def entries(c: LanguageConfig, padded_vocab_size: int) -> Entries:
-    """transformers ``LlamaForCausalLM``, Mistral, Mixtral, Qwen2 and Qwen3; megatron-core ``GPTModel``.
+    """Yield the rows of transformers' Llama, Mistral, Mixtral, Qwen2 and Qwen3 and megatron-core's
+    ``GPTModel``.
 
     They differ in biases, in Qwen3's norms of queries and keys and in Mixtral's experts: the config tells.
     """
@@ -68,7 +69,7 @@ def entries(c: LanguageConfig, padded_vocab_size: int) -> Entries:
 
 
 def _mlp_rows(c: LanguageConfig, m: str, t: str) -> Entries:
-    """A layer's gated MLP and the norm before it; ``m`` and ``t`` begin the names of either side."""
+    """Yield a layer's gated MLP and the norm before it; ``m`` and ``t`` begin the names of either side."""
     h, f, mlp = c.hidden_size, c.ffn_hidden_size, t + "mlp."
     yield Row(m + "mlp.linear_fc1.layer_norm_weight", ((t + "post_attention_layernorm.weight", (h,)),))
     yield Row(
@@ -89,7 +90,10 @@ def _mlp_rows(c: LanguageConfig, m: str, t: str) -> Entries:
 
 
 def _expert_rows(c: LanguageConfig, m: str, t: str) -> Entries:
-    """Mixtral's router and experts: w1 is the gate, w3 up, w2 down. transformers 5 writes these names too."""
+    """Yield Mixtral's router and experts: w1 is the gate, w3 up, w2 down.
+
+    transformers 5 writes these names too.
+    """
     h, f, moe = c.hidden_size, c.ffn_hidden_size, t + "block_sparse_moe."
     assert c.num_experts is not None
     yield Row(m + "pre_mlp_layernorm.weight", ((t + "post_attention_layernorm.weight", (h,)),))

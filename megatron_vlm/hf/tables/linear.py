@@ -14,7 +14,7 @@ MM_PROJECTOR = {"": "linear_1"}  # LLaVA's name of a layer behind "mm_projector.
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """One affine map; transformers stores it with the identity behind it (see ``ProjectorConfig``)."""
+    """Yield one affine map; transformers stores it with the identity behind it (see ``ProjectorConfig``)."""
     m, t, hidden_size = "vision_projection.encoder.", "{projector}", model.language.hidden_size
     yield Row(m + "weight", ((t + "linear_1.weight", (hidden_size, c.input_size)),), COPY, COLUMN)
     identity: list[tuple[str, Shape]] = [(t + "linear_2.weight", (hidden_size, hidden_size))]

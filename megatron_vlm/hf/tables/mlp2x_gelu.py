@@ -11,7 +11,8 @@ MM_PROJECTOR = {"0": "linear_1", "2": "linear_2"}  # LLaVA's names of layers in 
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """transformers ``LlavaMultiModalProjector``; megatron-core ``MultimodalProjector`` of type mlp."""
+    """Yield the rows of transformers' ``LlavaMultiModalProjector`` and megatron-core's
+    ``MultimodalProjector``."""
     m, t, hidden_size = "vision_projection.encoder.", "{projector}", model.language.hidden_size
     yield Row(m + "linear_fc1.weight", ((t + "linear_1.weight", (hidden_size, c.input_size)),), COPY, COLUMN)
     yield Row(m + "linear_fc2.weight", ((t + "linear_2.weight", (hidden_size, hidden_size)),), COPY, ROW)

@@ -19,7 +19,7 @@ MM_PROJECTORS: dict[str, dict[str, str]] = registry("megatron_vlm.hf.tables", "M
 
 
 def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, str]) -> Table:
-    """The table of a model, with Hugging Face names as they are on disk.
+    """Return the table of a model, with Hugging Face names as they are on disk.
 
     Args:
         model: the architecture.

@@ -17,20 +17,20 @@ Shape = tuple[int, ...]
 
 
 class Op:
-    """Copies one tensor; the base of the others."""
+    """The copy of one tensor; the base of the other operations."""
 
     def native_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Shape of the Megatron tensor, from the shapes of the Hugging Face tensors."""
+        """Return the shape of the Megatron tensor, from the shapes of the Hugging Face tensors."""
         (shape,) = shapes
         return shape
 
     def to_native(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The Megatron tensor. Where dtypes differ, the widest; going back restores them."""
+        """Return the Megatron tensor. Where dtypes differ, the widest; going back restores them."""
         (tensor,) = tensors
         return tensor
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors; inverse of :meth:`to_native`."""
+        """Return the Hugging Face tensors; inverse of :meth:`to_native`."""
         return [tensor]
 
 
@@ -122,7 +122,7 @@ class PadVocabulary(Op):
 
 @dataclass(frozen=True)
 class ShardRule:
-    """How tensor parallelism cuts a tensor.
+    """The rule by which tensor parallelism cuts a tensor.
 
     Dimension ``dim`` (None: every rank has the whole tensor) consists of ``blocks`` equal blocks;
     each block is cut into equal parts, and a rank has its part of every block, one after the other.
@@ -132,7 +132,7 @@ class ShardRule:
     blocks: int = 1
 
     def chunks(self, shape: Shape, size: int) -> list[Chunk]:
-        """The pieces of a tensor that one of ``size`` ranks holds, in the order of the tensor.
+        """Return the pieces of a tensor that one of ``size`` ranks holds, in the order of the tensor.
 
         Raises:
             ValueError: the dimension cannot be cut into equal parts.
@@ -151,14 +151,14 @@ class ShardRule:
         ]
 
     def shard(self, tensor: Tensor, rank: int, size: int) -> Tensor:
-        """What ``rank`` of ``size`` ranks holds of the whole tensor."""
+        """Return the part of the whole tensor that ``rank`` of ``size`` ranks holds."""
         if self.dim is None:
             return tensor
         pieces = [c.of(tensor) for c in self.chunks(tuple(tensor.shape), size) if c.rank == rank]
         return torch.cat(pieces, self.dim)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the shards of all ranks, in rank order; inverse of :meth:`shard`."""
+        """Return the whole tensor from the shards of all ranks, in rank order; inverse of :meth:`shard`."""
         if self.dim is None:
             return shards[0]
         blocks = zip(*(shard.chunk(self.blocks, self.dim) for shard in shards), strict=True)
@@ -179,19 +179,19 @@ class Chunk:
         return math.prod(self.shape)
 
     def is_in(self, shape: Shape) -> bool:
-        """Whether a tensor of this shape has such a box."""
+        """Return whether a tensor of this shape has such a box."""
         return len(self.offset) == len(self.shape) == len(shape) and all(
             0 <= start <= start + length <= size
             for start, length, size in zip(self.offset, self.shape, shape, strict=True)
         )
 
     def overlaps(self, other: Chunk) -> bool:
-        """Whether some element is in both."""
+        """Return whether some element is in both."""
         sides = zip(self.offset, self.shape, other.offset, other.shape, strict=False)
         return all(max(a, b) < min(a + m, b + n) for a, m, b, n in sides)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This box of ``tensor``, as a view."""
+        """Return this box of ``tensor``, as a view."""
         for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor

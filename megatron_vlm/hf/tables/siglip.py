@@ -10,7 +10,8 @@ KIND = "siglip"
 
 
 def entries(c: VisionConfig, model: ModelConfig) -> Entries:
-    """transformers ``SiglipVisionModel``; megatron-core ``CLIPViTModel``, subtype siglip."""
+    """Yield the rows of transformers' ``SiglipVisionModel`` and megatron-core's ``CLIPViTModel``, subtype
+    siglip."""
     h, f, p = c.hidden_size, c.ffn_hidden_size, c.patch_size
     m, t = "vision_model.", "{tower}"
     yield Row(m + "conv1.weight", ((t + "embeddings.patch_embedding.weight", (h, c.num_channels, p, p)),))

@@ -1,4 +1,4 @@
-"""What tables are made of: rows, tensors that are carried, and the prefixes of names on disk.
+"""The entries of tables: rows, tensors that are carried, and the prefixes of names on disk.
 
 One table serves both directions. Each row names the Megatron tensor, the Hugging Face
 tensors with their shapes, the op between them, and the tensor-parallel cut. A Hugging Face tensor
@@ -99,8 +99,7 @@ class Table:
 
 
 def fixed_tensors(table: Table) -> dict[str, Callable[[], Tensor]]:
-    """Return what makes the tensors that are the same in every model of these shapes, by their Hugging Face
-    names."""
+    """Return makers of the tensors that are the same in every model of these shapes, by Hugging Face name."""
     return {
         name: functools.partial(carry.value, shape)
         for carry in table.carries
@@ -110,7 +109,7 @@ def fixed_tensors(table: Table) -> dict[str, Callable[[], Tensor]]:
 
 
 def detect_prefixes(names: Collection[str]) -> dict[str, str]:
-    """The prefixes of a checkpoint, by part; a part that it lacks gets the first of :data:`PREFIXES`.
+    """Return the prefixes of a checkpoint, by part; a part that it lacks gets the first of :data:`PREFIXES`.
 
     Raises:
         ValueError: the names are of a state dict that ``save_pretrained`` would take apart.
