@@ -1,2 +1,4 @@
-"""What a model is, read from config.json: its parts, their sizes and their parameters. Standard library only
-(Python 3.9)."""
+"""The architecture of a model, read from config.json: its parts, their sizes and their parameters.
+
+Standard library only (Python 3.9).
+"""

@@ -1,4 +1,4 @@
-"""How matrix products in FP8 are done, and the sizes that they take.
+"""Matrix products in FP8: the way they are done, and the sizes that they take.
 
 Sources: megatron-core 0.16.1 ``fp8_utils.py`` and ``transformer_block.py``, Transformer Engine 2.11
 ``quantization.py`` and ``utils.assert_dim_for_fp8_exec``.
@@ -20,7 +20,7 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """How matrix products in FP8 are done.
+    """The way in which matrix products in FP8 are done.
 
     Attributes:
         recipe: how values are scaled into FP8's range; of :data:`RECIPES`.
@@ -43,25 +43,32 @@ class Fp8Config:
 
     @property
     def alignment(self) -> int:
-        """Both sides of each matrix on a rank are a multiple of this. Source: megatron-core
-        ``get_fp8_align_size``."""
+        """The number that both sides of each matrix on a rank are a multiple of.
+
+        Source: megatron-core ``get_fp8_align_size``.
+        """
         return 32 if self.recipe == "mxfp8" else 16
 
     @property
     def projector(self) -> bool:
-        """Whether the projector computes in FP8 too. Delayed scaling exchanges the largest values over the
-        data parallel ranks whenever FP8 was used, and a rank without images runs no projector."""
+        """Return whether the projector computes in FP8 too.
+
+        Delayed scaling exchanges the largest values over the data parallel ranks whenever FP8 was
+        used, and a rank without images runs no projector.
+        """
         return self.recipe != "delayed"
 
     def weights(self, num_layers: int) -> List[str]:
-        """Names of the language model's weights that are multiplied by in FP8, as checkpoints have them."""
+        """Return the names of the language model's weights that are multiplied by in FP8, as checkpoints
+        have them."""
         layers = range(self.bf16_at_start, num_layers - self.bf16_at_end)
         return [
             f"{LANGUAGE}decoder.layers.{number}.{linear}.weight" for number in layers for linear in LINEARS
         ]
 
     def sequence_multiple(self, rows: int, tp: int, sequence_parallel: bool) -> int:
-        """What sequences are padded to a multiple of, so that a rank's tokens, sequence x batch, are aligned.
+        """Return the number that sequences are padded to a multiple of, so that a rank's tokens, sequence x
+        batch, are aligned.
 
         Args:
             rows: batch size, in sequences.
@@ -72,7 +79,7 @@ class Fp8Config:
         return (tp if sequence_parallel else 1) * (alignment // gcd(alignment, rows))
 
     def sizes(self, model: ModelConfig, tp: int, sequence_parallel: bool) -> Iterator[Tuple[str, int, int]]:
-        """The features of each matrix on a rank: what they are, how many, and what divides them."""
+        """Yield the features of each matrix on a rank: what they are, how many, and what divides them."""
         language, projector, step = model.language, model.projector, self.alignment
         heads, groups = language.num_attention_heads, language.num_key_value_heads
         whole = 128 if sequence_parallel and self.recipe == "blockwise" else step

@@ -18,7 +18,7 @@ TEXT_ACTIVATIONS = ("silu",)
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are lowered so that a model reads longer texts than it was first trained on.
+    """The way in which rotary frequencies are lowered for texts longer than a model was first trained on.
 
     ``linear`` divides all of them by ``factor``; ``llama3`` those whose wavelength is above
     ``original_max_position_embeddings / low_freq_factor`` tokens, none below

@@ -1,4 +1,4 @@
-"""The layers that parts of a model are described with: what each holds, and which products it does.
+"""The layers that parts of a model are described with: the tensors of each, and its products.
 
 A part yields its layers once, in the order of its forward pass. Counts of parameters and of operations are
 loops over them. Names are those that checkpoints have, without the prefix of the part or the layer's number.
@@ -39,7 +39,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Amount:
-    """What a part works on.
+    """The amount that a part works on.
 
     Attributes:
         rows: positions that go through its linears.
@@ -104,12 +104,12 @@ class Linear:
             yield from adapter.weights()
 
     def step(self, amount: Amount) -> Step:
-        """Return its products."""
+        """Return the layer's products."""
         whole = 2 * amount.rows * self.inputs * self.outputs
         return [[(f"{self.name}.weight", whole)], *(a.products(amount.rows) for a in self.adapters)]
 
     def adapted(self, rank: int, targets: Sequence[str], **projections: int) -> Linear:
-        """Return it with an adapter for each of its projections that is among ``targets``.
+        """Return the layer with an adapter for each of its projections that is among ``targets``.
 
         Args:
             projections: output features by Hugging Face's name.
@@ -139,7 +139,7 @@ class Convolution:
             yield Weight(f"{self.name}.bias", self.shape[:1])
 
     def step(self, amount: Amount) -> Step:
-        """Return its product."""
+        """Return the convolution's product."""
         patches = amount.rows // self.positions * self.patches
         return [[(f"{self.name}.weight", 2 * patches * prod(self.shape))]]
 
@@ -179,7 +179,7 @@ def vector(name: str, *shape: int) -> Trained:
 
 @dataclass(frozen=True)
 class Attention:
-    """Queries with keys, then weights with values.
+    """The products of attention: queries with keys, then weights with values.
 
     Attributes:
         width: features of all query heads.
@@ -188,11 +188,11 @@ class Attention:
     width: int
 
     def weights(self) -> Iterator[Weight]:
-        """Yield nothing: it has no tensors."""
+        """Yield nothing: attention has no tensors."""
         return iter(())
 
     def step(self, amount: Amount) -> Step:
-        """Return its two products as one."""
+        """Return attention's two products as one."""
         return [[(None, 4 * amount.pairs * self.width)]]
 
 

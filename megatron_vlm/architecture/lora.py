@@ -24,7 +24,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What ``B A x`` is multiplied with."""
+        """The factor of ``B A x``."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
@@ -38,7 +38,7 @@ class LoRAConfig:
         return tuple(name[len(_VISION) :] for name in self.targets if name in VISION_TARGETS)
 
     def fits(self, other: LoRAConfig) -> bool:
-        """Whether adapters of one can go on as the other's: all but the dropout is the same."""
+        """Return whether adapters of one can go on as the other's: all but the dropout is the same."""
         return self._identity == other._identity
 
     @property
@@ -46,6 +46,6 @@ class LoRAConfig:
         return self.rank, self.alpha, self.targets, self.rslora
 
     def flags(self) -> str:
-        """The flags that ask for such adapters."""
+        """Return the flags that ask for such adapters."""
         text = f"--lora-rank {self.rank} --lora-alpha {self.alpha} --lora-targets {' '.join(self.targets)}"
         return text + (" --use-rslora" if self.rslora else "")

@@ -49,7 +49,7 @@ class VisionConfig:
 
     @property
     def has_class_token(self) -> bool:
-        """CLIP puts a class token in front of the patches; SigLIP has none."""
+        """Return whether a class token stands in front of the patches: CLIP has one, SigLIP has none."""
         return self.family == "clip"
 
     @property
@@ -128,7 +128,7 @@ class ModelConfig:
         return self._extremes[2]
 
     def text_tokens(self, seq_length: int) -> int:
-        """What an image, the largest, leaves of a sequence."""
+        """Return the tokens that an image, the largest, leaves of a sequence for text."""
         return max(0, seq_length - self.image_tokens)
 
     @property
@@ -142,7 +142,7 @@ class ModelConfig:
         return self.vision.image_size // self.vision.patch_size
 
     def count_tokens(self, size: Size) -> int:
-        """Visual tokens of an image.
+        """Return the visual tokens of an image.
 
         Args:
             size: as for :meth:`tiling`; of no account where images aren't cut.
@@ -150,7 +150,7 @@ class ModelConfig:
         return self.tile_tokens if self.anyres is None else self.tiling(size).tokens
 
     def tiling(self, size: Size) -> Tiling:
-        """How an image is cut; of models that cut images.
+        """Return how an image is cut; of models that cut images.
 
         Args:
             size: height and width in pixels, or ``UNCUT``.
@@ -267,12 +267,12 @@ class ModelConfig:
         return model
 
     def to_dict(self) -> Dict[str, Any]:
-        """As plain JSON values; :meth:`from_dict` is its inverse."""
+        """Return the model as plain JSON values; :meth:`from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> ModelConfig:
-        """Inverse of :meth:`to_dict`.
+        """Build a model from the values of :meth:`to_dict`.
 
         Raises:
             ValueError: a key is missing or unknown, or its value is of another type.
@@ -344,7 +344,7 @@ def _check_numbers(path: str, model: ModelConfig) -> None:
 
 
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 128) -> int:
-    """Rows of the embedding when each of ``tp`` equal parts is a multiple of ``divisible_by``.
+    """Return the rows of the embedding when each of ``tp`` equal parts is a multiple of ``divisible_by``.
 
     Source: Megatron-LM ``_vocab_size_with_padding``.
     """

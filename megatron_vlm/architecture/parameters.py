@@ -35,7 +35,7 @@ class Parameter:
 def stage_parameters(
     model: ModelConfig, tp: int, layers: Sequence[int], vocab_divisible_by: int = 128
 ) -> List[List[Parameter]]:
-    """The parameters of each pipeline stage, on one tensor parallel rank.
+    """Return the parameters of each pipeline stage, on one tensor parallel rank.
 
     Tied embeddings stand on the first stage and, where that is another one, on the last stage too.
 

@@ -1,4 +1,4 @@
-"""``--train-modules``: what is trained, each part at a learning rate of its own.
+"""The entries of ``--train-modules``: the parts that are trained, each at a learning rate of its own.
 
     projector:1e-3|language:2e-5|vision.last_block:2e-6
 
@@ -62,17 +62,17 @@ class TrainEntry:
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the name is a pattern on parameter names."""
+        """Return whether the name is a pattern on parameter names."""
         return _is_pattern(self.name)
 
     def may_train(self, part: str) -> bool:
-        """Whether the entry reaches into ``"vision"`` or ``"language"``, as far as its name tells."""
+        """Return whether the entry reaches into ``"vision"`` or ``"language"``, as far as its name tells."""
         if self.is_pattern:
             return not self.name.startswith((VISION, PROJECTOR, LANGUAGE)) or self.name.startswith(f"{part}_")
         return self.name == "all" or self.name.partition(".")[0] == part
 
     def patterns(self, model: ModelConfig) -> Tuple[str, ...]:
-        """The shell-style patterns that cover the entry's parameters.
+        """Return the shell-style patterns that cover the entry's parameters.
 
         Raises:
             ValueError: the model has no such layers, or no output layer of its own.
@@ -124,7 +124,8 @@ def parse_train_modules(text: str) -> Tuple[TrainEntry, ...]:
 
 
 def preset(freeze_lm: bool, train_vision: bool) -> Tuple[TrainEntry, ...]:
-    """What ``--stage``, ``--freeze-lm`` and ``--train-vision`` train: the projector always.
+    """Return the entries that ``--stage``, ``--freeze-lm`` and ``--train-vision`` stand for: the projector
+    always.
 
     LLaVA's stage 1 trains the projector alone, stage 2 the language model too; the tower is frozen in
     both (Liu et al., https://arxiv.org/abs/2304.08485).
@@ -136,7 +137,7 @@ def preset(freeze_lm: bool, train_vision: bool) -> Tuple[TrainEntry, ...]:
 def assign(
     entries: Tuple[TrainEntry, ...], model: ModelConfig, names: Iterable[str]
 ) -> Dict[str, TrainEntry]:
-    """Which entry trains each parameter; those that none does are left out.
+    """Return the entry that trains each parameter; parameters that none trains are left out.
 
     Args:
         names: of all parameters, as checkpoints name them.

@@ -62,7 +62,7 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: ``[s, b, heads / tp, head_dim]``; ``[t, heads / tp, head_dim]`` of packed samples.
@@ -106,8 +106,11 @@ class ScaledDotProductAttention(MegatronModule):
         )
 
     def _attend_to_cache(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """One query per sequence and head. Those that share a key-value head stand in the sequence
-        dimension, so that the cache isn't copied for each."""
+        """Attend with one query per sequence and head.
+
+        Those that share a key-value head stand in the sequence dimension, so that the cache isn't
+        copied for each.
+        """
         b, heads, _, d = query.shape
         query = query.reshape(b, key.shape[1], heads // key.shape[1], d)
         context = F.scaled_dot_product_attention(query, key, value, visible, scale=self.softmax_scale)
@@ -115,7 +118,7 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class SelfAttentionWithOutputBias(SelfAttention):
-    """Self-attention whose output projection has a bias of its own say.
+    """Self-attention whose output projection has a bias or none by a setting of its own.
 
     megatron-core has one switch for the biases of ``linear_proj`` and of the MLP; Llama has two
     (``attention_bias``, ``mlp_bias``).

@@ -42,7 +42,7 @@ class KeyValueCache:
         self.visible = (columns < self._lengths.unsqueeze(1))[:, None, None, :]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep what this pass adds to a layer.
+        """Keep the keys and values that this pass adds to a layer.
 
         Args:
             layer: its number.

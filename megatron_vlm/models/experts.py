@@ -28,7 +28,8 @@ from torch import Tensor
 
 
 class MixtureOfExperts(MegatronModule):
-    """Stands where a layer's MLP would: ``moe_router_topk`` of its experts work on each token.
+    """The mixture of experts in the place of a layer's MLP: ``moe_router_topk`` of its experts work on each
+    token.
 
     A token's weights are the softmax over the logits of its experts, in float32, and no token is dropped.
     There is no loss that balances the experts: transformers' LLaVA has none either.
@@ -49,7 +50,8 @@ class MixtureOfExperts(MegatronModule):
         )
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """``[s, b, hidden]`` (``s / tp`` with sequence parallelism) to the same, and no bias."""
+        """Map ``[s, b, hidden]`` (``s / tp`` with sequence parallelism) to the same shape; return it and
+        no bias."""
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.group)
         tokens = hidden_states.flatten(0, 1)
@@ -69,7 +71,8 @@ class MixtureOfExperts(MegatronModule):
 
 
 class _Router(TopKRouter):
-    """Logits in the model's precision, all else in float32, as transformers' ``MixtralTopKRouter``.
+    """The router: logits in the model's precision, all else in float32, as transformers'
+    ``MixtralTopKRouter``.
 
     megatron-core's own product needs Transformer Engine (0.16.1: a name that isn't defined without it).
     """
@@ -79,7 +82,8 @@ class _Router(TopKRouter):
 
 
 class _Experts(SequentialMLP):
-    """Saved expert by expert, under the names of their parameters: no checkpoint tensor holds them all."""
+    """Experts that are saved one by one, under the names of their parameters: no checkpoint tensor holds
+    them all."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -71,13 +71,13 @@ class LanguageModel(GPTModel):
     def forward(
         self, *args: Any, trained: Tensor | None = None, loss_parts: LossParts | None = None, **kwargs: Any
     ) -> Tensor:
-        """As GPTModel's; what it doesn't have is for :meth:`_postprocess`, to which it hands nothing new."""
+        """Run as GPTModel does; arguments that it doesn't have are for :meth:`_postprocess`."""
         self._trained, self._loss_parts = trained, loss_parts
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
     def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        """The summed loss of the trained tokens where there are labels, else what GPTModel returns.
+        """Return the summed loss of the trained tokens where there are labels, else what GPTModel returns.
 
         With labels (``[b, s]``) the trained positions have to be known, and logits are made for these
         only, some at a time.
@@ -101,7 +101,7 @@ class LanguageModel(GPTModel):
         )
 
     def next_token_logits(self, embeddings: Tensor | None, cache: KeyValueCache) -> Tensor:
-        """One pass of this stage's layers while generating.
+        """Run one pass of this stage's layers while generating.
 
         Args:
             embeddings: ``[s, b, hidden]`` on the first stage; the others take the input tensor that was set.
@@ -131,7 +131,7 @@ class LanguageModel(GPTModel):
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Rotary frequencies as :class:`RopeScaling` says.
+    """Return rotary frequencies as :class:`RopeScaling` says.
 
     Args:
         frequencies: unscaled, in radians per token, ``[head_dim / 2]``.

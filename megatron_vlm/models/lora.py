@@ -73,7 +73,10 @@ def add_adapters(
 def _with_adapters(
     linear: type, projections: tuple[str, ...], targets: tuple[str, ...], lora: LoRAConfig
 ) -> type:
-    """The class ``linear`` with adapters. A subclass, so that its own parameters keep their names."""
+    """Return the class ``linear`` with adapters.
+
+    It is a subclass, so that its own parameters keep their names.
+    """
     kind = _RowAdapters if _is_row_parallel(linear) else _ColumnAdapters
     facts = {"projections": projections, "targets": targets, "lora": lora}
     return type(f"LoRA{linear.__name__}", (kind, linear), facts)
@@ -99,7 +102,7 @@ class Adapter(torch.nn.Module):
 
 
 class _Adapters(torch.nn.Module):
-    """What adapters beside a column and beside a row parallel linear have in common; a mixin."""
+    """The common part of adapters beside a column and beside a row parallel linear; a mixin."""
 
     projections: tuple[str, ...]
     targets: tuple[str, ...]
@@ -140,15 +143,15 @@ class _Adapters(torch.nn.Module):
         raise NotImplementedError
 
     def _mark(self, weight: torch.nn.Parameter, name: str) -> None:
-        """Tell megatron-core what is cut, and whose gradients are of a part of the sequence."""
+        """Tell megatron-core which parameters are cut, and whose gradients are of a part of the sequence."""
         if name in self.cut:
             set_tensor_model_parallel_attributes(weight, True, self.cut[name], 1)
         else:
             weight.sequence_parallel = self.cut_sequence  # type: ignore[attr-defined]
 
     def _dropped(self, x: Tensor, stream: str) -> Tensor:
-        """Dropout with random numbers from the tracker: they are saved with a run, and no data loader
-        draws from them."""
+        """Apply dropout with random numbers from the tracker: they are saved with a run, and no data
+        loader draws from them."""
         if not self.training or self.lora.dropout == 0.0:
             return x
         with get_cuda_rng_tracker().fork(stream):
@@ -157,7 +160,7 @@ class _Adapters(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The linear's entries and the adapters'."""
+        """Return the linear's entries and the adapters'."""
         # The linear takes the adapters for parameters of its own that are not cut.
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         entries.update(
@@ -196,7 +199,8 @@ class _ColumnAdapters(_Adapters):
         return [output_size // len(self.projections) // ranks] * len(self.projections)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``[s, b, input_size]`` (``s / tp`` with sequence parallelism) to ``[s, b, output_size / tp]``."""
+        """Map ``[s, b, input_size]`` (``s / tp`` with sequence parallelism) to ``[s, b, output_size /
+        tp]``."""
         output, bias, x = self._base(x)
         # Parts of a sequence need masks of their own, copies of it the same one.
         stream = _OWN_STREAM if self.cut_sequence else get_data_parallel_rng_tracker_name()
@@ -216,7 +220,7 @@ class _ColumnAdapters(_Adapters):
         return output + self.lora.scale * _fuse(deltas, self.query_groups), bias
 
     def _base(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Output and bias of the linear, and the input that its weight was applied to."""
+        """Return output and bias of the linear, and the input that its weight was applied to."""
         if not self.has_norm:
             return (*super().forward(x), x)
         if self.te_return_bias:
@@ -238,7 +242,8 @@ class _RowAdapters(_Adapters):
         return [output_size]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``[s, b, input_size / tp]`` to ``[s, b, output_size]`` (``s / tp`` with sequence parallelism)."""
+        """Map ``[s, b, input_size / tp]`` to ``[s, b, output_size]`` (``s / tp`` with sequence
+        parallelism)."""
         output, bias = super().forward(x)
         (adapter,) = self.adapters.values()
         low = F.linear(self._dropped(x, _OWN_STREAM), adapter.lora_A.weight)
@@ -252,10 +257,11 @@ class _RowAdapters(_Adapters):
 
 
 def _fuse(parts: list[Tensor], groups: int) -> Tensor:
-    """Projections' outputs as the fused linear holds them: group after group, one after the other in each."""
+    """Return projections' outputs as the fused linear holds them: group after group, one after the other
+    in each."""
     return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's A or B."""
+    """Return whether a parameter's name is that of an adapter's A or B."""
     return ".lora_A." in name or ".lora_B." in name

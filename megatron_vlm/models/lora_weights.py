@@ -1,4 +1,4 @@
-"""What adapters start from: PEFT's random numbers, or a PEFT adapter."""
+"""The first values of adapters: PEFT's random numbers, or a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def start_adapters(
 
 
 def _initial(name: str, shape: Shape, seed: int) -> Tensor:
-    """``kaiming_uniform(sqrt(5))`` for A and zero for B, as PEFT's ``reset_lora_parameters`` has it.
+    """Return ``kaiming_uniform(sqrt(5))`` for A and zero for B, as PEFT's ``reset_lora_parameters`` has it.
 
     A generator is seeded for each A from its name, so that neither layout nor other targets matter.
     """

@@ -26,7 +26,7 @@ CHUNK = {"cpu": 256, "cuda": 1024}
 
 
 def find_trained(loss_mask: Tensor) -> Tensor:
-    """Which rows of ``[s * b, h]`` the loss is taken of, in that order.
+    """Return the rows of ``[s * b, h]`` that the loss is taken of, in that order.
 
     Args:
         loss_mask: bool ``[b, s]``, True where a token is trained; best on the CPU, since the result's size
@@ -62,7 +62,8 @@ def linear_cross_entropy(
     chunk: int | None = None,
     parts: LossParts | None = None,
 ) -> Tensor:
-    """Summed cross entropy of the trained tokens; a collective call over the tensor parallel ranks.
+    """Return the summed cross entropy of the trained tokens; a collective call over the tensor parallel
+    ranks.
 
     Equals ``torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")`` over the
     trained tokens and the first ``vocab_size`` columns, gradients included. Softmax and sums are fp32
@@ -169,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _over_ranks(log_sum: Tensor, target_logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials, and the target's logit, over all ranks' columns.
+    """Return the log of the sum of exponentials, and the target's logit, over all ranks' columns.
 
     One exchange for both, without agreeing on a maximum before: the ranks' sums are added in the log
     domain, where nothing overflows.
@@ -184,7 +185,7 @@ def _over_ranks(log_sum: Tensor, target_logits: Tensor, group: dist.ProcessGroup
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a.T @ b`` where ``total`` is fp32 and the factors may not be."""
+    """Add ``a.T @ b`` to ``total`` where ``total`` is fp32 and the factors may not be."""
     kernels = weight_gradient_kernels(total.device.type)
     if a.dtype == total.dtype:
         total.addmm_(a.t(), b)

@@ -1,4 +1,4 @@
-"""How media go through a model: what an encoder takes, and where its features go in the text."""
+"""The way of media through a model: an encoder's inputs, and the places of its features in the text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_vlm.models.transformer_configs import TransformerConfigs
 
 
 class Index(Protocol):
-    """What a connector needs to make features of the encoder's."""
+    """The index by which a connector makes features of the encoder's."""
 
     def to(self, device: device) -> Any:
-        """Return it with its tensors on a device."""
+        """Return the index with its tensors on a device."""
 
 
 @dataclass(frozen=True)
 class FeatureOrder:
-    """Which features a microbatch's items of one kind become, worked out on the CPU.
+    """The features that a microbatch's items of one kind become, worked out on the CPU.
 
     Attributes:
         features: how many there are.
@@ -55,7 +55,7 @@ class Placed:
     index: Any = None
 
     def to(self, device: device) -> Placed:
-        """Return it on a device."""
+        """Return the media on a device."""
         return Placed(
             {name: to_device(tensor, device) for name, tensor in self.inputs.items()},
             to_device(self.positions, device),

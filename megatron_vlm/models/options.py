@@ -1,4 +1,4 @@
-"""How a model is built, whatever model it is."""
+"""The options that a model is built with, whatever model it is."""
 
 from __future__ import annotations
 

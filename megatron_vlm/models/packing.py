@@ -1,4 +1,4 @@
-"""Where samples begin in a sequence that holds several."""
+"""The boundaries of samples in a sequence that holds several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 def boundaries(lengths: Sequence[int], total: int, device: torch.device) -> PackedSeqParams:
-    """What attention and rotary positions need on every pipeline stage, in megatron-core's ``thd`` format.
+    """Return the boundaries that attention and rotary positions need, in megatron-core's ``thd`` format.
 
     Padding after the last sample is a sample of its own, since every position has to belong to one.
 

@@ -1,4 +1,4 @@
-"""What travels between pipeline stages."""
+"""The payload that travels between pipeline stages."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from megatron_vlm.models.tiles import FeatureIndex
 
 
 class Projector(MegatronModule):
-    """``linear`` or ``mlp2x_gelu``, as LLaVA names them; with ``image_newline`` where images are cut.
+    """A projector, ``linear`` or ``mlp2x_gelu``, as LLaVA names them; with ``image_newline`` where images are
+    cut.
 
     Equals transformers' ``LlavaMultiModalProjector`` and, with a norm, ``VipLlavaMultiModalProjector``.
     Parameters are named as in megatron-core's ``MultimodalProjector``, which can't be used for ``linear``:
@@ -50,7 +51,7 @@ class Projector(MegatronModule):
             )
 
     def forward(self, features: Tensor, index: FeatureIndex | None = None) -> Tensor:
-        """Project.
+        """Project features to embeddings.
 
         Args:
             features: ``[tiles, tokens, input_size]``.

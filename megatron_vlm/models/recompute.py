@@ -1,4 +1,4 @@
-"""What recomputing activations asks of a model."""
+"""Changes of a model for activations that are recomputed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn import Module
 
 
 def ask_for_gradient(x: Tensor, module: Module) -> Tensor:
-    """``x``, the input of ``module``'s layers, asking for a gradient if they are recomputed and trained.
+    """Return ``x``, the input of ``module``'s layers, asking for a gradient if they are recomputed and
+    trained.
 
     megatron-core's checkpoint is a function of the layer's input alone: where the input needs no gradient,
     because all before it is frozen, the layer's weights would silently get none.

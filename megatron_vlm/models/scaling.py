@@ -1,4 +1,4 @@
-"""What delayed scaling remembers of each FP8 linear, as tensors of a checkpoint.
+"""The memory of delayed scaling for each FP8 linear, as tensors of a checkpoint.
 
 Transformer Engine keeps, for the tensors of each matrix product, a scale and the largest magnitudes of the
 last iterations (``amax``), and hands them out as ``_extra_state``: pickled bytes, which no checkpoint of this
@@ -43,7 +43,8 @@ _KEPT_IN = {
 
 
 def scaling_state(chunks: Sequence[VisionLanguageModel], layout: Layout) -> dict[str, ShardedTensor]:
-    """Checkpoint entries of this rank's linears; none where nothing is scaled with a delay, or not yet."""
+    """Return checkpoint entries of this rank's linears; none where nothing is scaled with a delay, or not
+    yet."""
     if not _is_delayed(chunks):
         return {}
     replica = (0, layout.tp_rank, layout.dp_rank)
@@ -59,7 +60,7 @@ def scaling_state(chunks: Sequence[VisionLanguageModel], layout: Layout) -> dict
 
 
 def load_scaling_state(folder: Path, chunks: Sequence[VisionLanguageModel]) -> bool:
-    """Give the linears back what they remembered; a collective call.
+    """Give the linears the scales back that they remembered; a collective call.
 
     Returns:
         False if the model scales with a delay and the checkpoint is of a run that didn't, or that kept
@@ -89,7 +90,7 @@ def load_scaling_state(folder: Path, chunks: Sequence[VisionLanguageModel]) -> b
 
 @contextmanager
 def unmoved(chunks: Sequence[VisionLanguageModel]) -> Iterator[None]:
-    """What is run meanwhile, an evaluation, leaves no trace in what the linears remember."""
+    """Keep the linears' memory free of traces of the block, such as an evaluation."""
     tensors = [tensor for _, linear in _linears(chunks) for tensor in _kept(linear).values()]
     before = [tensor.clone() for tensor in tensors]
     try:
@@ -105,7 +106,7 @@ def _is_delayed(chunks: Sequence[VisionLanguageModel]) -> bool:
 
 
 def _linears(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, Module]]:
-    """The language model's linears of Transformer Engine, by their names in checkpoints."""
+    """Yield the language model's linears of Transformer Engine, by their names in checkpoints."""
     weights = sharded_weights(chunks)
     for index, chunk in enumerate(chunks):
         for name, module in chunk.language_model.named_modules():
@@ -115,7 +116,7 @@ def _linears(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, Modul
 
 
 def _kept(linear: Module) -> dict[str, Tensor]:
-    """A linear's tensors; none under another recipe, or before its first iteration."""
+    """Return a linear's tensors; none under another recipe, or before its first iteration."""
     meta: Any = linear.fp8_meta
     kept: dict[str, Any] = {
         name: getattr(meta.get(part), field, None) for name, (part, field) in _KEPT_IN.items()

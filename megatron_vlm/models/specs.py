@@ -1,4 +1,4 @@
-"""megatron-core layer specs: which class stands at each place of a transformer layer.
+"""megatron-core's layer specs: the class at each place of a transformer layer.
 
 ``transformer_engine`` for bfloat16 where that is installed and the device is a GPU, else ``local``.
 Both save under Transformer Engine's names, so a checkpoint of one loads with the other.
@@ -35,7 +35,7 @@ _LOCAL_TO_SAVED = {
 def choose_transformer_impl(
     device: str, wanted: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``.
+    """Return ``"transformer_engine"`` where it is installed and ``device`` is "cuda", else ``"local"``.
 
     Args:
         wanted: one of the two, whatever the default would be.
@@ -62,7 +62,7 @@ def choose_transformer_impl(
 def layer_spec(
     impl: str, causal: bool, output_bias: bool, qk_norm: bool = False, experts: bool = False
 ) -> ModuleSpec:
-    """One transformer layer.
+    """Return the spec of one transformer layer.
 
     Args:
         impl: ``"local"`` or ``"transformer_engine"``.
@@ -120,7 +120,7 @@ def layer_spec(
 def block_spec(
     impl: str, num_layers: int, output_bias: bool, qk_norm: bool = False, experts: bool = False
 ) -> TransformerBlockSubmodules:
-    """The language model's layers of one pipeline stage and the norm after the last of all.
+    """Return the specs of a pipeline stage's layers, and of the norm after the last of all.
 
     Args:
         num_layers: layers of this stage.
@@ -133,7 +133,8 @@ def block_spec(
 
 
 def standalone_norm(impl: str) -> type:
-    """The class of a norm that is fused with nothing: the last one of all, and those of queries and keys."""
+    """Return the class of a norm that is fused with nothing: the last one of all, and those of queries and
+    keys."""
     if impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -142,7 +143,7 @@ def standalone_norm(impl: str) -> type:
 
 
 def projector_submodules(impl: str) -> MLPSubmodules:
-    """The two linear layers of an ``mlp2x_gelu`` projector; no norm in front."""
+    """Return the two linear layers of an ``mlp2x_gelu`` projector; no norm in front."""
     if impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 

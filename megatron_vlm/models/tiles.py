@@ -1,4 +1,4 @@
-"""From the features of tiles to those of images: which go where, worked out on the CPU."""
+"""The way from the features of tiles to those of images, worked out on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vlm.data.batch import to_device
 
 
 class FeatureIndex(NamedTuple):
-    """How the features of a batch's tiles become those of its images.
+    """The index by which the features of a batch's tiles become those of its images.
 
     First come the tiles' features that are kept as they are, then those that are interpolated between four of
     them, then a newline for each row.
@@ -26,7 +26,7 @@ class FeatureIndex(NamedTuple):
     places: Tensor  # int64 [features]: among the batch's image tokens, on the CPU
 
     def gather(self, features: Tensor, newline: Tensor) -> Tensor:
-        """The images' features, ``[features, hidden]``, in the order of ``places``.
+        """Return the images' features, ``[features, hidden]``, in the order of ``places``.
 
         Args:
             features: of the tiles, ``[tiles, ModelConfig.tile_tokens, hidden]``.
@@ -44,13 +44,13 @@ class FeatureIndex(NamedTuple):
         return torch.cat(parts)
 
     def to(self, device: torch.device) -> FeatureIndex:
-        """With what :meth:`gather` needs on a device."""
+        """Return the index with the tensors of :meth:`gather` on a device."""
         kept, corners, weights = (to_device(x, device) for x in (self.kept, self.corners, self.weights))
         return self._replace(kept=kept, corners=corners, weights=weights)
 
 
 def index_features(image_sizes: Tensor, model: ModelConfig) -> FeatureIndex | None:
-    """Where the features of a batch's images come from; None where an image is one tile, as it is.
+    """Return where the features of a batch's images come from; None where an image is one tile, as it is.
 
     Equals ``pack_image_features`` of transformers' LLaVA-NeXT and LLaVA-OneVision, whose bilinear
     interpolation is ``F.interpolate``'s.
@@ -93,7 +93,7 @@ def index_features(image_sizes: Tensor, model: ModelConfig) -> FeatureIndex | No
 
 
 def _grid(tiling: Tiling) -> Tensor:
-    """Which of an image's features are not padding, as the tiles lie: int64 ``[rows, columns]``."""
+    """Return which of an image's features are not padding, as the tiles lie: int64 ``[rows, columns]``."""
     (tile_rows, tile_columns), side = tiling.grid, tiling.side
     if not tile_rows:
         return torch.empty(tiling.kept, dtype=torch.int64)
@@ -105,7 +105,7 @@ def _grid(tiling: Tiling) -> Tensor:
 
 
 def _interpolation(tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """The four features around each interpolated one, and their shares.
+    """Return the four features around each interpolated one, and their shares.
 
     Returns:
         int64 and float32 ``[4, rows * columns]``, the first as indices into the flattened grid that is kept.
@@ -118,7 +118,7 @@ def _interpolation(tiling: Tiling) -> tuple[Tensor, Tensor]:
 
 
 def _axis(size: int, resized: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one side: the neighbours of each new point, and the share of the second."""
+    """Return the neighbours of each new point along one side, and the share of the second."""
     at = ((torch.arange(resized) + 0.5) * (size / resized) - 0.5).clamp(min=0)
     first = at.long()
     return first, (first + 1).clamp(max=size - 1), at - first

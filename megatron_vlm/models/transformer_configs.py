@@ -1,4 +1,4 @@
-"""From a :class:`ModelConfig` to megatron-core's ``TransformerConfig`` of each part."""
+"""megatron-core's ``TransformerConfig`` of each part, from a :class:`ModelConfig`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_vlm.plan.pipeline import StageCosts, deal_layers
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's activation. Source: transformers ``QuickGELUActivation``."""
+    """Apply CLIP's activation. Source: transformers ``QuickGELUActivation``."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """An initialiser, or an activation, that does nothing."""
+    """Leave a tensor as it is: an initialiser, or an activation, that does nothing."""
     return weight
 
 
@@ -42,8 +42,11 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class TransformerConfigs:
-    """One config per part. They differ in more than sizes: only the language model is cut into
-    pipeline stages and sequence shards."""
+    """The configs of the parts.
+
+    They differ in more than sizes: only the language model is cut into pipeline stages and sequence
+    shards.
+    """
 
     vision: TransformerConfig
     projector: TransformerConfig
@@ -182,7 +185,7 @@ def _recomputation(recompute: str, num_layers: int) -> dict[str, Any]:
 def _pipeline_layout(
     model: ModelConfig, layout: Layout, layers_per_stage: Sequence[int] | None
 ) -> list[list[str]] | None:
-    """What each stage holds, in the words of megatron-core's ``PipelineParallelLayerLayout``."""
+    """Return what each stage holds, in the words of megatron-core's ``PipelineParallelLayerLayout``."""
     if layout.pp == 1:
         return None
     if layers_per_stage is None:

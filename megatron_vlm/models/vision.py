@@ -15,7 +15,7 @@ from megatron_vlm.models.specs import layer_spec, standalone_norm
 
 
 class VisionTower(CLIPViTModel):
-    """Images to patch features.
+    """A vision tower, which turns images into patch features.
 
     Equals ``hidden_states[vision_feature_layer]`` of transformers' ``CLIPVisionModel`` and
     ``SiglipVisionModel``, the class token dropped where the strategy says so. Blocks after the last

@@ -131,7 +131,7 @@ class VisionLanguageModel(MegatronModule):
         return self.language_model.next_token_logits(embeddings, cache)
 
     def embed(self, input_ids: Tensor, media: Mapping[str, Placed]) -> Tensor:
-        """Token embeddings with the media's features at their placeholders, ``[s, b, hidden]``."""
+        """Return token embeddings with the media's features at their placeholders, ``[s, b, hidden]``."""
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         for kind, modality in self.modalities.items():
             if kind in media:
@@ -157,7 +157,7 @@ class VisionLanguageModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The weight that first and last stage share when embeddings are tied."""
+        """Return the weight that first and last stage share when embeddings are tied."""
         return self.language_model.shared_embedding_or_output_weight()
 
 

@@ -115,26 +115,32 @@ def _way_on(folder: Path, resumes: bool) -> str:
 
 
 def has_adapters(folder: Path) -> bool:
-    """Whether a checkpoint holds LoRA adapters."""
+    """Return whether a checkpoint holds LoRA adapters."""
     return read_manifest(folder)["model"].get("lora") is not None
 
 
 def _folders(folder: Path, base: str | os.PathLike[str] | None) -> dict[str, Path]:
-    """The folder in which each tensor lies."""
+    """Return the folder in which each tensor lies."""
     reader = open_weights(folder, base)
     return {name: reader.folder(name) for name in reader.names}
 
 
 def named_parameters(chunks: Sequence[VisionLanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters. Each chunk counts its layers from 0, so names begin with the chunk's number."""
+    """Yield this rank's parameters.
+
+    Each chunk counts its layers from 0, so names begin with the chunk's number.
+    """
     for index, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             yield f"{index}.{name}", parameter
 
 
 def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> dict[str, Any]:
-    """Sharded tensors by name as in :func:`named_parameters`. ``_extra_state``, which holds FP8 scales,
-    is left out: it would tie a checkpoint to the layer spec that wrote it."""
+    """Return sharded tensors by name as in :func:`named_parameters`.
+
+    ``_extra_state``, which holds FP8 scales, is left out: it would tie a checkpoint to the layer spec
+    that wrote it.
+    """
     return {
         f"{index}.{name}": entry
         for index, chunk in enumerate(chunks)
@@ -144,7 +150,7 @@ def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> dict[str, Any]:
 
 
 def load_sharded(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """``dist_checkpointing.load``, of a folder that holds nothing but tensors; a collective call.
+    """Load as ``dist_checkpointing.load`` does, a folder that holds nothing but tensors; a collective call.
 
     Raises:
         ValueError: it holds something else, or is damaged.
@@ -176,18 +182,18 @@ def _check_tensors(
 
 
 def is_padded(name: str) -> bool:
-    """Whether a tensor has a row for each token, and so is padded differently at each TP."""
+    """Return whether a tensor has a row for each token, and so is padded differently at each TP."""
     return "word_embeddings" in name or "output_layer" in name
 
 
 def saved_name(entry: ShardedTensor | ShardedTensorFactory) -> str:
-    """The name that checkpoints have for a parameter: with the layer's number in the whole model, and the
-    same whatever layer spec it is of."""
+    """Return the name that checkpoints have for a parameter: with the layer's number in the whole model,
+    and the same whatever layer spec it is of."""
     return (entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry).key
 
 
 def describe(weights: dict[str, ShardedTensor | ShardedTensorFactory]) -> dict[str, dict[str, Any]]:
-    """``{saved name: {"shape": whole tensor's, "dtype": ...}}``, as a manifest lists them."""
+    """Return ``{saved name: {"shape": whole tensor's, "dtype": ...}}``, as a manifest lists them."""
     described = {}
     for entry in weights.values():
         part = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry

@@ -1,1 +1,1 @@
-"""What stands between an encoder and the language model, a file for each kind."""
+"""Connectors, which stand between an encoder and the language model, a file for each kind."""

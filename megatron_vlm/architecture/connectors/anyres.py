@@ -24,7 +24,7 @@ UNCUT: Size = (0, 0)  # stands for the size of an image that is one tile, whatev
 
 @dataclass(frozen=True)
 class AnyRes:
-    """How a model cuts images.
+    """The way in which a model cuts images.
 
     Attributes:
         grid_pinpoints: resolutions that an image may be padded to, in pixels; multiples of a tile's side.
@@ -39,7 +39,7 @@ class AnyRes:
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> AnyRes:
-        """From plain JSON values."""
+        """Build the value from plain JSON values."""
         return cls(**{**values, "grid_pinpoints": tuple(map(tuple, values["grid_pinpoints"]))})
 
 
@@ -83,18 +83,19 @@ class Tiling:
 
     @property
     def tiles(self) -> int:
-        """The whole image's tile included."""
+        """The number of tiles, the whole image's included."""
         return 1 + self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
-        """Of the language model: those of the whole image's tile, then row by row, each with a newline."""
+        """The language model's tokens: those of the whole image's tile, then row by row, each with a
+        newline."""
         rows, columns = self.resized
         return self.side**2 + rows * (columns + 1)
 
 
 def tile(size: Size, anyres: AnyRes, tile_size: int, side: int) -> Tiling:
-    """How an image is cut.
+    """Return how an image is cut.
 
     Args:
         size: of the image in pixels, or :data:`UNCUT`.
@@ -116,7 +117,7 @@ def tile(size: Size, anyres: AnyRes, tile_size: int, side: int) -> Tiling:
 
 
 def best_resolution(size: Size, resolutions: Tuple[Size, ...]) -> Size:
-    """The resolution that shows most of an image, and of equals the one with the least padding.
+    """Return the resolution that shows most of an image, and of equals the one with the least padding.
 
     The first of those that tie, as transformers ``select_best_resolution`` has it; LLaVA's own code compares
     in another order of width and height.
@@ -134,14 +135,14 @@ def best_resolution(size: Size, resolutions: Tuple[Size, ...]) -> Size:
 
 @functools.cache
 def extremes(anyres: AnyRes, tile_size: int, side: int) -> Tuple[int, int, int]:
-    """The fewest and the most tokens, and the most tiles, that an image may come to."""
+    """Return the fewest and the most tokens, and the most tiles, that an image may come to."""
     possible = list(_tilings(anyres, tile_size, side))
     tokens = [tiling.tokens for tiling in possible]
     return min(tokens), max(tokens), max(tiling.tiles for tiling in possible)
 
 
 def _tilings(anyres: AnyRes, tile_size: int, side: int) -> Iterator[Tiling]:
-    """Every tiling that an image of any size may have, and perhaps some that none has."""
+    """Yield every tiling that an image of any size may have, and perhaps some that none has."""
     if anyres.several_uncut:
         yield tile(UNCUT, anyres, tile_size, side)
     for height, width in anyres.grid_pinpoints:

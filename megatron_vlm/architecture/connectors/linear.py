@@ -11,6 +11,6 @@ KIND = "linear"
 
 
 def connector_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield its one linear."""
+    """Yield the projector's one linear."""
     projector, hidden = model.projector, model.language.hidden_size
     yield Linear("encoder", projector.input_size, hidden, COLUMN, projector.bias)

@@ -11,7 +11,7 @@ KIND = "mlp2x_gelu"
 
 
 def connector_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield its two linears."""
+    """Yield the projector's two linears."""
     projector, hidden = model.projector, model.language.hidden_size
     yield Linear("encoder.linear_fc1", projector.input_size, hidden, COLUMN, projector.bias)
     yield Linear("encoder.linear_fc2", hidden, hidden, ROW, projector.bias)

@@ -1,1 +1,1 @@
-"""What turns pixels, frames or sound into features, a file for each kind."""
+"""Encoders, which turn pixels, frames or sound into features, a file for each kind."""

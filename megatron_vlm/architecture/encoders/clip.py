@@ -14,7 +14,7 @@ KIND = "clip"
 
 
 def embedding_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield what turns pixels into the first block's input."""
+    """Yield the layers that turn pixels into the first block's input."""
     vision = model.vision
     yield patch_embedding(vision, bias=False)
     yield vector("class_token", 1, 1, vision.hidden_size)

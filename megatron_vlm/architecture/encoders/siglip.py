@@ -14,7 +14,7 @@ KIND = "siglip"
 
 
 def embedding_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield what turns pixels into the first block's input."""
+    """Yield the layers that turn pixels into the first block's input."""
     vision = model.vision
     yield patch_embedding(vision, bias=True)
     yield vector("position_embeddings.weight", vision.sequence_length, vision.hidden_size)

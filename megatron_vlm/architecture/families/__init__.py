@@ -1,1 +1,1 @@
-"""Which parts, tokens and templates make a published model; and what is refused, with reasons."""
+"""Families of published models: their parts, tokens and templates; and refused ones, with reasons."""

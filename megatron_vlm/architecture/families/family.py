@@ -1,4 +1,4 @@
-"""What is said about a published kind of vision-language model: one entry, in a file of its own here."""
+"""The entry of a published kind of vision-language model; each stands in a file of its own here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.architecture.connectors.anyres import AnyRes, Size
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a kind of vision-language model apart, by the ``model_type`` of its ``config.json``.
+    """A kind of vision-language model and what sets it apart, by the ``model_type`` of its ``config.json``.
 
     Attributes:
         class_prefix: begins the names of transformers' classes, as ``LlavaNext`` of ``LlavaNextConfig``.

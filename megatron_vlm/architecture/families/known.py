@@ -18,7 +18,7 @@ from megatron_vlm.system.registry import registry
 
 @dataclass(frozen=True)
 class TextFamily:
-    """What sets a family apart from the others.
+    """A family of text models, and what sets it apart from the others.
 
     Attributes:
         defaults: values of keys that config.json leaves out.
@@ -223,7 +223,7 @@ _REFUSED_KEYS: Dict[str, str] = {
 
 
 def check_text(text: Mapping[str, Any], where: str = "config.json: text_config.") -> TextFamily:
-    """The family of a text model.
+    """Return the family of a text model.
 
     Args:
         text: its config, as JSON has it.
@@ -239,12 +239,12 @@ def check_text(text: Mapping[str, Any], where: str = "config.json: text_config."
 
 
 def check_tower(vision: Mapping[str, Any], where: str = "config.json: vision_config.") -> None:
-    """As :func:`check_text`, of a tower."""
+    """Check a tower as :func:`check_text` does a text model."""
     _check_type(where, vision.get("model_type", UNNAMED_TOWER), TOWERS, _REFUSED_TOWERS)
 
 
 def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
-    """What a model is that is none of transformers' LLaVAs, and what makes one of it; else empty.
+    """Return what a model is that is none of transformers' LLaVAs, and what makes one of it; else empty.
 
     Args:
         config: its ``config.json``.
@@ -269,7 +269,8 @@ def other_model(config: Mapping[str, Any], folder: str = "<its folder>") -> str:
 
 
 def original_llava(config: Mapping[str, Any]) -> str:
-    """What a checkpoint of LLaVA's own repository is, and where its conversion is; empty for all others."""
+    """Return what a checkpoint of LLaVA's own repository is, and where its conversion is; empty for all
+    others."""
     kind, tower = config.get("model_type"), config.get("mm_vision_tower")
     if config.get("vision_config") or not (kind in _ORIGINAL_TYPES or tower or "mm_hidden_size" in config):
         return ""
