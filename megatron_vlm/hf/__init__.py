@@ -1,7 +1,8 @@
 """Conversion between Hugging Face LLaVA folders and megatron-core checkpoints.
 
     tables/          which Megatron tensor is which Hugging Face tensors, a file for each part
-      table.py         what a table is made of, and the table of a whole model
+      table.py         what a table is made of; vit.py: what towers share
+      model.py         the table of a whole model
       ops.py           pure functions of tensors: merges, splits, padding, tensor-parallel cuts
     formats/         where tensors lie
       folder.py        reading and writing Hugging Face folders, tensor by tensor

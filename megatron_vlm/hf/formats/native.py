@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_vlm.artifacts.checkpoint import BASE, FILES, MANIFEST, checkpoint_layers, read_manifest
+from megatron_vlm.artifacts.torch_dist import METADATA, check_shards, load_metadata
 from megatron_vlm.hf.formats.stored import Stored, read_into, reason, saved_tensors, send_to_disk, stored_hash
 from megatron_vlm.hf.formats.streaming import HASH, as_bytes, digest
 from megatron_vlm.hf.tables.ops import Chunk, Shape
 from megatron_vlm.system.files import check_readable
 
-_METADATA = ".metadata"
 _BYTES_PER_FILE = 4 << 30
 _CONFIG = {
     "sharded_backend": "torch_dist",
@@ -85,36 +85,20 @@ def _enum_member(kind: Any, name: Any) -> Any:
 _ADMITTED["builtins", "getattr"] = _enum_member
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}") from None
+def _admitted(module: str, name: str) -> Any:
+    try:
+        return _ADMITTED[module, name]
+    except KeyError:
+        raise pickle.UnpicklingError(f"asks for {module}.{name}") from None
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> metadata.Metadata:
     """Read ``.metadata`` of a ``torch_dist`` checkpoint without running anything that it holds.
 
-    torch itself unpickles this file without restraint.
-
     Raises:
         ValueError: the file is missing or damaged, or holds anything but metadata.
     """
-    path = Path(folder) / _METADATA
-    check_readable(path)
-    try:
-        with open(path, "rb") as file:
-            loaded = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        if any(Path(folder).glob("mp_rank_*")):
-            raise ValueError(
-                f"{folder} is of Megatron-LM's format; scripts/convert/reshard.py --megatron-dir {folder} "
-                "writes it in the one that training reads"
-            ) from None
-        raise ValueError(f"{folder}: no {_METADATA}; not a torch_dist checkpoint") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: refused, not the metadata of a checkpoint ({error})") from None
+    path, loaded = Path(folder) / METADATA, load_metadata(Path(folder), _admitted)
     if not isinstance(loaded, metadata.Metadata):
         raise ValueError(f"{path}: refused, holds a {type(loaded).__name__} instead of metadata")
     for info in (loaded.storage_data or {}).values():
@@ -136,11 +120,8 @@ def check_before_loading(folder: str | os.PathLike[str]) -> None:
     loaded = read_metadata(folder)
     for name, entry in loaded.state_dict_metadata.items():
         if type(entry) is not metadata.TensorStorageMetadata:
-            raise ValueError(f"{Path(folder) / _METADATA}: refused, {name} is not a tensor")
-    for info in (loaded.storage_data or {}).values():
-        file = Path(folder) / info.relative_path
-        if not file.is_file() or file.stat().st_size < info.offset + info.length:
-            raise ValueError(f"{file}: missing or cut off; copy or convert the checkpoint again")
+            raise ValueError(f"{Path(folder) / METADATA}: refused, {name} is not a tensor")
+    check_shards(Path(folder), loaded)
     common = Path(folder) / "common.pt"
     check_readable(common)
     try:
@@ -430,7 +411,7 @@ class NativeWriter:
         )
         buffer = io.BytesIO()
         pickle.dump(content, buffer)
-        (self.path / _METADATA).write_bytes(buffer.getvalue())
+        (self.path / METADATA).write_bytes(buffer.getvalue())
 
     def _room(self) -> IO[bytes]:
         """Return the file for the next chunk; a new one once the last is large enough to be read in

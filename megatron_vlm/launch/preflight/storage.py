@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.parameters import stage_parameters
+from megatron_vlm.artifacts.torch_dist import check_shards, load_metadata
 from megatron_vlm.config.run import RunConfig
 
 # Of one machine alone.
@@ -20,59 +20,12 @@ _MOST_LINKS = 40  # followed on one path, as Linux does
 _MOUNTED = ("/tmp", "/var/tmp", "/dev", "/proc", "/sys")
 
 
-class _Inert:
-    """Stands for every class in a checkpoint's metadata: keeps what it is given and runs nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return dict if name == "OrderedDict" else _Inert
-
-
 def shard_problems(folder: Path) -> Iterator[str]:
-    """Files of a ``torch_dist`` checkpoint that are missing or cut off, by its ``.metadata``.
-
-    That file is a pickle. It is read without importing or calling anything that it names.
-    """
-    path = folder / ".metadata"
+    """Return files of a ``torch_dist`` checkpoint that are missing or cut off, by its ``.metadata``."""
     try:
-        with open(path, "rb") as file:
-            places = dict(_InertUnpickler(file).load().storage_data)
-        ends: Dict[str, int] = {}
-        for place in places.values():
-            end = place.offset + place.length
-            ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
-    except FileNotFoundError:
-        if any(folder.glob("mp_rank_*")):
-            yield (
-                f"{folder} is of Megatron-LM's format; scripts/convert/reshard.py --megatron-dir {folder} "
-                "writes it in the one that training reads"
-            )
-            return
-        yield f"{folder}: no .metadata; copy or convert the checkpoint again"
-        return
-    except Exception as error:  # a damaged pickle can raise anything
-        yield f"{path}: cannot be read ({error}); copy or convert the checkpoint again"
-        return
-    damaged = []
-    for name, end in sorted(ends.items()):
-        try:
-            size = os.path.getsize(folder / os.path.basename(name))
-        except OSError:
-            damaged.append(f"{name} is missing")
-            continue
-        if size < end:
-            damaged.append(f"{name} is cut off ({size:,} of {end:,} bytes)")
-    if damaged:
-        more = f", and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
-        yield f"{folder}: {damaged[0]}{more}; copy or convert the checkpoint again"
+        check_shards(folder, load_metadata(folder))
+    except ValueError as error:
+        yield str(error)
 
 
 def image_problems(path: str) -> Iterator[str]:

@@ -58,7 +58,7 @@ def test_a_missing_checkpoint(workplace) -> None:
 
 def test_a_checkpoint_that_is_cut_off(workplace) -> None:
     (workplace / "ckpt/.metadata").write_bytes(b"damaged")
-    assert "ckpt/.metadata: cannot be read" in problem()
+    assert "ckpt/.metadata: refused, not the metadata of a checkpoint" in problem()
 
 
 def test_the_runs_own_checkpoint_comes_first(workplace) -> None:

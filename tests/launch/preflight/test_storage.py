@@ -43,7 +43,7 @@ def test_whole_missing_and_cut_off_shards(checkpoint) -> None:
     (problem,) = storage.shard_problems(checkpoint)
     assert f"{file.name} is missing; copy or convert" in problem
     (checkpoint / ".metadata").write_bytes(b"\x80\x04nonsense")
-    assert ".metadata: cannot be read" in next(storage.shard_problems(checkpoint))
+    assert ".metadata: refused, not the metadata of a checkpoint" in next(storage.shard_problems(checkpoint))
     (checkpoint / ".metadata").unlink()
     assert "no .metadata" in next(storage.shard_problems(checkpoint))
 
@@ -54,7 +54,7 @@ def test_nothing_in_the_metadata_is_run(checkpoint, tmp_path) -> None:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Attack()))
-    assert "cannot be read" in next(storage.shard_problems(checkpoint))
+    assert "refused, not the metadata" in next(storage.shard_problems(checkpoint))
     assert not (tmp_path / "ran").exists()
 
 
