@@ -68,13 +68,14 @@ class GlobalBatch:
 
     @property
     def payload_rows(self) -> int:
-        """Rows of what a pipeline stage sends to the next for a microbatch."""
+        """The rows of the payload that a pipeline stage sends to the next for a microbatch."""
         return payload_rows(self.sequence_length)
 
 
 def sample_names(microbatches: list[int], batch: GlobalBatch, layout: Layout) -> list[str]:
-    """Names of the samples in some of the ranks' microbatches; a collective call, since only the ranks
-    that read know them.
+    """Return the names of the samples in some of the ranks' microbatches.
+
+    A collective call: only the ranks that read know them.
 
     Args:
         microbatches: indices of this data parallel rank's.
@@ -86,7 +87,7 @@ def sample_names(microbatches: list[int], batch: GlobalBatch, layout: Layout) ->
 
 
 class BatchReader:
-    """Yields this rank's part of each global batch; a collective call over a model copy.
+    """The reader of this rank's part of each global batch; a collective call over a model copy.
 
     Args:
         source: microbatches, on the rank of each model copy that loads data; None on the others.
@@ -177,7 +178,8 @@ class BatchReader:
         )
 
     def _finished(self, media: Media) -> Media:
-        """What the encoder takes, on the ranks that have the tensors; the others know the sizes alone."""
+        """Return the encoder's inputs, on the ranks that have the tensors; the others know the sizes
+        alone."""
         if not media.tensors:
             return media
         tensors = {name: to_device(tensor, self.layout.device) for name, tensor in media.tensors.items()}
@@ -191,7 +193,7 @@ class BatchReader:
 
 
 def _count(read: list[Microbatch], number: Callable[[Media], int]) -> dict[str, int]:
-    """A number of the microbatches' media, by kind."""
+    """Return a number of the microbatches' media, by kind."""
     counts: Counter[str] = Counter()
     for microbatch in read:
         counts.update({kind: number(media) for kind, media in microbatch.media.items()})

@@ -1,4 +1,4 @@
-"""All that a run has before its first iteration: its resolved config, data, model, optimizer and hooks."""
+"""The parts of a run before its first iteration: resolved config, data, model, optimizer and hooks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from megatron_vlm.training.step import prepare_for_schedules
 
 
 def make_hooks(run: RunContext, parts: Parts) -> list[Hook]:
-    """List what happens beside updates; at each moment of an iteration they are called in this order."""
+    """Return the hooks of a run; at each moment of an iteration they are called in this order."""
     check = GradientCheck(parts.regime, run.layout, run.state, run.say)
     saving = Saving(run, parts) if run.config.checkpoint.save else None
     hooks: list[Hook | None] = [
@@ -67,7 +67,7 @@ def make_hooks(run: RunContext, parts: Parts) -> list[Hook]:
 def begin(
     config: RunConfig, layout: Layout, start: Start, sinks: Sinks, watchdog: Watchdog, stop: StopRequest
 ) -> RunContext:
-    """Find out what a run is and how far; a collective call that loads neither data nor model.
+    """Find out what is to be run and how far it is; a collective call that loads neither data nor model.
 
     Raises:
         ValueError: flags, checkpoint and data don't fit each other.
@@ -253,7 +253,7 @@ def _build_chunks(run: RunContext) -> list[VisionLanguageModel]:
 
 
 def _find_base(run: RunContext, regime: Regime) -> dict[str, str] | None:
-    """Find what this run's checkpoints lie over; None if they hold all weights."""
+    """Return the checkpoint that this run's checkpoints lie over; None if they hold all weights."""
     if not run.config.checkpoint.save_trained_only or len(regime.trained) == len(regime.shapes):
         return None
 

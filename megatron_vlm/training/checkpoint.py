@@ -74,7 +74,7 @@ _DATA_KINDS = {
 
 @dataclass
 class RunState:
-    """How far a run is. Counts are of the whole run, over all data parallel ranks."""
+    """The state of a run: how far it is. Counts are of the whole run, over all data parallel ranks."""
 
     iteration: int = 0
     consumed_samples: int = 0  # iterations times --global-batch-size: sequences with --packing
@@ -204,8 +204,8 @@ def save_checkpoint(
 def find_not_finite(
     chunks: Sequence[VisionLanguageModel], optimizer: Optimizer, layout: Layout
 ) -> str | None:
-    """The name of a weight that holds NaN or infinite values on some rank, as it is computed with or as the
-    optimizer keeps it; None if there is none. A collective call.
+    """Return the name of a weight that holds NaN or infinite values on some rank, as it is computed with or
+    as the optimizer keeps it; None if there is none. A collective call.
 
     Each rank goes through its own part once, on the device, which takes milliseconds on a GPU.
     """
@@ -226,7 +226,7 @@ def find_not_finite(
 def find_base(
     start: Path, trained: Collection[str], base: str | os.PathLike[str] | None = None
 ) -> dict[str, str]:
-    """What the checkpoints of a run that begins at ``start`` lie over, if they hold trained weights only.
+    """Return the checkpoint that those of a run from ``start`` lie over, if they hold trained weights only.
 
     Args:
         start: a checkpoint; if all that it holds is trained on, what it lies over itself.
@@ -288,7 +288,7 @@ def load_rng(folder: Path, layout: Layout) -> None:
 
 
 def load_run_state(folder: Path) -> RunState:
-    """How far the run was when this checkpoint was saved.
+    """Read how far the run was when this checkpoint was saved.
 
     Raises:
         ValueError: the file is damaged.
@@ -303,7 +303,7 @@ def load_run_state(folder: Path) -> RunState:
 
 
 def load_data_state(folder: Path) -> dict[str, Any]:
-    """The states of all data loader workers of the run.
+    """Read the states of all data loader workers of the run.
 
     Raises:
         ValueError: the file is damaged.
@@ -322,13 +322,16 @@ def load_data_state(folder: Path) -> dict[str, Any]:
 
 
 def _request(name: str, entries: dict[Any, Any]) -> dict[str, Any]:
-    """A part of a sharded state dict. On a stage where nothing trains it has to be absent, not empty:
-    what isn't a sharded tensor is saved by rank 0 alone and must be the same on every rank."""
+    """Return a part of a sharded state dict.
+
+    On a stage where nothing trains it has to be absent, not empty: what isn't a sharded tensor is saved
+    by rank 0 alone and must be the same on every rank.
+    """
     return {name: entries} if entries else {}
 
 
 def _gather(own: Mapping[Any, Any], layout: Layout) -> dict[str, Any]:
-    """All ranks' dictionaries as one, on rank 0."""
+    """Return all ranks' dictionaries as one, on rank 0."""
     parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
     dist.gather_object(own, parts)
     return {key: value for part in parts or [] for key, value in part.items()}
@@ -339,8 +342,8 @@ def _rng_file(folder: Path, layout: Layout) -> Path:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What a checkpoint's manifest has hashes of: all files but those of ``hf/`` that hold no weights, which
-    are there to be looked at and changed."""
+    """Yield the files that a checkpoint's manifest has hashes of: all files but those of ``hf/`` that
+    hold no weights, which are there to be looked at and changed."""
     for path in folder.rglob("*"):
         of_hf = path.relative_to(folder).parts[0] == HF_FOLDER
         if path.is_file() and (not of_hf or path.suffix == ".safetensors"):
@@ -348,8 +351,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _hash_own(folder: Path, layout: Layout) -> dict[str, Any]:
-    """Entries of the manifest for the tensors' files that this rank has written, while they are in the page
-    cache; a collective call."""
+    """Return the manifest's entries for the tensors' files that this rank has written, while they are in
+    the page cache; a collective call."""
     places = parallel.on_first_rank(lambda: tensors_by_place(folder))
     own = [file for file in places if file.startswith(f"__{layout.rank}_")]
     return {file: hash_file(folder, file, places[file]) for file in own}
@@ -374,7 +377,7 @@ def _save_rng(folder: Path, layout: Layout) -> dict[str, Any]:
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """Carry small files on: linked where the file system can, since nothing ever changes them."""
+    """Carry a folder's small files on: linked where the file system can, since nothing ever changes them."""
 
     def link(src: str, dst: str) -> None:
         try:
@@ -397,7 +400,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_kinds(values: Any, kinds: Mapping[str, Any]) -> None:
-    """Check that values, those that are there, are of the types that annotations say; floats may be integers.
+    """Check that values, if given, are of the types that annotations say; floats may be integers.
 
     Raises:
         TypeError: one is not, or ``values`` is no mapping.

@@ -1,4 +1,4 @@
-"""What a run works with: a light part that every start has, and the parts that cost time and memory."""
+"""The context of a run: a light part that every start has, and the parts that cost time and memory."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class RunContext:
 
     @property
     def finished(self) -> bool:
-        """Whether no iteration is left: by the run's length, or early."""
+        """Return whether no iteration is left: by the run's length, or early."""
         patience = self.config.training.early_stopping_patience
         return self.state.iteration >= self.total_iterations or stops_early(self.state, patience)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether nothing is left to do."""
         return self.finished and not self.state.evaluation_due
 
     def every(self, interval: int) -> bool:
@@ -112,7 +112,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the iterations of a run work with, on one rank.
+    """The parts that the iterations of a run work with, on one rank.
 
     Attributes:
         loader: of the training data; None on ranks that don't load any.

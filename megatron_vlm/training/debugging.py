@@ -1,4 +1,4 @@
-"""What ``--debug`` adds: a look at every batch and at the gradients of every module."""
+"""The additions of ``--debug``: a look at every batch and at the gradients of every module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from megatron_vlm.training.hooks import Hook
 
 
 class Debugger(Hook):
-    """Prints what goes into a step and what comes out, and lets autograd name the operation behind a NaN.
+    """A hook that prints what goes into a step and what comes out, and lets autograd name the operation
+    behind a NaN.
 
     Args:
         say: prints, on one rank.
@@ -83,7 +84,7 @@ class Debugger(Hook):
 
 
 def _length_of_first(batch: Batch) -> torch.Tensor:
-    """int64 ``[1]``; without packing up to the last trained token, since what follows may be padding."""
+    """Return int64 ``[1]``; without packing up to the last trained token, since the rest may be padding."""
     if batch.packed_seq_params is not None:
         return batch.packed_seq_params.cu_seqlens_q.diff()[:1].cpu()
     trained = batch.loss_mask[0].nonzero()  # each is the place before its token

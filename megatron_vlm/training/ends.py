@@ -1,4 +1,4 @@
-"""What a run says of the token that ends an answer, and when it can't begin for want of one."""
+"""The check of the token that ends an answer, without which some runs can't begin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vlm.data.processing import Processing
 
 
 def describe_ends(data_path: str, processing: Processing, hf_folder: Path) -> str:
-    """Check that the model learns where an answer ends, and that what is exported stops there.
+    """Check that the model learns where an answer ends, and that an exported model stops there.
 
     Args:
         data_path: dataset or mixture; a mixture's datasets may have templates of their own.

@@ -29,7 +29,7 @@ from megatron_vlm.training.step import NonFiniteError, sum_losses
 
 @dataclass(frozen=True)
 class Validation:
-    """What an evaluation found, equal on every rank."""
+    """The findings of an evaluation, equal on every rank."""
 
     loss: float  # mean over the trained tokens
     trained_tokens: int
@@ -39,7 +39,7 @@ class Validation:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """By the names that TensorBoard has."""
+        """Return the metrics by the names that TensorBoard has."""
         values = asdict(self)
         values |= values.pop("by_source")
         return {f"validation/{name}": value for name, value in values.items()}
@@ -49,7 +49,7 @@ class Validation:
 
 
 class Evaluator:
-    """Evaluates on the first samples of the dataset's ``val`` split, each time the same.
+    """The evaluator on the first samples of the dataset's ``val`` split, each time the same.
 
     Neither the training data nor any random generator moves by it. The data-parallel ranks share the
     samples out, each taken once; rows and microbatches of padding without loss make all microbatches of
@@ -110,7 +110,7 @@ class Evaluator:
     def evaluate(
         self, models: list[DistributedDataParallel], beat: Callable[[], None], stop: StopRequest
     ) -> Validation | None:
-        """One pass over the samples; a collective call.
+        """Make one pass over the samples; a collective call.
 
         Args:
             beat: called now and then, to say that it goes on.
@@ -181,7 +181,7 @@ def _held_out(path: str) -> Mixture:
 
 @contextmanager
 def _evaluating(models: list[DistributedDataParallel]) -> Iterator[None]:
-    """Without gradients and dropout; every module ends in the mode in which it was."""
+    """Run the block without gradients and dropout; every module ends in the mode in which it was."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -194,7 +194,7 @@ def _evaluating(models: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def note_evaluation(state: RunState, loss: float, min_delta: float) -> bool:
-    """Take an evaluation's loss into ``state``; whether it is the lowest so far.
+    """Take an evaluation's loss into ``state``; return whether it is the lowest so far.
 
     Args:
         min_delta: how far the loss has to fall to be an improvement for :func:`stops_early`.
@@ -213,7 +213,7 @@ def note_evaluation(state: RunState, loss: float, min_delta: float) -> bool:
 
 
 def without_evaluations(state: RunState) -> RunState:
-    """For a new run that goes on from another's state: it has no best checkpoint of its own yet."""
+    """Return a state for a new run that goes on from another's: it has no best checkpoint of its own yet."""
     return replace(
         state,
         best_loss=None,
@@ -226,5 +226,5 @@ def without_evaluations(state: RunState) -> RunState:
 
 
 def stops_early(state: RunState, patience: int | None) -> bool:
-    """Whether ``--early-stopping-patience`` ends the run here."""
+    """Return whether ``--early-stopping-patience`` ends the run here."""
     return patience is not None and state.evaluations_without_improvement >= patience

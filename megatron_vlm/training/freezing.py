@@ -1,4 +1,4 @@
-"""What a run trains: which parameters, at which learning rate, and how many they are."""
+"""The regime of a run: which parameters it trains, at which learning rate, and how many they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = {"vision tower": VISION, "projector": PROJECTOR, "language model": LAN
 
 @dataclass(frozen=True)
 class Regime:
-    """What is trained of a model, as every rank knows it.
+    """The regime of a model: the parameters that are trained, as every rank knows them.
 
     Attributes:
         entries: of ``--train-modules``, in their order. Each is a group of the optimizer.
@@ -40,14 +40,14 @@ class Regime:
     experts: tuple[int, int] | None = None
 
     def size(self, name: str) -> int:
-        """Number of elements of a whole parameter."""
+        """The number of elements of a whole parameter."""
         return math.prod(self.shapes[name])
 
 
 def set_trainable(
     chunks: Sequence[VisionLanguageModel], entries: tuple[TrainEntry, ...], layout: Layout
 ) -> Regime:
-    """Freeze what no entry names and number the rest for the optimizer; a collective call.
+    """Freeze the parameters that no entry names and number the rest for the optimizer; a collective call.
 
     Sets ``requires_grad`` of every parameter, and ``train_entry``, the number of its entry, of those
     that are trained.
@@ -70,7 +70,7 @@ def set_trainable(
 
 
 def table(regime: Regime, rates: Sequence[float], weight_decay: float) -> str:
-    """Trained and all parameters of each module of the whole model, as aligned text.
+    """Return the numbers of trained and all parameters of each module of the whole model, as aligned text.
 
     A module that several entries train has a line for each. TP shards are summed, tied weights and
     replicas counted once, and the vocabulary is the real one.
@@ -110,7 +110,7 @@ def table(regime: Regime, rates: Sequence[float], weight_decay: float) -> str:
 
 
 def _active(regime: Regime, names: Iterable[str]) -> int:
-    """Parameters that a token meets: of its own experts only."""
+    """Return the number of parameters that a token meets: of its own experts only."""
     assert regime.experts is not None
     chosen, experts = regime.experts
     sizes = [(regime.size(name), ".mlp.experts." in name) for name in names]
@@ -120,7 +120,7 @@ def _active(regime: Regime, names: Iterable[str]) -> int:
 
 
 def _whole_model(own: dict[str, dict[str, Any]], model: ModelConfig, layout: Layout) -> dict[str, list[int]]:
-    """Shapes of all ranks' parameters, by name; a collective call."""
+    """Return the shapes of all ranks' parameters, by name; a collective call."""
     everyones: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(layout.model_group))]
     dist.all_gather_object(everyones, own, group=layout.model_group)
     shapes = {name: list(about["shape"]) for part in everyones for name, about in part.items()}

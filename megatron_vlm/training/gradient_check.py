@@ -1,4 +1,4 @@
-"""That gradients reach what is trained, and that nothing else changes.
+"""The check that gradients reach what is trained, and that nothing else changes.
 
 An unfrozen part that never updates leaves no mark in a loss curve, so the first iterations of every start are
 watched. It costs two passes over the frozen weights and a small reduction per iteration, until all is well.
@@ -32,7 +32,7 @@ _JUDGED = 20  # updates after which a run is judged
 
 
 class GradientCheck(Hook):
-    """Watches a run until a gradient has reached every trained tensor.
+    """A hook that watches a run until a gradient has reached every trained tensor.
 
     Args:
         regime: what is trained; its weights are loaded.
@@ -137,8 +137,8 @@ class GradientCheck(Hook):
             self.waiting = []
 
     def _look(self, global_batch: GlobalBatch) -> tuple[set[str], set[str]]:
-        """The tensors that a gradient has reached on any rank, and the kinds of media that any had to learn
-        from."""
+        """Return the tensors that a gradient has reached on any rank, and the kinds of media that any
+        learned from."""
         kinds, own = list(MODALITIES), len(self.waiting)
         size = own + 2 * len(kinds)
         found = torch.zeros(size, dtype=torch.int32, device=self.layout.device)
@@ -159,7 +159,7 @@ class GradientCheck(Hook):
         return {name for name, flag in zip(self.waiting, flags[:own], strict=True) if flag}, seen
 
     def _chances(self, name: str) -> int:
-        """Iterations in which a gradient could have reached a parameter."""
+        """Return the number of iterations in which a gradient could have reached a parameter."""
         kind = _kind(name)
         return self.iterations if kind is None else self.with_media[kind]
 
@@ -194,7 +194,7 @@ class GradientCheck(Hook):
 
 
 class LastVerdict(Hook):
-    """Judges a run at its end, before its last checkpoint takes the place of another."""
+    """A hook that judges a run at its end, before its last checkpoint takes the place of another."""
 
     def __init__(self, check: GradientCheck, run: RunContext) -> None:
         self.check = check
@@ -207,13 +207,13 @@ class LastVerdict(Hook):
 
 
 def _bits(parameters: list[tuple[str, torch.nn.Parameter]]) -> list[Tensor]:
-    """The sum of each parameter's bits, which is exact and needs no copy."""
+    """Return the sum of each parameter's bits, which is exact and needs no copy."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return [parameter.detach().view(kinds[parameter.element_size()]).sum() for _, parameter in parameters]
 
 
 def _kind(name: str) -> str | None:
-    """The kind of media that a parameter or a prefix is for; None for the language model."""
+    """Return the kind of media that a parameter or a prefix is for; None for the language model."""
     module = name.partition(".")[0]
     return next((kind for kind, modality in MODALITIES.items() if module in modality.modules), None)
 
@@ -223,7 +223,7 @@ def _one(kind: str) -> str:
 
 
 def _part(name: str) -> str:
-    """What a parameter is of, in the words of messages."""
+    """Return the part that a parameter is of, in the words of messages."""
     module = next((module for module, prefix in MODULES.items() if name.startswith(prefix)), name)
     return f"LoRA adapters of the {module}" if ".adapters." in name else module
 

@@ -1,4 +1,4 @@
-"""What watches over a run: losses that aren't finite, losses that jump, and ranks that hang."""
+"""The guards of a run: losses that aren't finite, losses that jump, and ranks that hang."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GRACE_SECONDS = 5.0  # for the other ranks to write their stacks
 
 
 class LossGuard(Hook):
-    """Decides about losses and gradients that aren't finite, and tells of losses that jump.
+    """A hook that decides about losses and gradients that aren't finite, and tells of losses that jump.
 
     All ranks see the same losses and decide alike.
 
@@ -53,7 +53,7 @@ class LossGuard(Hook):
         self._find_not_finite = find_not_finite
 
     def not_finite(self, error: NonFiniteError, batch: GlobalBatch) -> None:
-        """Leave the update out, where ``--nan-policy`` is ``skip``; a collective call.
+        """Leave an update out, where ``--nan-policy`` is ``skip``; a collective call.
 
         Raises:
             ValueError: it is ``stop``, it was the tenth iteration in a row, or the weights aren't finite
@@ -112,7 +112,7 @@ class LossGuard(Hook):
 
 
 class Watchdog:
-    """Ends a rank that is stuck, after writing where.
+    """A thread that ends a rank that is stuck, after writing where.
 
     A thread of each rank: a collective that waits and Python code that waits both let it run. When there
     was no :meth:`beat` for the time given, it writes the Python stacks of all threads to
@@ -149,7 +149,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """The run goes on."""
+        """Note that the run goes on."""
         self.last_beat = time.monotonic()
         if self.minutes > 0:
             faulthandler.dump_traceback_later(self.seconds + 4 * _GRACE_SECONDS, exit=True)

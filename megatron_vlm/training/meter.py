@@ -1,4 +1,4 @@
-"""What an iteration was: its time, memory, throughput and utilisation, over all ranks."""
+"""The meter of an iteration: time, memory, throughput and utilisation, over all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COUNTS = ("seen", "truncated", "dropped", "corrupt")
 
 
 class Meter:
-    """Measures iterations on every rank alike.
+    """A meter of iterations, on every rank alike.
 
     Args:
         trains: whether a parameter is trained, by its name in checkpoints.
@@ -55,15 +55,15 @@ class Meter:
         self.created = self.counted_until = time.perf_counter()
 
     def start(self) -> None:
-        """An iteration begins."""
+        """Start the clock of an iteration."""
         self.started = time.perf_counter()
 
     def batch_arrived(self) -> None:
-        """It has its data."""
+        """Note that the iteration has its data."""
         self.data_seconds = time.perf_counter() - self.started
 
     def stop(self) -> None:
-        """It is done; also counts the time since the last one, of a checkpoint for one."""
+        """Stop the clock of an iteration; also count the time since the last one, of a checkpoint for one."""
         now = time.perf_counter()
         self.seconds = now - self.started
         self.state.gpu_seconds += self.layout.world_size * (now - self.counted_until)
@@ -77,7 +77,7 @@ class Meter:
         sequences: int,
         seen: Mapping[str, int] | None,
     ) -> IterationMetrics:
-        """The metrics of the iteration that was stopped last; a collective call.
+        """Return the metrics of the iteration that was stopped last; a collective call.
 
         Args:
             batch: this rank's share of it.
@@ -133,7 +133,7 @@ class Meter:
 
 
 def _peak_memory(layout: Layout) -> float:
-    """GiB that this rank has used at most: of the device, or without one of the process."""
+    """Return the GiB that this rank has used at most: of the device, or without one of the process."""
     if layout.device.type == "cuda":
         return torch.cuda.max_memory_allocated(layout.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

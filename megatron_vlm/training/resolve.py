@@ -1,4 +1,4 @@
-"""What a run's flags leave to its checkpoint and its data."""
+"""The values that a run's flags leave to its checkpoint and its data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_vlm.plan.start import Start, saved_config
 
 
 def resolve(config: RunConfig, start: Start, model: ModelConfig, world_size: int) -> RunConfig:
-    """Fill in what the flags leave to checkpoint and data: length, precision, loader workers and how images
-    are read; a collective call.
+    """Fill in the values that the flags leave to checkpoint and data: length, precision, loader workers and
+    how images are read; a collective call.
 
     Raises:
         ValueError: the flags don't fit the model, the data or the number of ranks.

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the iteration, so that resuming restores it by itself."""
+"""The learning rate as a pure function of the iteration, so that resuming restores it by itself."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Schedule:
     style: str = "cosine"
 
     def scaled_to(self, lr: float) -> Schedule:
-        """The same curve with its peak at ``lr``; ``min_lr`` keeps its ratio to the peak, as it does for
-        torch's ``LambdaLR`` over several parameter groups."""
+        """Return the same curve with its peak at ``lr``; ``min_lr`` keeps its ratio to the peak, as it
+        does for torch's ``LambdaLR`` over several parameter groups."""
         return replace(self, lr=lr, min_lr=self.min_lr * lr / self.lr if self.lr else 0.0)
 
     def at(self, iteration: int) -> float:
-        """The rate of the update that ends ``iteration`` (1 is the first)."""
+        """Return the rate of the update that ends ``iteration`` (1 is the first)."""
         step = iteration - 1
         if self.warmup_iters > 0 and step <= self.warmup_iters:
             return self.lr * step / self.warmup_iters

@@ -1,4 +1,4 @@
-"""Microbatches that one rank of a model copy has read, handed to the others."""
+"""The sharing of microbatches, which one rank of a model copy has read, with the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LENGTH = 8  # bytes in which the header's length is written
 
 @dataclass(frozen=True)
 class Shared:
-    """What every rank of a model copy knows of a microbatch, before it is padded and moved.
+    """The part of a microbatch that every rank of a model copy knows, before it is padded and moved.
 
     Attributes:
         input_ids, labels: int64 ``[b, s]``, on the CPU.
@@ -38,13 +38,13 @@ class Shared:
 
     @classmethod
     def of(cls, microbatch: Microbatch) -> Shared:
-        """Return what the ranks are to know of a microbatch."""
+        """Return the part of a microbatch that all ranks are to know."""
         packed = microbatch.lengths.tolist() if microbatch.packed else []
         return cls(microbatch.input_ids, microbatch.labels, packed, microbatch.sources, microbatch.media)
 
     @property
     def form(self) -> list[Any]:
-        """The shapes of all that it holds, as JSON values."""
+        """Return the shapes of all its tensors, as JSON values."""
         media = [
             [kind, own.sizes.shape, [[name, _name(t), t.shape] for name, t in own.tensors.items()]]
             for kind, own in self.media.items()
@@ -53,14 +53,14 @@ class Shared:
 
     @property
     def numbers(self) -> list[Tensor]:
-        """All that every rank has to know, int64 and one-dimensional."""
+        """Return the numbers that every rank has to know, int64 and one-dimensional."""
         lists = (torch.tensor(numbers, dtype=torch.int64) for numbers in (self.packed, self.sources))
         sizes = (own.sizes.flatten() for own in self.media.values())
         return [self.input_ids.flatten(), self.labels.flatten(), *lists, *sizes]
 
     @classmethod
     def from_form(cls, form: Sequence[Any], numbers: _Pieces, tensors: _Pieces | None) -> Shared:
-        """Return what has this form, taken from the front of what came.
+        """Return the microbatch of a form, taken from the front of the pieces.
 
         Args:
             numbers: of int64.
@@ -103,7 +103,7 @@ class _Pieces:
 
 
 class Sharer:
-    """Hands microbatches from the rank of a model copy that reads them to the others.
+    """A sharer of microbatches, from the rank of a model copy that reads them to the others.
 
     One broadcast says what comes, one has all numbers that every rank has to know, and one to the first stage
     has the media's tensors.
@@ -114,7 +114,7 @@ class Sharer:
         self._capacity = 1 << 10  # bytes of a header that is told in one broadcast
 
     def share(self, read: Sequence[Microbatch]) -> list[Shared]:
-        """Return what one rank read, on every rank of its model copy; a collective call.
+        """Return the microbatches that one rank read, on every rank of its model copy; a collective call.
 
         Args:
             read: empty on the ranks that read nothing.
@@ -136,7 +136,10 @@ class Sharer:
         return [Shared.from_form(form, pieces, tensors or no_bytes) for form in forms]
 
     def _tell(self, forms: list[Any]) -> list[Any]:
-        """The forms, on every rank. A header that is longer than ever before takes a second broadcast."""
+        """Return the forms, on every rank.
+
+        A header that is longer than ever before takes a second broadcast.
+        """
         header = json.dumps(forms, separators=(",", ":")).encode() if forms else b""
         size, told = _LENGTH + len(header), None
         if forms:
@@ -159,7 +162,7 @@ class Sharer:
     def _broadcast(
         self, own: Tensor | None, size: int, dtype: torch.dtype, group: dist.ProcessGroup
     ) -> Tensor:
-        """One rank's flat tensor, on the device of every rank of a group.
+        """Return one rank's flat tensor, on the device of every rank of a group.
 
         Args:
             own: None on the ranks that receive it.
@@ -175,7 +178,7 @@ def _name(tensor: Tensor) -> str:
 
 
 def _aligned(at: int, dtype: str) -> int:
-    """Where a tensor may begin: a view of bytes as another type needs a multiple of its size."""
+    """Return where a tensor may begin: a view of bytes as another type needs a multiple of its size."""
     size: int = getattr(torch, dtype).itemsize
     return -(-at // size) * size
 
@@ -195,7 +198,7 @@ def _count_bytes(forms: Sequence[Any]) -> int:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors' bytes one after the other, each where it may begin; None for none."""
+    """Return the tensors' bytes one after the other, each where it may begin; None for none."""
     pieces: list[Tensor] = []
     end = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""SIGUSR1, SIGTERM and SIGINT (Ctrl-C): the run saves at the end of the iteration, and ends."""
+"""The signals SIGUSR1, SIGTERM and SIGINT (Ctrl-C): the run saves at the end of the iteration, and ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_vlm.system.exit_codes import (
 
 
 class StopRequest:
-    """Whether a signal has asked the run to save and end.
+    """The request of a signal that the run save and end.
 
     One rank that was asked is enough: the ranks compare notes once an iteration, in a reduction that they
     need anyway (:func:`sum_losses`), so that all of them save the same iteration.
@@ -54,8 +54,10 @@ class StopRequest:
         return self
 
     def hold(self) -> None:
-        """The iterations begin: a signal is kept until an iteration is done. Before, with nothing to lose, it
-        ends this rank at once."""
+        """Keep signals until an iteration is done, from now on.
+
+        Before, with nothing to lose, it ends this rank at once.
+        """
         self._trains = True
 
     def agree(self, device: torch.device) -> None:
@@ -111,6 +113,6 @@ class StopRequest:
 
 
 def _tell(what: str) -> None:
-    """Once on each node. Not by print: the main thread may be in the middle of one."""
+    """Tell of a signal once on each node. Not by print: the main thread may be in the middle of one."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"rank {os.environ.get('RANK', '0')}: {what}\n".encode())

@@ -1,4 +1,5 @@
-"""Loss and counts of each dataset of a mixture: summed where they arise, reduced once a line of the log."""
+"""The loss and the counts of each dataset of a mixture: summed where they arise, reduced once a line of
+the log."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from megatron_vlm.parallel import Layout
 
 
 class SourceTotals:
-    """What came from each dataset since the last :meth:`take`. Every rank has one.
+    """The totals of each dataset since the last :meth:`take`. Every rank has one.
 
     Args:
         names: of the datasets, in the mixture's order.
@@ -28,13 +29,13 @@ class SourceTotals:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Forget all counts."""
         count, device = len(self.names), self.layout.device
         self._losses = torch.zeros(count, dtype=torch.float64, device=device)  # on ranks of the last stage
         self._counts = torch.zeros(3, count, dtype=torch.float64)  # on the ranks that read
 
     def count(self, microbatches: Sequence[Microbatch]) -> None:
-        """Count what this rank has read."""
+        """Count a batch that this rank has read."""
         for microbatch in microbatches:
             own = torch.tensor(microbatch.sources, dtype=torch.int64)
             lengths = microbatch.lengths[: len(own)]  # rows of padding stand at the end
@@ -47,11 +48,12 @@ class SourceTotals:
             self._counts[2] += trained.bincount(minlength=size)
 
     def parts(self, sources: Tensor) -> LossParts:
-        """Where the model puts the losses of a microbatch, ``sources`` being those of its tokens."""
+        """Return where the model puts the losses of a microbatch, ``sources`` being those of its tokens."""
         return LossParts(sources, self._losses)
 
     def take(self) -> dict[str, float | None]:
-        """Mean loss, samples, tokens and trained tokens of each dataset, by their names in metrics.
+        """Return the mean loss, samples, tokens and trained tokens of each dataset, by their names in
+        metrics.
 
         A collective call. The loss is None where nothing was trained, or it is not finite.
         """
@@ -72,7 +74,7 @@ class SourceTotals:
 
 
 def token_sources(sources: Sequence[int], packed: Sequence[int], rows: int, length: int) -> Tensor:
-    """The dataset of each token, int64 ``[rows, length]``; 0 where there is only padding.
+    """Return the dataset of each token, int64 ``[rows, length]``; 0 where there is only padding.
 
     Args:
         sources: of the samples.

@@ -21,7 +21,7 @@ from megatron_vlm.training.signals import StopRequest
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on every rank."""
+    """The result of a step, equal on every rank."""
 
     loss: float  # mean over the trained tokens of the global batch
     trained_tokens: int  # of the global batch
@@ -30,7 +30,7 @@ class StepResult:
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient is NaN or infinite; nothing was updated.
+    """The error of a loss or gradient that is NaN or infinite; nothing was updated.
 
     Attributes:
         microbatches: indices of this data parallel rank's microbatches whose loss is not finite.
@@ -44,7 +44,8 @@ class NonFiniteError(Exception):
 
 
 def token_loss(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What megatron-core's schedules divide by the trained tokens of the global batch, and report.
+    """Return the loss that megatron-core's schedules divide by the trained tokens of the global batch, and
+    report.
 
     Args:
         loss_mask: ``[b, s]``, True where a token is trained.
@@ -57,7 +58,7 @@ def token_loss(loss_mask: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
-    """Forward pass of one microbatch through one model chunk, in the form megatron-core's schedules call."""
+    """Pass one microbatch forward through one model chunk, in the form megatron-core's schedules call."""
     batch = next(batches)
     output = model(
         input_ids=batch.input_ids,
@@ -78,7 +79,7 @@ def compute_gradients(
     layout: Layout,
     stop: StopRequest | None = None,
 ) -> tuple[float, int]:
-    """Forward and backward over a global batch; gradients end reduced and divided by trained tokens.
+    """Pass forward and backward over a global batch; gradients end reduced and divided by trained tokens.
 
     Returns:
         Mean loss and number of trained tokens of the global batch, on every rank.
@@ -98,7 +99,7 @@ def sum_losses(
     forward_only: bool,
     stop: StopRequest | None = None,
 ) -> tuple[float, int]:
-    """Forward over a global batch, and backward unless ``forward_only``.
+    """Pass forward over a global batch, and backward unless ``forward_only``; sum the losses.
 
     Args:
         stop: where given, the ranks agree on it.
@@ -158,7 +159,7 @@ def train_step(
     inspect: Callable[[], None] | None = None,
     stop: StopRequest | None = None,
 ) -> StepResult:
-    """One update, with each entry's learning rate; a collective call.
+    """Make one update, with each entry's learning rate; a collective call.
 
     Args:
         inspect: called when the gradients are there and the weights still as before.

@@ -1,4 +1,4 @@
-"""What happens beside a run's updates, listed in order by :func:`megatron_vlm.training.build.make_hooks`."""
+"""Hooks beside a run's updates, listed in order by :func:`megatron_vlm.training.build.make_hooks`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_vlm.training.step import NonFiniteError, StepResult
 
 
 class Hook:
-    """Takes part in an iteration at some of these moments, at each of them in the order of the list.
+    """A part in iterations, at some of these moments, at each of them in the order of the list.
 
     Every rank has the same hooks, so that any method may be a collective call. A hook that raises ends
     the run.

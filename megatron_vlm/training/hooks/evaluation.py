@@ -10,7 +10,8 @@ from megatron_vlm.training.hooks.saving import Saving
 
 
 class Evaluation(Hook):
-    """Evaluates every ``--eval-interval`` iterations and at the end, and saves the best weights so far.
+    """The hook that evaluates every ``--eval-interval`` iterations and at the end, and saves the best
+    weights.
 
     Args:
         saving: None with ``--no-save``.

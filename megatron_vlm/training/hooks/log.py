@@ -12,7 +12,7 @@ from megatron_vlm.training.step import StepResult
 
 
 class Log(Hook):
-    """Measures every iteration, and tells of one in ``--log-interval`` and of the last."""
+    """The hook that measures every iteration, and tells of one in ``--log-interval`` and of the last."""
 
     def __init__(self, run: RunContext, parts: Parts) -> None:
         self.run = run

@@ -11,7 +11,8 @@ from megatron_vlm.training.hooks import Hook
 
 
 class Saving(Hook):
-    """Saves the run every ``--save-interval`` iterations, at its end, and where the ranks agree to stop."""
+    """The hook that saves every ``--save-interval`` iterations, at the end, and where the ranks agree to
+    stop."""
 
     def __init__(self, run: RunContext, parts: Parts) -> None:
         self.run = run
