@@ -144,7 +144,7 @@ def _tensors_of(optimizer: Optimizer) -> Iterable[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Size of each storage, by its address."""
+    """Return the size of each storage, by its address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

@@ -158,12 +158,12 @@ def summarize(results: dict[Run, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def machine() -> str:
-    """The processor's or the GPU's name and how many there are."""
+    """Return the processor's or the GPU's name and how many there are."""
     return f"{torch.cuda.get_device_name()} x {RANKS}" if torch.cuda.is_available() else processor()
 
 
 def processor() -> str:
-    """The processor's name and how many cores there are."""
+    """Return the processor's name and how many cores there are."""
     model = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor() or platform.machine(),
@@ -176,7 +176,7 @@ def _lines(path: str) -> list[str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     workload = report["workload"]
     lines = [

@@ -88,7 +88,7 @@ def by_pil(jpeg: bytes) -> Tensor:
 
 
 def read_samples(folder: Path) -> Any:
-    """Files of sample after sample, in order, by webdataset."""
+    """Return the files of sample after sample, in order, by webdataset."""
     shards = sorted(str(shard) for shard in (folder / "data").glob("*.tar"))
     return webdataset.WebDataset(shards, shardshuffle=False)
 
@@ -151,7 +151,7 @@ class PlainLoader(IterableDataset[dict[str, Any]]):
 
 
 def make_loader(folder: Path, packing: bool = False) -> TrainLoader:
-    """The loader of a run with one loader worker."""
+    """Return the loader of a run with one loader worker."""
     model = ModelConfig.from_hf_dir(str(folder / "hf"))
     processing = load_processing(str(folder / "hf"), model, seq_length=WORKLOAD.sequence)
     return TrainLoader(
@@ -207,7 +207,7 @@ def measure(folder: Path, images: int) -> list[float]:
 
 
 def differences(folder: Path) -> int:
-    """The most levels that loader and plain loader differ by in a value of 100 samples.
+    """Return the most levels that loader and plain loader differ by in a value of 100 samples.
 
     Raises:
         SystemExit: they have other ids or labels.

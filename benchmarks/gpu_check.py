@@ -60,7 +60,7 @@ class Step:
 
 
 def speed(shape: str, side: str, expected: float) -> Step:
-    """A step that trains at a shape."""
+    """Return a step that trains at a shape."""
     arguments = ("-m", "benchmarks.gpu.speed", "--shape", shape, "--side", side)
     return Step(f"{shape}-{side}", arguments, expected, needs_cuda=side == "fp8")
 
@@ -86,7 +86,7 @@ def _end_with_parent() -> None:
 
 
 def rounds(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in their order, those together that run at once."""
+    """Return the steps in their order, those together that run at once."""
     found: list[list[Step]] = []
     for step in steps:
         if step.timed or not found or found[-1][0].timed:

@@ -26,7 +26,7 @@ LIMIT = 79 * GIB
 
 
 def llava(text: dict[str, Any], vision: dict[str, Any] | None = None, **options: Any) -> ModelConfig:
-    """A LLaVA of these sizes; the image token is the last of the vocabulary."""
+    """Return a LLaVA of these sizes; the image token is the last of the vocabulary."""
     return ModelConfig.from_hf(
         {
             "model_type": "llava",
@@ -144,7 +144,8 @@ CASES = [
 
 
 def fitting(model: ModelConfig, regime: list[str], sequence: int) -> tuple[int, RunConfig, list[StageMemory]]:
-    """The layout of fewest GPUs, in nodes of 8, that fits; of equals the one that costs the least time.
+    """Return the layout of fewest GPUs, in nodes of 8, that fits; of equals the one that costs the least
+    time.
 
     Full recomputation counts as dearer than tensor parallelism within a node, pipeline stages as dearer
     than both.

@@ -37,7 +37,7 @@ def freeze_tower(chunks: list[VisionLanguageModel]) -> None:
 def from_memory(
     workload: Workload, folder: Path, layout: parallel.Layout, all_trained: bool
 ) -> dict[str, list[float]]:
-    """The training step on collated batches: hand out, normalise, forward, backward, update."""
+    """Return the training step on collated batches: hand out, normalise, forward, backward, update."""
     dtype = torch.bfloat16 if layout.device.type == "cuda" else torch.float32
     model = ModelConfig.from_hf_dir(str(folder / "hf"))
     chunks = build_model(model, layout, ModelOptions(dtype))
@@ -81,7 +81,7 @@ def microbatch(batch: dict[str, torch.Tensor]) -> Microbatch:
 
 
 def from_loader(workload: Workload, folder: Path, layout: parallel.Layout) -> dict[str, list[float]]:
-    """A whole run as the launcher starts it: energon's loaders with one worker per rank."""
+    """Return a whole run as the launcher starts it: energon's loaders with one worker per rank."""
     total = workload.warmup + workload.iterations
     sizes = {"micro_batch_size": workload.micro_batch, "global_batch_size": workload.global_batch}
     sizes |= {"seq_length": workload.sequence, "train_iters": total, "tp": layout.tp}

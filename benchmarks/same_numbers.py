@@ -171,13 +171,14 @@ FAMILIES = (
 def both(
     collect: Callable[[Tree, Path, Path], Values], reference: Tree, current: Tree, inputs: Path, folder: Path
 ) -> tuple[Values, Values]:
-    """The values of each tree, which writes to a folder of its own."""
+    """Return the values of each tree, which writes to a folder of its own."""
     ours, theirs = (collect(tree, inputs, folder / tree.folder.name) for tree in (current, reference))
     return theirs, ours
 
 
 def training_flags(inputs: Path, model: str, flags: Sequence[str]) -> list[str]:
-    """The flags of a short run on two processes, with ``{inputs}`` in ``flags`` replaced by their folder."""
+    """Return the flags of a short run on two processes, with ``{inputs}`` in ``flags`` replaced by their
+    folder."""
     return [
         *("-g", "2", "--device", "cpu", "--log-interval", "1", "--train-iters", str(ITERATIONS)),
         *(

@@ -84,7 +84,7 @@ def save_model(workload: Workload, folder: Path) -> None:
 
 
 def llava_config(workload: Workload, image_token_id: int) -> transformers.LlavaConfig:
-    """A Llama behind a CLIP tower."""
+    """Return a Llama behind a CLIP tower."""
     return transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             vocab_size=workload.vocab_size,

@@ -118,7 +118,7 @@ def accuracy(folder: Path, name: str) -> float:
 
 
 def apart(a: list[float], b: list[float]) -> float:
-    """The area between the beginnings of two loss curves beside that below the second."""
+    """Return the area between the beginnings of two loss curves beside that below the second."""
 
     def smooth(curve: list[float]) -> list[float]:
         return [sum(curve[i : i + WINDOW]) for i in range(COMPARED - WINDOW + 1)]

@@ -85,7 +85,7 @@ def bars(steps: dict[str, Any], tiny: bool = False) -> list[Bar]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     steps = report["steps"]
     lines = [

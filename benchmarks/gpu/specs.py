@@ -82,7 +82,7 @@ def tolerances(layers: int) -> dict[str, float]:
 
 
 def microbatches(workload: Workload, image_token_id: int) -> list[Microbatch]:
-    """Rows of their own, and a row that several samples share."""
+    """Return the rows of their own, and a row that several samples share."""
     made = make_batches(replace(workload, warmup=0, iterations=1), image_token_id, all_trained=False)
     first, second = (microbatch(batch) for batch in made[:2])
     lengths = second.lengths.clone()
@@ -99,7 +99,7 @@ def microbatches(workload: Workload, image_token_id: int) -> list[Microbatch]:
 def loaded(
     checkpoint: Path, layout: parallel.Layout, impl: str, dtype: torch.dtype
 ) -> list[VisionLanguageModel]:
-    """The model of a checkpoint, all of it trained."""
+    """Return the model of a checkpoint, all of it trained."""
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     chunks = build_model(model, layout, ModelOptions(dtype, impl=impl))
     set_trainable(chunks, parse_train_modules("all"), layout)
@@ -160,8 +160,8 @@ def round_trip(checkpoint: Path, folder: Path, layout: parallel.Layout, impl: st
 
 
 def compare(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
-    """The largest relative difference of logits, and of gradients beside the larger of their norm and a
-    hundredth of all gradients': some are zero in exact arithmetic.
+    """Return the largest relative difference of logits, and of gradients beside the larger of their norm and
+    a hundredth of all gradients': some are zero in exact arithmetic.
 
     Raises:
         ValueError: the two have other gradients.

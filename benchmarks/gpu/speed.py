@@ -111,7 +111,7 @@ Step = Callable[[], float]
 
 
 def our_step(workload: Workload, layout: parallel.Layout, fp8: bool) -> Step:
-    """A training step of this project; returns its loss."""
+    """Return a training step of this project; returns its loss."""
     model = ModelConfig.from_hf(llava_config(workload, IMAGE_TOKEN).to_dict())
     chunks = build_model(model, layout, ModelOptions(torch.bfloat16, fp8=Fp8Config() if fp8 else None))
     freeze_tower(chunks)
@@ -137,7 +137,8 @@ def our_step(workload: Workload, layout: parallel.Layout, fp8: bool) -> Step:
 
 
 def their_step(workload: Workload, device: torch.device) -> Step:
-    """A training step of transformers' model with float32 weights under BF16 autocast; returns its loss.
+    """Return a training step of transformers' model with float32 weights under BF16 autocast; returns its
+    loss.
 
     Written out, so that nothing but the model, its backward pass and the update is timed: less than what
     transformers' Trainer does.
@@ -183,7 +184,7 @@ def their_step(workload: Workload, device: torch.device) -> Step:
 
 
 def _batches(workload: Workload) -> list[dict[str, Tensor]]:
-    """The microbatches of one global batch, which every step takes again."""
+    """Return the microbatches of one global batch, which every step takes again."""
     return make_batches(replace(workload, warmup=0, iterations=1), IMAGE_TOKEN, all_trained=False)
 
 
@@ -196,7 +197,7 @@ def _start(name: str, parameter: Tensor) -> None:
 
 
 def _adam(device: torch.device) -> Any:
-    """The AdamW that this project's weights are updated by here."""
+    """Return the AdamW that this project's weights are updated by here."""
     source = adam_source(device.type)
     if source == "torch":
         return lambda *args, **options: torch.optim.AdamW(*args, fused=True, **options)
@@ -208,7 +209,7 @@ def _adam(device: torch.device) -> Any:
 
 
 def work(workload: Workload) -> tuple[int, Flops]:
-    """Tokens of a step, and its floating-point operations by part, whoever does them."""
+    """Return the tokens of a step, and its floating-point operations by part, whoever does them."""
     model = ModelConfig.from_hf(llava_config(workload, IMAGE_TOKEN).to_dict())
     samples = workload.global_batch
     tokens = samples * workload.sequence

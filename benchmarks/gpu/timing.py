@@ -50,7 +50,7 @@ def find_waits(step: Callable[[], object]) -> list[str]:
 
 
 def find_kernels(step: Callable[[], object], most: int = 15) -> list[dict[str, Any]]:
-    """The kernels that take most of a step: name, share of the device's time, calls; needs CUDA."""
+    """Return the kernels that take most of a step: name, share of the device's time, calls; needs CUDA."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()

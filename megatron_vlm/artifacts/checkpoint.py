@@ -56,7 +56,8 @@ def checkpoint_name(iteration: Union[int, str]) -> str:
 
 
 def list_checkpoints(root: PathLike) -> List[Path]:
-    """The finished checkpoints under ``root``, oldest first; ``release`` comes before all iterations."""
+    """Return the finished checkpoints under ``root``, oldest first; ``release`` comes before all
+    iterations."""
     root = Path(root)
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
@@ -67,7 +68,8 @@ def list_checkpoints(root: PathLike) -> List[Path]:
 
 
 def latest_resumable(root: PathLike, before: Optional[PathLike] = None) -> Optional[Path]:
-    """The newest checkpoint that holds optimizer state, older than ``before``; None if there is none."""
+    """Return the newest checkpoint that holds optimizer state, older than ``before``; None if there is
+    none."""
     folders = list_checkpoints(root)
     if before is not None:
         older = [folder.name for folder in folders]
@@ -129,7 +131,7 @@ def write_best(root: PathLike, iteration: int, loss: float) -> None:
 
 
 def resolve_checkpoint(path: PathLike, flag: str = "") -> Path:
-    """The folder of the checkpoint that ``path`` means.
+    """Return the folder of the checkpoint that ``path`` means.
 
     Args:
         path: a checkpoint folder, a root with a tracker file, or a run folder.
@@ -184,7 +186,7 @@ def is_checkpoint(path: PathLike) -> bool:
 
 
 def _roots_in(path: Path) -> List[str]:
-    """The run folders and checkpoint roots right below a folder that is no model's."""
+    """Return the run folders and checkpoint roots right below a folder that is no model's."""
     if (path / "config.json").is_file():
         return []
     try:
@@ -207,7 +209,8 @@ def of_best(path: PathLike) -> str:
 
 
 def megatron_lms_folder(path: PathLike) -> Path:
-    """The folder of ranks' files that ``path`` means: that folder, or the root above it; of Megatron-LM.
+    """Return the folder of ranks' files that ``path`` means: that folder, or the root above it; of
+    Megatron-LM.
 
     Raises:
         ValueError: it is neither.
@@ -240,7 +243,7 @@ def _refuse_megatron_lms(folder: Path) -> None:
 
 
 def checkpoint_layers(path: PathLike, base: Optional[PathLike] = None, flag: str = "") -> List[Path]:
-    """The folders that make up the checkpoint that ``path`` means, the one with all weights first.
+    """Return the folders that make up the checkpoint that ``path`` means, the one with all weights first.
 
     A checkpoint of trained weights only names the one that it lies over, its base, which may be such a
     checkpoint too. A tensor is that of the last folder that has it.
@@ -289,7 +292,7 @@ def write_tracker(root: PathLike, iteration: Union[int, str]) -> None:
 
 
 def read_manifest(path: PathLike) -> Dict[str, Any]:
-    """The manifest of the checkpoint that ``path`` means (see :func:`resolve_checkpoint`).
+    """Return the manifest of the checkpoint that ``path`` means (see :func:`resolve_checkpoint`).
 
     Raises:
         ValueError: there is no checkpoint, or its manifest is damaged or of another version.

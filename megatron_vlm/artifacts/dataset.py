@@ -24,7 +24,7 @@ _QUESTIONS, _ANSWERS = ("question", "context", "prompt"), ("answer", "answers", 
 
 
 def prepare_command(path: str, ratio: str = "9,1,0") -> str:
-    """The command that prepares a folder of shards without asking, quoted for a shell.
+    """Return the command that prepares a folder of shards without asking, quoted for a shell.
 
     A folder that scripts/data/prepare.py made is made by it again: energon would split it by whole shards.
 
@@ -110,7 +110,8 @@ def holds_conversations(path: str) -> bool:
 
 
 def _first_sample(path: str) -> Tuple[List[str], Dict[str, Any]]:
-    """Files of a folder's first sample, by what follows its key, and its JSON; as far as they're whole."""
+    """Return the files of a folder's first sample, by what follows its key, and its JSON; as far as
+    they're whole."""
     shards = sorted(
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)

@@ -8,7 +8,7 @@ from typing import List, Mapping, Optional
 
 
 def find_end_token(suffix: str, tokens: Mapping[str, bool], eos: Optional[str]) -> str:
-    """The token that ends an answer, or an empty text.
+    """Return the token that ends an answer, or an empty text.
 
     It is the first special token that a chat template writes behind an answer. A token that was added
     without being flagged special, as ChatML's often are by hand, counts where there is no other. Of two that
@@ -29,7 +29,8 @@ def find_end_token(suffix: str, tokens: Mapping[str, bool], eos: Optional[str]) 
 
 
 def end_tokens(folder: Path, default: Optional[int] = None) -> List[int]:
-    """Ids that end an answer in a model folder: those that transformers stops at, else ``default``.
+    """Return the ids that end an answer in a model folder: those that transformers stops at, else
+    ``default``.
 
     Raises:
         ValueError: the file that names them is damaged.

@@ -24,7 +24,7 @@ class ImageRule:
     alpha: str = "drop"
 
     def but(self, orientation: Optional[str], alpha: Optional[str]) -> ImageRule:
-        """The rule with what is given in place of its own."""
+        """Return the rule with what is given in place of its own."""
         return ImageRule(orientation or self.orientation, alpha or self.alpha)
 
     def __str__(self) -> str:

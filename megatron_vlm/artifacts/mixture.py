@@ -93,7 +93,7 @@ class SourceConfig:
         return self.epochs or 1
 
     def __str__(self) -> str:
-        """The source's settings that the order of samples, and what is made of them, depend on."""
+        """Return the source's settings that the order of samples, and what is made of them, depend on."""
         parts = [f"epochs {self.passes}" if self.weight is None else f"weight {self.weight:g}"]
         parts += [f"subset {self.subset}"] if self.subset != Subset() else []
         return ", ".join(parts + [f"{key} {value}" for key, value in self.options.items()])
@@ -144,12 +144,12 @@ class MixtureConfig:
         ]
 
     def of_split(self, split: str) -> Tuple[SourceConfig, ...]:
-        """The datasets that are trained on, or those whose ``val`` or ``test`` split is looked at."""
+        """Return the datasets that are trained on, or those whose ``val`` or ``test`` split is looked at."""
         return tuple(source for source in self.sources if (source.train if split == "train" else source.val))
 
 
 def data_folders(path: str) -> List[str]:
-    """The dataset folders behind ``--data-path``: itself, or those of its mixture.
+    """Return the dataset folders behind ``--data-path``: itself, or those of its mixture.
 
     Raises:
         ValueError: as :meth:`MixtureConfig.load`.
@@ -158,7 +158,7 @@ def data_folders(path: str) -> List[str]:
 
 
 def trained_sources(path: str) -> List[str]:
-    """Names of the datasets that are trained on; empty for a single folder.
+    """Return the names of the datasets that are trained on; empty for a single folder.
 
     Raises:
         ValueError: as :meth:`MixtureConfig.load`.

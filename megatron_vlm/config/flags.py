@@ -40,7 +40,7 @@ def flag(
     verbatim: bool = False,
     site: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag, ``--like_this`` spelled ``--like-this``.
+    """Return a dataclass field that is a flag, ``--like_this`` spelled ``--like-this``.
 
     Args:
         group: heading in ``--help``.
@@ -74,7 +74,7 @@ def flag_name(name: str) -> str:
 
 
 def negative_flag_name(name: str) -> str:
-    """The flag that turns a switch off: ``save`` -> ``--no-save``, ``no_x`` -> ``--x``."""
+    """Return the flag that turns a switch off: ``save`` -> ``--no-save``, ``no_x`` -> ``--x``."""
     return flag_name(name[3:] if name.startswith("no_") else "no_" + name)
 
 
@@ -126,7 +126,7 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args([self._spelled(word) for word in args], namespace)
 
     def read(self, argv: Sequence[str]) -> Dict[str, Any]:
-        """The values that ``argv`` gives, without defaults.
+        """Return the values that ``argv`` gives, without defaults.
 
         Raises:
             ValueError: a flag is unknown, not available yet, or its value is not of its type.
@@ -147,7 +147,7 @@ class FlagParser(argparse.ArgumentParser):
         return given
 
     def read_json(self, values: Any, where: str) -> Dict[str, Any]:
-        """The values that a JSON object gives: flags, at the top level or inside their section.
+        """Return the values that a JSON object gives: flags, at the top level or inside their section.
 
         Args:
             values: the parsed object; ``null`` leaves a flag at its default.
@@ -178,7 +178,7 @@ class FlagParser(argparse.ArgumentParser):
             raise ValueError(f"{where}: {error}") from None
 
     def read_site(self, values: Any, where: str) -> Dict[str, Any]:
-        """The values that a site file gives: flags at the top level, those alone that are a site's.
+        """Return the values that a site file gives: flags at the top level, those alone that are a site's.
 
         ``environment`` may be an object, ``{"HF_HOME": "/scratch/hf"}``.
 
@@ -200,7 +200,7 @@ class FlagParser(argparse.ArgumentParser):
         return self.read_json(values, where)
 
     def write(self, values: Mapping[str, Any]) -> List[str]:
-        """The flags that give ``values``, leaving out those equal to a fixed default.
+        """Return the flags that give ``values``, leaving out those equal to a fixed default.
 
         Inverse of :meth:`read`.
         """
@@ -211,7 +211,7 @@ class FlagParser(argparse.ArgumentParser):
         return argv
 
     def _spelled(self, word: str) -> str:
-        """A flag as it is declared, where ``word`` is one with underscores; else as it is."""
+        """Return a flag as it is declared, where ``word`` is one with underscores; else as it is."""
         name, tie, value = word.partition("=")
         own = name.replace("_", "-")
         return own + tie + value if name.startswith("--") and own in self._option_string_actions else word

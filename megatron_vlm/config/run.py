@@ -169,7 +169,7 @@ class RunConfig:
         return values
 
     def to_flags(self) -> List[str]:
-        """The shortest argument list from which :meth:`from_flags` builds this config again."""
+        """Return the shortest argument list from which :meth:`from_flags` builds this config again."""
         values: Dict[str, Any] = {}
         for section in SECTIONS:
             values.update(dataclasses.asdict(getattr(self, section)))
@@ -288,7 +288,8 @@ class RunConfig:
         return iterations
 
     def iterations_over(self, num_samples: Optional[int]) -> Optional[int]:
-        """Iterations of the whole run; None where they depend on a number of samples that isn't known.
+        """Return the iterations of the whole run; None where they depend on a number of samples that isn't
+        known.
 
         Args:
             num_samples: of one pass over the training split.

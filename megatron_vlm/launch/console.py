@@ -13,7 +13,8 @@ _LEAST = ("hours, ", "TFLOP/s", "GiB", "images/s", "s/iteration", "lr ", "grad n
 
 
 def fitted(line: str, columns: int, without: int = 0) -> Tuple[str, int]:
-    """A line of an iteration with as many of its fields as fit into ``columns``; any other line as it is.
+    """Return a line of an iteration with as many of its fields as fit into ``columns``; any other line as it
+    is.
 
     Args:
         without: how many parts are left out though they may fit, so that lines below each other are alike.

@@ -90,7 +90,7 @@ def container_command(
     runtime: str = "apptainer",
     workdir: Optional[str] = None,
 ) -> List[str]:
-    """The command that runs ``inner`` inside the image, in the same working directory.
+    """Return the command that runs ``inner`` inside the image, in the same working directory.
 
     Args:
         inner: command and arguments.
@@ -173,7 +173,7 @@ def cache_folders(environ: Mapping[str, str]) -> List[str]:
 
 
 def find_runtime(wanted: Optional[str] = None) -> str:
-    """The container command: ``apptainer``, or ``singularity`` where only that is installed.
+    """Return the container command: ``apptainer``, or ``singularity`` where only that is installed.
 
     Args:
         wanted: another name, or a path.
@@ -266,8 +266,8 @@ def _around(output: str) -> List[str]:
 
 
 def _holder(path: str) -> str:
-    """A folder itself, and the folder that a link or a file is in: a file that is bound by itself could not
-    be replaced inside."""
+    """Return a folder itself, and the folder that a link or a file is in: a file that is bound by itself
+    could not be replaced inside."""
     parent = os.path.dirname(path)
     stays = os.path.isdir(path) and not os.path.islink(path)
     return path if stays or parent in _OF_THE_IMAGE else parent

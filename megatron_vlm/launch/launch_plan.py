@@ -236,7 +236,7 @@ def _tell(problem: str, problems: Optional[List[str]]) -> None:
 def _choose_device(
     config: Placed, environ: Mapping[str, str], problems: Optional[List[str]]
 ) -> Tuple[str, List[str]]:
-    """The device, and the ids of the GPUs to use."""
+    """Return the device, and the ids of the GPUs to use."""
     launch, wanted = config.launch, config.parallel.device
     visible = [] if wanted == "cpu" else machine.visible_gpus(environ)
     # The machine that is asked for a plan need not be the one that runs it.
@@ -367,7 +367,7 @@ def _inputs(config: RunConfig) -> List[str]:
 
 
 def _datasets(config: RunConfig) -> List[str]:
-    """The folders of a mixture."""
+    """Return the folders of a mixture."""
     path = config.data.data_path or ""
     try:
         return data_folders(path) if is_mixture(path) else []

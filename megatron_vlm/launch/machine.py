@@ -20,7 +20,8 @@ def installed(package: str) -> bool:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> List[str]:
-    """Ids of the GPUs that may be used: those of CUDA_VISIBLE_DEVICES, else those that nvidia-smi lists."""
+    """Return the ids of the GPUs that may be used: those of CUDA_VISIBLE_DEVICES, else those that
+    nvidia-smi lists."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         ids: List[str] = []
@@ -55,7 +56,8 @@ def compute_capability() -> Optional[Tuple[int, int]]:
 
 
 def torch_cuda() -> Optional[Tuple[int, int]]:
-    """The CUDA that torch in this Python is built for, such as (12, 8); None without torch, or for CPUs."""
+    """Return the CUDA that torch in this Python is built for, such as (12, 8); None without torch, or for
+    CPUs."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec and spec.submodule_search_locations) or ():
         try:
@@ -84,7 +86,7 @@ def _ask_gpus(what: str) -> List[str]:
 
 
 def main_memory() -> Optional[int]:
-    """Bytes of this machine's memory; None where it doesn't tell."""
+    """Return the bytes of this machine's memory; None where it doesn't tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -100,12 +102,12 @@ def usable_cores() -> int:
 
 
 def network_interfaces() -> List[str]:
-    """Names of this machine's network interfaces."""
+    """Return the names of this machine's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 def fastest_interface(names: List[str]) -> Optional[str]:
-    """The interface to talk to other nodes with: the first of ``ib*``, ``hsn*``, ``en*``, ``eth*``."""
+    """Return the interface to talk to other nodes with: the first of ``ib*``, ``hsn*``, ``en*``, ``eth*``."""
     for prefix in _INTERFACE_PREFIXES:
         for name in sorted(names):
             if name.startswith(prefix):

@@ -179,7 +179,8 @@ def _kill_orphans() -> None:
 
 
 def children(parent: int) -> List[int]:
-    """The processes that ``parent`` has started and that it has not reaped; Linux only, elsewhere empty."""
+    """Return the processes that ``parent`` has started and that it has not reaped; Linux only, elsewhere
+    empty."""
     return [pid for pid in _processes() if _parent(pid) == parent]
 
 

@@ -31,7 +31,7 @@ _SHOWN = ("loss", "tokens_per_second", "images_per_second", "seconds_left", "gpu
 
 
 def find_runs(path: str) -> List[str]:
-    """The run folders that ``path`` means: itself, or those right below a ``--save-dir``.
+    """Return the run folders that ``path`` means: itself, or those right below a ``--save-dir``.
 
     Raises:
         ValueError: there is none.
@@ -228,7 +228,7 @@ def _age(path: str) -> datetime.timedelta:
 
 
 def _last_line(path: str) -> Dict[str, Any]:
-    """The last whole object of a file that may be being written; empty if there is none.
+    """Return the last whole object of a file that may be being written; empty if there is none.
 
     Raises:
         ValueError: there are lines, and none of the last is an object.
@@ -292,7 +292,7 @@ def _number(value: Any) -> Optional[float]:
 
 
 def _json(path: str) -> Optional[Dict[str, Any]]:
-    """A file's object; None if it isn't there.
+    """Return a file's object; None if it isn't there.
 
     Raises:
         ValueError: it holds something else.

@@ -46,7 +46,7 @@ class Facts:
 
 
 def screen(plan: LaunchPlan, facts: Facts) -> str:
-    """The plan as text: about a screen, whatever the number of ranks."""
+    """Return the plan as text: about a screen, whatever the number of ranks."""
     config, world_size = plan.config, plan.world_size
     lines = [_line("run", f"{config.checkpoint.run_dir}: {facts.start}")]
     lines += _layout(plan, facts.model)
@@ -63,7 +63,7 @@ def screen(plan: LaunchPlan, facts: Facts) -> str:
 
 
 def rank_groups(tp: int, pp: int, dp: int) -> Dict[str, List[range]]:
-    """The ranks that work together in tensor, data and pipeline parallelism.
+    """Return the ranks that work together in tensor, data and pipeline parallelism.
 
     Tensor-parallel ranks are neighbours, then data-parallel ones, then pipeline stages, as megatron-core
     numbers them (``RankGenerator`` with the order ``tp-cp-ep-dp-pp``).
@@ -186,7 +186,7 @@ def _packed_length(sequences: int, batch: int, facts: Facts) -> List[str]:
 
 
 def _work(config: RunConfig, model: ModelConfig) -> List[str]:
-    """Tokens and operations of an iteration, at most."""
+    """Return the tokens and operations of an iteration, at most."""
     batch, length, image = config.training.global_batch_size, config.data.seq_length, model.image_tokens
     images = max(1, length // image) if config.data.packing else 1
     text = length if config.data.packing else model.text_tokens(length)
@@ -222,7 +222,7 @@ def _image(model: ModelConfig) -> str:
 
 
 def _memory(facts: Facts, on_gpus: bool) -> List[str]:
-    """The estimate of plan/memory.py; of a long pipeline the ends and the largest."""
+    """Return the estimate of plan/memory.py; of a long pipeline the ends and the largest."""
     stages = facts.memory
     if len(stages) > 4:
         largest = max(stages, key=lambda stage: stage.total)

@@ -91,7 +91,7 @@ def nodes_to_start_on(config: RunConfig, environ: Mapping[str, str]) -> int:
 
 
 def step_command(nodes: int, environ: Mapping[str, str], run: Sequence[str]) -> List[str]:
-    """The srun that starts ``run`` once on each of ``nodes`` nodes of this job."""
+    """Return the srun that starts ``run`` once on each of ``nodes`` nodes of this job."""
     command = ["srun", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"]
     cores = cpus_per_node(environ)
     if cores:
@@ -133,7 +133,7 @@ def output_name(environ: Mapping[str, str]) -> Optional[str]:
 
 
 def job_port(job: int, step: int) -> int:
-    """A port that every node of a step finds by itself, and that two jobs on a node hardly share."""
+    """Return a port that every node of a step finds by itself, and that two jobs on a node hardly share."""
     return _FIRST_PORT + (job + 101 * step) % _PORTS
 
 

@@ -123,7 +123,7 @@ def note_ended(run_dir: str, exit_code: int, message: str) -> None:
 
 
 def read_status(run_dir: str) -> Optional[Dict[str, Any]]:
-    """The file's content; None where there is none, or where it is damaged."""
+    """Return the file's content; None where there is none, or where it is damaged."""
     try:
         found = read_json(os.path.join(run_dir, STATUS))
     except (OSError, ValueError):
@@ -142,7 +142,7 @@ def _write(run_dir: str, state: str, fields: Dict[str, Any]) -> None:
 
 
 def _size(run_dir: str) -> int:
-    """Bytes of the iterations that are logged."""
+    """Return the bytes of the iterations that are logged."""
     try:
         return os.path.getsize(os.path.join(run_dir, "metrics.jsonl"))
     except OSError:

@@ -41,7 +41,7 @@ class Job:
 
 
 def make_job(plan: LaunchPlan, environ: Mapping[str, str]) -> Job:
-    """The job that runs ``plan`` on ``plan.config.launch.node`` nodes.
+    """Return the job that runs ``plan`` on ``plan.config.launch.node`` nodes.
 
     Args:
         plan: of a job, see :func:`launch_plan.plan_job`.
@@ -274,7 +274,8 @@ def _body(plan: LaunchPlan, ended: str) -> List[str]:
 
 
 def _flags(plan: LaunchPlan) -> List[str]:
-    """The run's flags as they are now: later changes of a --config or site file do not reach the job."""
+    """Return the run's flags as they are now: later changes of a --config or site file do not reach the
+    job."""
     launch = dataclasses.replace(plan.config.launch, dry_run=False)
     # A node without its GPUs is then an error, not a slow run.
     parallel = dataclasses.replace(plan.config.parallel, device=plan.device)
@@ -307,7 +308,7 @@ def _variable(option: str) -> str:
 
 
 def _no_pattern(path: str) -> str:
-    """A path in which sbatch replaces nothing."""
+    """Return a path in which sbatch replaces nothing."""
     return path.replace("%", "%%")
 
 

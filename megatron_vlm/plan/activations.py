@@ -50,7 +50,8 @@ def in_a_row(blocks: Iterable[Block]) -> Block:
 
 
 def recomputed(block: Block, given: int) -> Block:
-    """A block that keeps only what it is given, ``given`` bytes, and runs again in the backward pass."""
+    """Return a block that keeps only what it is given, ``given`` bytes, and runs again in the backward
+    pass."""
     return Block(
         kept=given,
         forward=given + block.idle,
@@ -291,7 +292,8 @@ def _language_layer(model: ModelConfig, shape: Shape, flows: bool, inputs: _Inpu
 def _experts(
     language: LanguageConfig, shape: Shape, inputs: _Inputs, norm: int, flows: bool
 ) -> Tuple[int, Block]:
-    """What a mixture of experts keeps, and the block: each token is there as often as it has experts."""
+    """Return what a mixture of experts keeps, and the block: each token is there as often as it has
+    experts."""
     a, hidden, ffn = shape.element, language.hidden_size, language.ffn_hidden_size // shape.tp
     assert language.num_experts is not None and language.experts_per_token is not None
     n, copies = shape.tokens, shape.tokens * language.experts_per_token
@@ -314,7 +316,7 @@ def _experts(
 
 
 def _rms_norm(shape: Shape, hidden: int, trained: bool) -> int:
-    """Bytes that an RMSNorm keeps, its output left out: that belongs to what comes next.
+    """Return the bytes that an RMSNorm keeps, its output left out: that belongs to what comes next.
 
     torch has no fused one for CPUs: there it keeps its input in fp32, and what the weight multiplies.
     """
@@ -385,8 +387,9 @@ def _embedding(model: ModelConfig, shape: Shape, trained: bool) -> Block:
 
 
 def _loss(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Block:
-    """The last norm, the output layer and the cross entropy, as ``models/loss.py`` has them: gradients are
-    made with the loss, from the logits of some tokens at a time. All of the text counts as trained."""
+    """Return the last norm, the output layer and the cross entropy, as ``models/loss.py`` has them:
+    gradients are made with the loss, from the logits of some tokens at a time. All of the text counts as
+    trained."""
     language, a = model.language, shape.element
     hidden = language.hidden_size
     columns = padded_vocab_size(language.vocab_size, shape.tp) // shape.tp

@@ -131,7 +131,8 @@ def check_held_out(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def mixture_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first difference between two what a mixture says of each dataset; empty if there is none."""
+    """Return the first difference between a mixture's words for each dataset, before and now; empty if
+    none."""
     if bool(before) != bool(now):
         was, has = (f"of {', '.join(names)}" if names else "a single dataset" for names in (before, now))
         return f"it was {was}, and is {has}"

@@ -28,7 +28,7 @@ class Packing:
         return f"--packing --packing-buffer-size {self.buffer_size} --seq-length {self.capacity}"
 
     def buffer_within(self, share: int) -> int:
-        """Size of the buffer of a loader worker that has ``share`` samples."""
+        """Return the size of the buffer of a loader worker that has ``share`` samples."""
         return max(1, min(self.buffer_size, share))
 
     def select(self, lengths: Sequence[int], has_image: Sequence[bool], round_number: int) -> List[List[int]]:

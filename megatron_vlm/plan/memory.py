@@ -158,7 +158,8 @@ def _fp8_copies(parameters: Sequence[Parameter], fp8: Optional[Fp8Config], model
 
 
 def _inputs(model: ModelConfig, shape: Shape, microbatches: int, first: bool) -> int:
-    """A whole global batch is on the device: tokens, labels and mask; on the first stage pixels too."""
+    """Return the bytes of a whole global batch on the device: tokens, labels, mask; on the first stage
+    pixels too."""
     vision = model.vision
     tile = vision.num_channels * vision.image_size**2 * shape.element
     index = (2 + (model.anyres is not None)) * 8 * model.image_tokens
@@ -174,7 +175,7 @@ def _buffers(model: ModelConfig, shape: Shape) -> int:
 
 
 def _peak(blocks: Sequence[Block], pp: int, rank: int, microbatches: int) -> Tuple[int, int]:
-    """The most that the micro batches on their way hold, and how many passes that are at most."""
+    """Return the most that the micro batches on their way hold, and how many passes that are at most."""
     live = peak = passes = most = 0
     for chunk, is_forward in schedule(pp, rank, len(blocks), microbatches):
         block = blocks[chunk]
@@ -191,7 +192,7 @@ def _peak(blocks: Sequence[Block], pp: int, rank: int, microbatches: int) -> Tup
 
 
 def schedule(pp: int, rank: int, vpp: int, microbatches: int) -> Iterator[Tuple[int, bool]]:
-    """The order of a pipeline rank's passes: the chunk's number, and whether it is a forward pass.
+    """Yield the order of a pipeline rank's passes: the chunk's number, and whether it is a forward pass.
 
     Source: megatron-core ``pipeline_parallel/schedules.py``: without interleaving, and with it.
     """
@@ -291,7 +292,7 @@ def _without(taken: Sequence[_Change], change: _Change) -> List[_Change]:
 def _after(
     changes: Sequence[_Change], config: RunConfig, model: ModelConfig, world_size: int, device: Optional[str]
 ) -> Optional[int]:
-    """Bytes of the largest rank after the changes; None where they can't be made."""
+    """Return the bytes of the largest rank after the changes; None where they can't be made."""
     try:
         for _, section, values in changes:
             changed = dataclasses.replace(getattr(config, section), **values)

@@ -83,7 +83,8 @@ def own_checkpoint(run: Path) -> Optional[Start]:
 
 
 def saved_config(checkpoint: Path) -> RunConfig:
-    """The config that a run saved with a checkpoint; one from before there were rules for images has theirs.
+    """Return the config that a run saved with a checkpoint; one from before there were rules for images has
+    theirs.
 
     Raises:
         ValueError: it can't be read.
@@ -163,7 +164,7 @@ def check_same_precision(config: RunConfig, saved: RunConfig, checkpoint: Path) 
 
 
 def _training_flags(config: RunConfig) -> Dict[str, Any]:
-    """The flags that have a say in the weights that come out, but for the layout."""
+    """Return the flags that have a say in the weights that come out, but for the layout."""
     values: Dict[str, Any] = {}
     for section in (config.data, config.training, config.optimizer, config.model, config.lora):
         values.update(asdict(section))
@@ -206,7 +207,7 @@ def _is_whole_model(folder: Path) -> bool:
 
 
 def with_adapters(model: ModelConfig, config: RunConfig, start: Start) -> ModelConfig:
-    """The model that is trained: that of the checkpoint, with the adapters that the flags ask for.
+    """Return the model that is trained: that of the checkpoint, with the adapters that the flags ask for.
 
     Raises:
         ValueError: the checkpoint has adapters, and others or none are asked for.

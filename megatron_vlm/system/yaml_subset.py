@@ -31,7 +31,7 @@ Token = Tuple[str, str]
 
 
 def read_yaml(text: str) -> Dict[str, Value]:
-    """A file's mapping.
+    """Return a file's mapping.
 
     Raises:
         ValueError: it is malformed, or uses more of YAML; begins with ``line 3:``.

@@ -40,7 +40,7 @@ class Regime:
     experts: tuple[int, int] | None = None
 
     def size(self, name: str) -> int:
-        """The number of elements of a whole parameter."""
+        """Return the number of elements of a whole parameter."""
         return math.prod(self.shapes[name])
 
 

@@ -56,7 +56,7 @@ class StopRequest:
     def hold(self) -> None:
         """Keep signals until an iteration is done, from now on.
 
-        Before, with nothing to lose, it ends this rank at once.
+        Before, with nothing to lose, a signal ends this rank at once.
         """
         self._trains = True
 

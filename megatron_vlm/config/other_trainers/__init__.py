@@ -86,7 +86,7 @@ def _marked(text: str) -> str:
 
 
 def more(answers: Iterable[str]) -> str:
-    """The first of several answers, and how many more there are: one line."""
+    """Return the first of several answers, and how many more there are: one line."""
     first, *others = answers
     if not others:
         return first

@@ -59,7 +59,7 @@ def not_offered(because: str, use: str = "") -> str:
 
 
 def switch(flags: str, note: str = "") -> Dict[str, str]:
-    """The values of a switch that is off by default, here as there."""
+    """Return the values of a switch that is off by default, here as there."""
     return {"true": here(flags, note), "false": DEFAULT}
 
 

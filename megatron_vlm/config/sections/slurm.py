@@ -117,7 +117,7 @@ class SlurmSection:
             raise ValueError("--array and --chain do not go together; --max-requeues lets each run go on")
 
     def requeues(self, resumable: bool) -> int:
-        """The number of times that the job goes back into the queue by itself."""
+        """Return the number of times that the job goes back into the queue by itself."""
         if self.max_requeues is not None:
             return self.max_requeues
         return REQUEUES if resumable and self.chain is None else 0

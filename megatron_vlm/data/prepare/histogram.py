@@ -39,8 +39,8 @@ class Histogram:
         self.high = max((high for high in (self.high, other.high) if high is not None), default=None)
 
     def state(self) -> dict[str, Any]:
-        """The histogram as JSON: number, sum, smallest, largest, and the count at each bin's upper end, and
-        the sum of its values, where all parts of it had that."""
+        """Return the histogram as JSON: number, sum, smallest, largest, and the count at each bin's upper
+        end, and the sum of its values, where all parts of it had that."""
         whole = sum(self.sums.values()) == self.total
         return {
             "count": sum(self.bins.values()),

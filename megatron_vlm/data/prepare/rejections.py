@@ -78,7 +78,7 @@ class Rejections:
             examples.append(f"{rejection['file']}:{rejection['position']}{identity}{detail}")
 
     def state(self) -> dict[str, Any]:
-        """The counts as JSON, the most frequent reason first."""
+        """Return the counts as JSON, the most frequent reason first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in ordered}
 

@@ -178,7 +178,7 @@ def _special_tokens(
 def _template(
     folder: str, added: Dict[int, str], settings: Dict[str, Any], config: RunConfig
 ) -> Iterator[str]:
-    """The rules of data/processing.py and data/templates.py, as far as files tell."""
+    """Yield the rules of data/processing.py and data/templates.py, as far as files tell."""
     has_chat = chat_template(Path(folder)) is not None
     default = "chat" if has_chat else "plain" if config.training.stage == 1 else "v1"
     names = {"": config.data.template or default}
@@ -195,12 +195,12 @@ def _template(
 
 
 def _named(folder: str, config: RunConfig) -> str:
-    """A folder, and the flag that gave it."""
+    """Return a folder, and the flag that gave it."""
     return f"--tokenizer-load-dir {folder}" if folder == config.model.tokenizer_load_dir else folder
 
 
 def _sources(config: RunConfig) -> Tuple[SourceConfig, ...]:
-    """The datasets of a mixture. None of a file that can't be read: another check says so."""
+    """Return the datasets of a mixture. None of a file that can't be read: another check says so."""
     path = config.data.data_path
     try:
         return MixtureConfig.load(path).sources if path is not None and is_mixture(path) else ()
@@ -213,7 +213,7 @@ def _where(config: RunConfig, source: SourceConfig) -> str:
 
 
 def _added_tokens(folder: str, settings: Dict[str, Any]) -> Dict[int, str]:
-    """Tokens that tokenisation never splits, by their ids."""
+    """Return the tokens that tokenisation never splits, by their ids."""
     found = {int(number): text for text, number in _read(folder, "added_tokens.json").items()}
     decoder = settings.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -266,7 +266,7 @@ def _height_and_width(size: Any) -> Optional[Tuple[int, int]]:
 
 
 def _processor_tokens(processor: Dict[str, Any], model: ModelConfig) -> Optional[int]:
-    """Tokens that transformers' ``LlavaProcessor`` writes for an image of the tower's size."""
+    """Return the tokens that transformers' ``LlavaProcessor`` writes for an image of the tower's size."""
     if isinstance(processor.get("num_image_tokens"), int):  # of LlavaOnevisionProcessor
         return int(processor["num_image_tokens"])
     patch, strategy = processor.get("patch_size"), processor.get("vision_feature_select_strategy")
@@ -277,7 +277,7 @@ def _processor_tokens(processor: Dict[str, Any], model: ModelConfig) -> Optional
 
 
 def _read(folder: str, name: str) -> Dict[str, Any]:
-    """A JSON object; empty where there is no such file.
+    """Return a JSON object; empty where there is no such file.
 
     Raises:
         ValueError: it is damaged.
@@ -296,5 +296,5 @@ def _read(folder: str, name: str) -> Dict[str, Any]:
 
 
 def _text(token: Any) -> Optional[str]:
-    """A token as files write it: its text, or an object with its ``content``."""
+    """Return a token as files write it: its text, or an object with its ``content``."""
     return token.get("content") if isinstance(token, dict) else token

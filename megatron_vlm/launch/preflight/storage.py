@@ -21,7 +21,7 @@ _MOUNTED = ("/tmp", "/var/tmp", "/dev", "/proc", "/sys")
 
 
 def shard_problems(folder: Path) -> Iterator[str]:
-    """Return files of a ``torch_dist`` checkpoint that are missing or cut off, by its ``.metadata``."""
+    """Yield files of a ``torch_dist`` checkpoint that are missing or cut off, by its ``.metadata``."""
     try:
         check_shards(folder, load_metadata(folder))
     except ValueError as error:
@@ -56,7 +56,7 @@ def image_problems(path: str) -> Iterator[str]:
 
 
 def checkpoint_bytes(config: RunConfig, model: ModelConfig, with_optimizer: bool) -> int:
-    """Size of a checkpoint that the run writes: its tensors."""
+    """Return the size of a checkpoint that the run writes: its tensors."""
     trains = config.trains(model)
     padding = config.model.make_vocab_size_divisible_by * config.parallel.tp  # is saved too
     parameters = stage_parameters(model, 1, [model.language.num_layers], padding)[0]
@@ -98,7 +98,7 @@ def nearest_folder(path: str) -> str:
 
 
 def local_file_system(path: str, mounts: str = "/proc/mounts") -> Optional[str]:
-    """The type of the file system that ``path`` is or will be on, if other machines can't see it.
+    """Return the type of the file system that ``path`` is or will be on, if other machines can't see it.
 
     Returns:
         None where it is shared, or that can't be told.
