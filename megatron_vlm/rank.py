@@ -130,7 +130,8 @@ def _has_failed() -> bool:
 
 
 def _is_of_a_file(error: OSError) -> bool:
-    """Nothing to write, to read or no room: what a user can mend, unlike a connection that broke."""
+    """Return whether an error is of a file or of room, which a user can mend, unlike a connection that
+    broke."""
     if isinstance(error, (ConnectionError, TimeoutError, ChildProcessError)):
         return False
     # A write to an open file doesn't name it.

@@ -51,7 +51,7 @@ _MANIFEST_KINDS: Dict[str, type] = {
 
 
 def checkpoint_name(iteration: Union[int, str]) -> str:
-    """Folder name of a checkpoint: ``release``, or ``iter_0000100`` for iteration 100."""
+    """Return the folder name of a checkpoint: ``release``, or ``iter_0000100`` for iteration 100."""
     return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
 
 
@@ -340,7 +340,7 @@ def write_manifest(folder: PathLike, manifest: Dict[str, Any]) -> None:
 
 @contextmanager
 def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes ``final`` when the block ends without an error.
+    """Yield a folder to write into, which becomes ``final`` when the block ends without an error.
 
     Until then nothing stands at ``final``; after a kill, only a hidden ``.<name>.incomplete`` may be left,
     which the next writer removes.
@@ -368,7 +368,7 @@ def appearing_folder(final: PathLike, replace: bool = False) -> Iterator[Path]:
 
 
 def start_folder(final: PathLike, replace: bool = False) -> Path:
-    """First half of :func:`appearing_folder`: an empty folder beside ``final``."""
+    """Make the empty folder beside ``final``, the first half of :func:`appearing_folder`."""
     final = Path(final)
     if not replace:
         check_absent(final)
@@ -388,7 +388,7 @@ def staging_folder(final: PathLike) -> Path:
 
 
 def finish_folder(staging: PathLike, final: PathLike) -> None:
-    """Second half of :func:`appearing_folder`: flush every file to disk, then rename to ``final``."""
+    """Flush every file to disk, then rename to ``final``: the second half of :func:`appearing_folder`."""
     staging, final = Path(staging), Path(os.path.realpath(final))
     for folder, _, names in os.walk(staging):
         for name in names:

@@ -44,7 +44,7 @@ def prepare_command(path: str, ratio: str = "9,1,0") -> str:
 
 
 def _question_fields(files: List[str], fields: Dict[str, Any]) -> Tuple[str, Dict[str, str]]:
-    """energon's class and the field map of a sample, by its files and what is in its JSON."""
+    """Return energon's class and the field map of a sample, by its files and what is in its JSON."""
     image = next((name for name in files if name in _IMAGES), FIELD_MAP["image"])
     asked = [f"json[{name}]" for name in _QUESTIONS if name in fields]
     said = [name for name in files if name == "txt"] + [
@@ -141,7 +141,7 @@ def _first_sample(path: str) -> Tuple[List[str], Dict[str, Any]]:
 
 
 def shard_counts(path: str) -> Dict[str, int]:
-    """Samples of each shard, by its path below the dataset's folder.
+    """Return the number of samples of each shard, by its path below the dataset's folder.
 
     Raises:
         ValueError: what ``energon prepare`` has written is damaged or not there.
@@ -202,7 +202,7 @@ def index_problem(path: str) -> str:
 
 
 def _top_keys(path: str) -> List[str]:
-    """Keys at the top of a YAML or JSON file; empty where it is no text, or has none."""
+    """Return the keys at the top of a YAML or JSON file; empty where it is no text, or has none."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -236,7 +236,7 @@ class PreparedShard:
 
 
 def prepared_shards(path: str) -> Dict[str, PreparedShard]:
-    """Each shard, where scripts/data/prepare.py has made the folder; else empty."""
+    """Return each shard as prepared, where scripts/data/prepare.py has made the folder; else empty."""
     try:
         with open(os.path.join(path, ".nv-meta", PREPARED), encoding="utf-8") as file:
             shards = json.load(file)["shards"]
@@ -254,7 +254,7 @@ def ends_hash(path: str) -> str:
 
 
 def split_parts(path: str) -> Optional[Dict[str, List[str]]]:
-    """Shards of ``train``, ``val`` and ``test``, as far as they can be read without YAML.
+    """Return the shards of ``train``, ``val`` and ``test``, as far as they can be read without YAML.
 
     Returns:
         None where they can't: there is no split, or it is written by hand in other ways than
@@ -282,7 +282,7 @@ def split_parts(path: str) -> Optional[Dict[str, List[str]]]:
 
 
 def split_samples(path: str, split: str = "train") -> Optional[int]:
-    """Samples of a split; None where that can't be told without YAML."""
+    """Return the number of samples of a split; None where that can't be told without YAML."""
     parts = split_parts(path)
     if parts is None:
         return None
@@ -294,7 +294,8 @@ def split_samples(path: str, split: str = "train") -> Optional[int]:
 
 
 def train_images(path: str) -> Optional[int]:
-    """Images of the training split; None where scripts/data/prepare.py has not made the folder."""
+    """Return the number of images of the training split; None where scripts/data/prepare.py has not made
+    the folder."""
     try:
         with open(os.path.join(path, REPORT), encoding="utf-8") as file:
             return int(json.load(file)["splits"]["train"]["images"])
@@ -312,7 +313,7 @@ class Shard:
 
 
 def shards_fingerprint(path: str, split: str, shards: Tuple[Shard, ...]) -> str:
-    """Changes with the shards of a split, in order, and with a new ``energon prepare``."""
+    """Return a hash that changes with the shards of a split, in order, and with a new ``energon prepare``."""
     try:
         with open(os.path.join(path, ".nv-meta", "index.uuid"), encoding="utf-8", errors="replace") as file:
             uuid = file.read().strip()
@@ -322,7 +323,8 @@ def shards_fingerprint(path: str, split: str, shards: Tuple[Shard, ...]) -> str:
 
 
 def split_fingerprint(path: str, split: str = "train") -> Optional[str]:
-    """:func:`shards_fingerprint`; None where it can't be told without YAML, or files are gone."""
+    """Return the :func:`shards_fingerprint` of a split; None where it can't be told without YAML, or files
+    are gone."""
     names = (split_parts(path) or {}).get(split)
     try:
         counts = shard_counts(path)
@@ -342,7 +344,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def _parse_split(text: str) -> Tuple[Dict[str, List[str]], List[str]]:
-    """``split_parts`` and ``exclude`` of a ``split.yaml``.
+    """Return ``split_parts`` and ``exclude`` of a ``split.yaml``.
 
     Raises:
         ValueError: it uses more of YAML than ``energon prepare`` does.
@@ -368,7 +370,7 @@ def _parse_split(text: str) -> Tuple[Dict[str, List[str]], List[str]]:
 
 
 def _expand(pattern: str) -> List[str]:
-    """``{000..002}.tar`` and ``{a,b}.tar`` as a shell expands them, which prepare writes for many shards.
+    """Expand ``{000..002}.tar`` and ``{a,b}.tar`` as a shell does, which prepare writes for many shards.
 
     Raises:
         ValueError: its braces are of another kind.

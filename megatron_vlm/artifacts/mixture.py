@@ -40,8 +40,8 @@ class Subset:
     end: Union[int, Fraction, None] = None
 
     def bounds(self, total: int) -> Tuple[int, int]:
-        """First sample and the one after the last, of a split of ``total``; parts are rounded down, so that
-        [0%, 30%] and [30%, 100%] share no sample and miss none.
+        """Return the first sample and the one after the last, of a split of ``total``; parts are rounded
+        down, so that [0%, 30%] and [30%, 100%] share no sample and miss none.
 
         Raises:
             ValueError: the split has not so many samples, or none is left.
@@ -135,7 +135,7 @@ class MixtureConfig:
         return any(source.weight is not None for source in self.sources)
 
     def lines(self) -> List[str]:
-        """Each dataset that is trained on, and its share of the samples; for a person."""
+        """Return a line for each dataset that is trained on, and its share of the samples; for a person."""
         total = sum(source.weight or 0 for source in self.sources)
         return [
             f"{source.name}: {source}"
@@ -167,8 +167,8 @@ def trained_sources(path: str) -> List[str]:
 
 
 def one_pass(path: str) -> Optional[int]:
-    """Samples in one pass over the training split of a folder or a mixture; None where that can't be told
-    without YAML.
+    """Return the number of samples in one pass over the training split of a folder or a mixture; None where
+    that can't be told without YAML.
 
     Raises:
         ValueError: as :meth:`MixtureConfig.load` and :meth:`Subset.bounds`.
@@ -209,7 +209,7 @@ def worker_shares(path: str) -> Dict[str, int]:
 
 
 def check_shares(shares: Mapping[str, int], split: str, data_workers: int) -> None:
-    """Every loader worker needs samples: of each dataset where weights say how many come from it.
+    """Check that every loader worker has samples: of each dataset where weights say how many come from it.
 
     Args:
         shares: samples by what to call them.

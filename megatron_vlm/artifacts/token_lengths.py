@@ -61,7 +61,7 @@ class TokenLengths:
         return cls(counted_with, low, tuple((*own, skew) for own, skew in zip(bins, skews)))
 
     def draw(self, number: int, numbers: random.Random) -> List[int]:
-        """Lengths of ``number`` samples."""
+        """Draw the lengths of ``number`` samples."""
         chosen = numbers.choices(self.bins, [samples for _, _, samples, _ in self.bins], k=number)
         return [first + round((last - first) * numbers.random() ** skew) for first, last, _, skew in chosen]
 

@@ -8,7 +8,7 @@ from megatron_vlm.config.flags import flag_name
 
 
 def nearest_multiples(name: str, value: int, step: int) -> str:
-    """``use --global-batch-size 24 or 32``: the multiples of ``step`` on both sides of ``value``."""
+    """Return ``use --global-batch-size 24 or 32``: the multiples of ``step`` on both sides of ``value``."""
     below = value // step * step
     return f"use {name} {below} or {below + step}" if below else f"use {name} {step}"
 

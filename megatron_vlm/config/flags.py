@@ -69,7 +69,7 @@ def flag(
 
 
 def flag_name(name: str) -> str:
-    """``save_dir`` -> ``--save-dir``."""
+    """Return the flag of a field: ``save_dir`` -> ``--save-dir``."""
     return "--" + name.replace("_", "-")
 
 

@@ -143,7 +143,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> RunConfig:
-        """Inverse of :meth:`to_dict`; keys that are left out take their defaults.
+        """Build a config from the values of :meth:`to_dict`; keys that are left out take their defaults.
 
         Args:
             values: ``{section: {field: value}}``; fields may also stand at the top level.
@@ -164,7 +164,7 @@ class RunConfig:
         write_whole(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     def to_dict(self) -> Dict[str, Dict[str, Any]]:
-        """``{section: {field: value}}`` as plain JSON values."""
+        """Return ``{section: {field: value}}`` as plain JSON values."""
         values: Dict[str, Dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
@@ -197,7 +197,7 @@ class RunConfig:
         return cls(**sections)
 
     def dp(self, world_size: int) -> int:
-        """Data-parallel size on ``world_size`` ranks.
+        """Return the data-parallel size on ``world_size`` ranks.
 
         Raises:
             ValueError: ``world_size`` cannot be divided into model copies of tp x pp ranks.
@@ -211,7 +211,7 @@ class RunConfig:
         return world_size // (tp * pp)
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches per iteration of each data-parallel rank.
+        """Return the number of microbatches per iteration of each data-parallel rank.
 
         Raises:
             ValueError: micro batch x data-parallel size does not divide the global batch.
@@ -243,7 +243,8 @@ class RunConfig:
         return fp8.sequence_multiple(rows, parallel.tp, parallel.sequence_parallel)
 
     def data_workers(self, world_size: int) -> int:
-        """Loader workers of the whole run, N: dp divides N, and N divides global batch / micro batch.
+        """Return the number of loader workers of the whole run, N: dp divides N, and N divides global batch /
+        micro batch.
 
         The content of every global batch depends on N but not on dp. So that the default stays the same
         when a run goes on at another data-parallel size, it is the smallest such N from 4 up, or the
@@ -365,7 +366,8 @@ def _recipe(given: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _switches_of(train_modules: str, given: Mapping[str, Any]) -> Dict[str, bool]:
-    """``freeze_lm`` and ``train_vision`` as ``--train-modules`` implies them; those given must agree."""
+    """Return ``freeze_lm`` and ``train_vision`` as ``--train-modules`` implies them; those given must
+    agree."""
     entries = parse_train_modules(train_modules)
     implied = {
         "freeze_lm": not any(entry.may_train("language") for entry in entries),

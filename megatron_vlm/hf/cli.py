@@ -221,19 +221,19 @@ def loads_where(args: argparse.Namespace) -> str:
 
 
 def counts(text: str) -> List[int]:
-    """Argument type: integers from 1 on, with commas between them."""
+    """Parse an argument of integers from 1 on, with commas between them."""
     return [positive(item) for item in text.split(",")]
 
 
 def positive(text: str) -> int:
-    """Argument type: an integer from 1 on."""
+    """Parse an argument that is an integer from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def size(text: str) -> int:
-    """Argument type: bytes, from ``5GB``, ``200MB`` or ``1GiB``."""
+    """Parse an argument of bytes, from ``5GB``, ``200MB`` or ``1GiB``."""
     match = re.fullmatch(r"([0-9.]+) ?([KMG]i?)B", text, re.IGNORECASE)
     try:
         number = float(match.group(1)) if match else 0.0

@@ -130,7 +130,8 @@ def missing_sources(bind: str) -> List[str]:
 
 
 def with_environment(variables: Mapping[str, str], command: Sequence[str]) -> List[str]:
-    """``env A=b command``: it can be pasted, and it reaches into containers that clean the environment."""
+    """Return ``env A=b command``: it can be pasted, and it reaches into containers that clean the
+    environment."""
     if not variables:
         return list(command)
     rest = list(command)
@@ -144,14 +145,14 @@ def with_environment(variables: Mapping[str, str], command: Sequence[str]) -> Li
 
 
 def python_path(environ: Mapping[str, str]) -> str:
-    """``PYTHONPATH`` with this checkout in front, so that nothing has to be installed."""
+    """Return ``PYTHONPATH`` with this checkout in front, so that nothing has to be installed."""
     entries = [str(CHECKOUT)]
     entries += [p for p in environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != entries[0]]
     return os.pathsep.join(entries)
 
 
 def forwarded(environ: Mapping[str, str]) -> Dict[str, str]:
-    """Variables that carry a user's settings into a container that cleans the environment.
+    """Return the variables that carry a user's settings into a container that cleans the environment.
 
     They are for the environment of the container command, not for its arguments: keys and tokens among
     them must not show in a log or a process list. Apptainer reads ``APPTAINERENV_X``, SingularityCE
@@ -168,7 +169,7 @@ def forwarded(environ: Mapping[str, str]) -> Dict[str, str]:
 
 
 def cache_folders(environ: Mapping[str, str]) -> List[str]:
-    """Folders for caches and temporary files that the environment names and that are there."""
+    """Return the folders for caches and temporary files that the environment names and that are there."""
     return [environ[name] for name in _FOLDERS if os.path.isdir(environ.get(name, ""))]
 
 
@@ -216,7 +217,7 @@ def _without_container_flags(argv: Sequence[str]) -> List[str]:
 
 
 def _bind_sources(paths: Iterable[str], inputs: Iterable[str]) -> List[str]:
-    """Existing absolute paths to bind, in order, leaving out those that lie inside another."""
+    """Return the existing absolute paths to bind, in order, leaving out those that lie inside another."""
     found: Dict[str, None] = {}  # an ordered set
     inputs = list(inputs)
     for path in [*paths, *inputs]:
@@ -274,7 +275,8 @@ def _holder(path: str) -> str:
 
 
 def _links_in(folder: str) -> Iterator[str]:
-    """Symbolic links in a folder and below that lead somewhere, as shards and downloaded models often are."""
+    """Yield symbolic links in a folder and below that lead somewhere, as shards and downloaded models
+    often are."""
     queue, seen = [os.path.realpath(folder)], set()
     while queue:
         parent = queue.pop()

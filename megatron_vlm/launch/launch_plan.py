@@ -166,7 +166,7 @@ def plan_job(config: RunConfig, environ: Mapping[str, str]) -> LaunchPlan:
 def _in_container(
     config: RunConfig, command: List[str], environ: Mapping[str, str], device: str, runtime: str
 ) -> List[str]:
-    """``command`` inside the image, with all that the run reads and writes bound."""
+    """Return ``command`` inside the image, with all that the run reads and writes bound."""
     launch, variables = config.launch, named_variables(config.launch.environment)
     command = container.container_command(
         command,
@@ -319,12 +319,12 @@ def _environment(
 
 
 def named_variables(environment: Sequence[str]) -> Dict[str, str]:
-    """``--environment`` as a dictionary."""
+    """Return ``--environment`` as a dictionary."""
     return {name: value for name, _, value in (entry.partition("=") for entry in environment)}
 
 
 def _network(config: Placed, environ: Mapping[str, str], problems: Optional[List[str]]) -> Dict[str, str]:
-    """Interface of gloo and NCCL; what the user has exported stays."""
+    """Return the variables of gloo's and NCCL's interface; what the user has exported stays."""
     wanted, names = config.launch.interface, machine.network_interfaces()
     if wanted is not None:
         unknown = [name for name in wanted.split(",") if name not in names]

@@ -44,7 +44,7 @@ def visible_gpus(environ: Mapping[str, str]) -> List[str]:
 
 
 def gpu_memory() -> Optional[float]:
-    """Memory of the smallest GPU of this machine in GiB; None where nvidia-smi tells none."""
+    """Return the memory of the smallest GPU of this machine in GiB; None where nvidia-smi tells none."""
     sizes = [line for line in _ask_gpus("memory.total") if line.isdigit()]
     return min(map(int, sizes)) / 1024 if sizes else None  # MiB
 
@@ -71,7 +71,7 @@ def torch_cuda() -> Optional[Tuple[int, int]]:
 
 
 def _ask_gpus(what: str) -> List[str]:
-    """nvidia-smi's answers, one for each GPU; none without it."""
+    """Return nvidia-smi's answers, one for each GPU; none without it."""
     try:
         result = subprocess.run(
             ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"],
@@ -94,7 +94,7 @@ def main_memory() -> Optional[int]:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux

@@ -31,7 +31,7 @@ class Ended(NamedTuple):
 
 
 def end_on_request() -> None:
-    """Until :func:`run`, SIGTERM and SIGUSR1 end this process as they end a run that has not begun."""
+    """Let SIGTERM and SIGUSR1 end this process, until :func:`run`, as they end a run that has not begun."""
     for number in set(STOP_SIGNALS) - {signal.SIGINT}:  # that one raises KeyboardInterrupt
         signal.signal(number, lambda *_: os._exit(CONTINUE))
 

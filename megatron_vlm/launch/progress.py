@@ -87,7 +87,8 @@ def progress(run: str) -> Dict[str, Any]:
 
 
 def describe(found: Dict[str, Any]) -> str:
-    """:func:`progress` for a reader: the run and its state, and a line for each thing that is known."""
+    """Return the :func:`progress` for a reader: the run and its state, and a line for each thing that is
+    known."""
     lines = [f"{found['run']}: {found['says']}"]
     if found["iteration"] is not None:
         total = found["total"]
@@ -151,7 +152,7 @@ def closing(run: str, script: str, sif_path: Optional[str] = None) -> str:
 
 
 def _python() -> str:
-    """This interpreter as a user would type it."""
+    """Return this interpreter as a user would type it."""
     for name in ("python", "python3"):
         found = shutil.which(name)
         if found is not None and os.path.abspath(found) == sys.executable:
@@ -208,7 +209,7 @@ def _running(run: str, status: Dict[str, Any]) -> Tuple[str, str]:
 
 
 def job_state(job: str) -> Optional[str]:
-    """State and reason of a job, empty if it has left the queue; None where SLURM doesn't answer."""
+    """Return state and reason of a job, empty if it has left the queue; None where SLURM doesn't answer."""
     if not job or shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%T %r"]

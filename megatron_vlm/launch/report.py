@@ -257,7 +257,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _span(numbers: range) -> str:
-    """``3``, ``0-7``, ``0,8``, or ``0,8,..,56``."""
+    """Return ranks as ``3``, ``0-7``, ``0,8``, or ``0,8,..,56``."""
     if len(numbers) == 1:
         return str(numbers[0])
     if numbers.step == 1:

@@ -69,7 +69,8 @@ def with_cluster_defaults(config: RunConfig, environ: Mapping[str, str]) -> RunC
 
 
 def nodes_to_start_on(config: RunConfig, environ: Mapping[str, str]) -> int:
-    """Nodes of the job on which srun has yet to start run.py; 0 where this process is all it takes.
+    """Return the number of nodes of the job on which srun has yet to start run.py; 0 where this process is
+    all it takes.
 
     That is in the shell of salloc, which may run on the login node, and in a batch script of one's own. It
     is 0 outside a job, in a step of srun, on the node of a job that is to use this one alone, and where
@@ -112,7 +113,8 @@ def starts_again(environ: Mapping[str, str]) -> bool:
 
 
 def cpus_per_node(environ: Mapping[str, str]) -> Optional[int]:
-    """Cores that the one task of a node may have: the job's for all tasks on the smallest node."""
+    """Return the number of cores that the one task of a node may have: the job's for all tasks on the
+    smallest node."""
     if _number(environ, "SLURM_CPUS_PER_TASK"):
         tasks = _smallest(environ.get("SLURM_TASKS_PER_NODE", "")) or 1
         return _number(environ, "SLURM_CPUS_PER_TASK") * tasks
@@ -120,13 +122,13 @@ def cpus_per_node(environ: Mapping[str, str]) -> Optional[int]:
 
 
 def _smallest(counts: str) -> Optional[int]:
-    """``72(x2),36`` -> 36."""
+    """Return the smallest number of a list as SLURM writes it: ``72(x2),36`` -> 36."""
     found = re.findall(r"(?:^|,)(\d+)", counts)
     return min(map(int, found)) if found else None
 
 
 def output_name(environ: Mapping[str, str]) -> Optional[str]:
-    """Stem of this job's log files: ``slurm-<job>``, or ``slurm-<job>_<index>`` in an array."""
+    """Return the stem of this job's log files: ``slurm-<job>``, or ``slurm-<job>_<index>`` in an array."""
     if "SLURM_ARRAY_TASK_ID" in environ and "SLURM_ARRAY_JOB_ID" in environ:
         return f"slurm-{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return f"slurm-{environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environ else None
@@ -138,13 +140,13 @@ def job_port(job: int, step: int) -> int:
 
 
 def first_host(node_list: str) -> str:
-    """First host of a SLURM node list: ``rack[1-2]node[03-04,7],login`` -> ``rack1node03``."""
+    """Return the first host of a SLURM node list: ``rack[1-2]node[03-04,7],login`` -> ``rack1node03``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group(0)) if first else node_list
 
 
 def with_suffix(host: str, suffix: str) -> str:
-    """``node01.site.org`` with ``i`` -> ``node01i.site.org``."""
+    """Return a host with a suffix: ``node01.site.org`` with ``i`` -> ``node01i.site.org``."""
     name, dot, domain = host.partition(".")
     return f"{name}{suffix}{dot}{domain}"
 

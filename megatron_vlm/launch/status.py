@@ -57,7 +57,7 @@ def wait_until_free(run_dir: str) -> None:
 
 
 def note_queued(run_dir: str, job_id: str, command: Sequence[str], more_jobs: Sequence[str] = ()) -> None:
-    """A job waits that will start the run, or go on with it.
+    """Note that a job waits that will start the run, or go on with it.
 
     Args:
         run_dir: the run folder; made if it isn't there.
@@ -77,7 +77,7 @@ def note_queued(run_dir: str, job_id: str, command: Sequence[str], more_jobs: Se
 
 
 def note_running(run_dir: str, command: Sequence[str], job_id: Optional[str], log: str) -> None:
-    """This process, the launcher of node 0, starts the ranks.
+    """Note that this process, the launcher of node 0, starts the ranks.
 
     Args:
         log: of this node.
@@ -101,7 +101,7 @@ def note_running(run_dir: str, command: Sequence[str], job_id: Optional[str], lo
 
 
 def note_ended(run_dir: str, exit_code: int, message: str) -> None:
-    """The ranks have ended; what :func:`note_running` wrote stays in the file.
+    """Note that the ranks have ended; what :func:`note_running` wrote stays in the file.
 
     A run that was done stays so, where the start was refused or interrupted before it trained. Where the
     file can't be written, it says so on stderr: the exit code matters more.

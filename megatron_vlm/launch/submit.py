@@ -138,7 +138,7 @@ def what_now(job: Job, ids: Sequence[str], run_dir: str) -> str:
 
 
 def _free_stem(folder: str, stem: str) -> str:
-    """``stem``, or with a number where a script was written in the same second."""
+    """Return ``stem``, or with a number where a script was written in the same second."""
     names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     return next(name for name in names if not os.path.exists(os.path.join(folder, f"{name}.sh")))
 
@@ -293,7 +293,7 @@ def _grouped(words: Sequence[str]) -> List[str]:
 
 
 def _option(name: str, value: str) -> str:
-    """``--name=value`` as sbatch reads it from a script.
+    """Return ``--name=value`` as sbatch reads it from a script.
 
     Its quotes are not the shell's: inside "..." it takes a backslash off every character behind one.
     """

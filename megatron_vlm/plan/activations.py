@@ -39,7 +39,7 @@ class Block:
 
 
 def in_a_row(blocks: Iterable[Block]) -> Block:
-    """Blocks one after the other, as one."""
+    """Return blocks one after the other, as one."""
     kept = forward = backward = idle = 0
     for block in blocks:
         forward = max(forward, kept + block.forward)
@@ -111,7 +111,7 @@ Trains = Callable[[str], bool]
 def stage_block(
     model: ModelConfig, shape: Shape, numbers: range, first: bool, last: bool, trains: Trains
 ) -> Block:
-    """One pipeline stage.
+    """Return the block of one pipeline stage.
 
     Args:
         numbers: of its layers.

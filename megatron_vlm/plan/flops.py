@@ -78,12 +78,13 @@ class Flops:
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
-    """Pairs of a query and a key not after it, over sequences of these lengths: ``s (s + 1) / 2`` each."""
+    """Return the number of pairs of a query and a key not after it, over sequences of these lengths: ``s
+    (s + 1) / 2`` each."""
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def training_flops(model: ModelConfig, work: Work, trains: Callable[[str], bool]) -> Flops:
-    """Operations of one iteration's forward and backward passes.
+    """Return the operations of one iteration's forward and backward passes.
 
     A product with a weight costs as much again for the weight's gradient, where the weight is trained,
     and as much again for the gradient of its input, where anything before it is trained. Attention has
@@ -104,7 +105,8 @@ def training_flops(model: ModelConfig, work: Work, trains: Callable[[str], bool]
 def _operations(
     products: Sequence[Product], trains: Callable[[str], bool], gradient_flows: bool
 ) -> Tuple[int, bool]:
-    """Operations of products in a row, and whether their result needs a gradient if their input does."""
+    """Return the operations of products in a row, and whether their result needs a gradient if their input
+    does."""
     total = 0
     for weight, forward in products:
         if weight is None:
@@ -117,7 +119,7 @@ def _operations(
 
 
 def peak_tflops(device_name: str, fp8: bool = False) -> Optional[float]:
-    """Dense peak of a GPU.
+    """Return the dense peak of a GPU.
 
     Args:
         device_name: as ``torch.cuda.get_device_name()`` has it.

@@ -11,7 +11,7 @@ from megatron_vlm.config.run import RunConfig
 
 
 def check_flags(config: RunConfig) -> None:
-    """The rules between FP8 and the other flags.
+    """Check the rules between FP8 and the other flags.
 
     Raises:
         ValueError: one is broken.
@@ -34,7 +34,7 @@ def check_flags(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig, model: ModelConfig) -> None:
-    """The rules between FP8 and the model.
+    """Check the rules between FP8 and the model.
 
     Raises:
         ValueError: one is broken.

@@ -63,7 +63,8 @@ class StageMemory:
 def estimate(
     config: RunConfig, model: ModelConfig, world_size: int, device: Optional[str] = None
 ) -> List[StageMemory]:
-    """Memory of each pipeline rank, for samples of the largest image and text that fill ``--seq-length``.
+    """Return the memory of each pipeline rank, for samples of the largest image and text that fill
+    ``--seq-length``.
 
     With ``--packing`` the tower is taken to have as many images as fit into the sequences, the output layer
     to have one image's tokens less than all.
@@ -140,8 +141,10 @@ def _shape(config: RunConfig, model: ModelConfig, device: str) -> Shape:
 def _state(
     parameters: Sequence[Parameter], trained: Mapping[str, object], shape: Shape, shards: int
 ) -> Tuple[int, int, int]:
-    """Weights, gradients and optimizer state. Gradients are whole on every rank: ``--dist-optim`` shards the
-    optimizer state alone."""
+    """Return the bytes of weights, gradients and optimizer state.
+
+    Gradients are whole on every rank: ``--dist-optim`` shards the optimizer state alone.
+    """
     count = sum(parameter.size for parameter in parameters)
     updated = sum(parameter.size for parameter in parameters if parameter.name in trained)
     per_parameter = 2 * _FP32 + (_FP32 if shape.element < _FP32 else 0)
@@ -149,8 +152,9 @@ def _state(
 
 
 def _fp8_copies(parameters: Sequence[Parameter], fp8: Optional[Fp8Config], model: ModelConfig) -> int:
-    """Weights in FP8, as they are and transposed, for the backward pass: made by an iteration's first micro
-    batch, and kept. Weights that are FP8 themselves, and their transposes, take what bfloat16 took."""
+    """Return the bytes of weights in FP8, as they are and transposed, for the backward pass: made by an
+    iteration's first micro batch, and kept. Weights that are FP8 themselves, and their transposes, take
+    what bfloat16 took."""
     if fp8 is None or fp8.param_gather:
         return 0
     weights = set(fp8.weights(model.language.num_layers))
@@ -168,7 +172,7 @@ def _inputs(model: ModelConfig, shape: Shape, microbatches: int, first: bool) ->
 
 
 def _buffers(model: ModelConfig, shape: Shape) -> int:
-    """Sequence parallelism gathers into one buffer, which stays."""
+    """Return the bytes of the one buffer into which sequence parallelism gathers, and which stays."""
     if not shape.sequence_parallel:
         return 0
     return shape.tokens * model.language.hidden_size * shape.element

@@ -24,7 +24,7 @@ class PackingEstimate:
     counted_with: Tuple[str, ...]
 
     def iterations(self, samples: float, batch: int) -> int:
-        """Iterations, of ``batch`` sequences each, that ``samples`` samples take."""
+        """Return the number of iterations, of ``batch`` sequences each, that ``samples`` samples take."""
         return max(1, round(samples / self.samples_per_sequence / batch))
 
 
@@ -84,7 +84,8 @@ def estimate_packing(path: str, packing: Packing, overlong: str) -> Optional[Pac
 
 
 def _shares(path: str) -> List[Tuple[str, Optional[float], Optional[str]]]:
-    """Each dataset that is trained on, its share of the samples (None: not known), and its ``overlong``."""
+    """Return each dataset that is trained on, its share of the samples (None: not known), and its
+    ``overlong``."""
     if not is_mixture(path):
         return [(path, 1.0, None)]
     found: List[Tuple[str, Optional[float], Optional[str]]] = []

@@ -26,7 +26,7 @@ class StageCosts:
 
 
 def stage_costs(model: ModelConfig, seq_length: int, trains: Callable[[str], bool]) -> StageCosts:
-    """Floating-point operations of a sample of the largest image and text, ``seq_length`` tokens in all.
+    """Return the operations of a sample of the largest image and text, ``seq_length`` tokens in all.
 
     All of the text counts as trained: the output layer runs for trained tokens only.
 
@@ -54,7 +54,7 @@ def deal_layers(
     first: Optional[int] = None,
     last: Optional[int] = None,
 ) -> Tuple[int, ...]:
-    """Layers of each stage, so that the slowest stage is as fast as can be.
+    """Return the number of layers of each stage, so that the slowest stage is as fast as can be.
 
     Every stage gets one layer; each further one goes where it is done soonest, and of equals to the latest
     stage, which holds the fewest micro batches at a time.

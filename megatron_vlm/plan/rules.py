@@ -69,7 +69,7 @@ def broken_rules(config: RunConfig, world_size: int, model: Optional[ModelConfig
 
 
 def _text(config: RunConfig) -> None:
-    """A name with other bytes than UTF-8 could not be printed by a rank, nor saved with the run."""
+    """Check that texts are UTF-8; a rank could not print other bytes, nor save them with the run."""
     for section in dataclasses.asdict(config).values():
         for name, value in section.items():
             for text in value if isinstance(value, tuple) else (value,):
@@ -203,7 +203,8 @@ def _token_ids(config: RunConfig, model: ModelConfig) -> None:
 
 
 def _interleaving(config: RunConfig, world_size: int) -> None:
-    """Interleaved stages take micro batches in groups, one for each pipeline rank."""
+    """Check the micro batches of interleaved stages, which take them in groups, one for each pipeline
+    rank."""
     pp, vpp, microbatches = config.parallel.pp, config.parallel.vpp, config.num_microbatches(world_size)
     if vpp > 1 and microbatches % pp:
         batch = config.training.global_batch_size

@@ -174,7 +174,7 @@ def _training_flags(config: RunConfig) -> Dict[str, Any]:
 
 
 def _show(name: str, value: object) -> str:
-    """``--seed 7``, ``--freeze-lm``, ``--no-freeze-lm`` or ``no --train-modules``."""
+    """Return a flag as typed: ``--seed 7``, ``--freeze-lm``, ``--no-freeze-lm`` or ``no --train-modules``."""
     if isinstance(value, bool):
         return flag_name(name) if value else negative_flag_name(name)
     return f"no {flag_name(name)}" if value is None else f"{flag_name(name)} {value}"

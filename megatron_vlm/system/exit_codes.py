@@ -33,7 +33,7 @@ def meaning(code: int) -> str:
 
 
 def signal_name(number: int) -> str:
-    """``SIGTERM``, or ``signal 64`` for one without a name."""
+    """Return ``SIGTERM``, or ``signal 64`` for one without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -43,7 +43,7 @@ def engine_problem(version_of: Optional[Callable[[str], str]] = None) -> Optiona
 
 
 def check_kernel_switches(environ: Mapping[str, str]) -> None:
-    """Transformer Engine's switches for its attention kernels have to be on, as they are by default.
+    """Check that Transformer Engine's switches for attention kernels are on, as they are by default.
 
     megatron-core asserts it of every model, of local layers too.
 

@@ -13,7 +13,8 @@ def size_text(size: float) -> str:
 
 
 def count_text(number: int, noun: str) -> str:
-    """``1 sample``, ``12,000 samples``, ``2 processes``, ``3 passes``, ``2 copies``."""
+    """Return a count with its noun: ``1 sample``, ``12,000 samples``, ``2 processes``, ``3 passes``, ``2
+    copies``."""
     if number == 1:
         return f"1 {noun}"
     plural = noun + "es" if noun.endswith("s") else noun[:-1] + "ies" if noun.endswith("py") else noun + "s"
@@ -21,5 +22,5 @@ def count_text(number: int, noun: str) -> str:
 
 
 def times_text(number: int) -> str:
-    """``once``, ``twice``, ``3 times``."""
+    """Return ``once``, ``twice``, ``3 times``."""
     return {1: "once", 2: "twice"}.get(number, f"{number:,} times")

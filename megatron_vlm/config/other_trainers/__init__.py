@@ -58,7 +58,7 @@ def answer(typed: str, value: Any = None, own: bool = False) -> Optional[str]:
 
 
 def markdown() -> str:
-    """docs/from-other-trainers.md."""
+    """Return docs/from-other-trainers.md."""
     lines = [_INTRODUCTION]
     for heading, group in ARGUMENTS.items():
         lines += ["", f"## {heading}", "", "| there | here |", "|---|---|"]
@@ -80,7 +80,7 @@ def _cell(argument: Argument) -> str:
 
 
 def _marked(text: str) -> str:
-    """With flags, scripts and placeholders as code."""
+    """Return a text with flags, scripts and placeholders as code."""
     code = re.compile(r"(?<![\w`])(?:scripts/[\w/]+\.py|--[a-z][\w-]*|'[^']*\|[^']*'|<[^>]+>(?:/\w+)?)")
     return code.sub(lambda match: f"`{match[0]}`", text).replace("|", "\\|")
 

@@ -124,7 +124,8 @@ class SlurmSection:
 
 
 def time_limit(text: str) -> Optional[int]:
-    """Seconds of a time limit as sbatch takes it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``.
+    """Return the seconds of a time limit as sbatch takes it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``,
+    ``D-H:M:S``.
 
     None for no limit: ``0``, ``-1``, ``UNLIMITED``, ``INFINITE``.
 

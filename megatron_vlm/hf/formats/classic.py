@@ -257,7 +257,7 @@ class ClassicReader:
         return _unshard(rule, shards)
 
     def _pipeline(self, ranks: Mapping[tuple[int, int], Path], tp_rank: int) -> dict[str, Stored]:
-        """One tensor-parallel rank's tensors, all stages together, under global names."""
+        """Return one tensor-parallel rank's tensors, all stages together, under global names."""
         stages: dict[tuple[int, int], dict[str, Stored]] = {}
         for pp_rank in range(self.pp):
             content = _load(ranks[tp_rank, pp_rank])

@@ -20,7 +20,7 @@ from megatron_vlm.hf.tables.table import Row, Table
 
 @contextmanager
 def appearing_checkpoint(root: Path, replace: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``<root>/release``, with its tracker file.
+    """Yield a folder to write into, which becomes ``<root>/release``, with its tracker file.
 
     A root that doesn't exist yet appears with both at once.
     """

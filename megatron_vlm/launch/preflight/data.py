@@ -42,7 +42,7 @@ def dataset(found: Inspection) -> None:
 
 
 def loader_workers(found: Inspection) -> None:
-    """After the flags, which say how many there are."""
+    """Check the loader workers, after the flags, which say how many there are."""
     path = found.config.data.data_path
     if path is not None and found.train_samples is not None and not found.contradictions:
         workers = found.config.data_workers(found.plan.world_size)
@@ -50,7 +50,7 @@ def loader_workers(found: Inspection) -> None:
 
 
 def lengths(found: Inspection) -> None:
-    """After the model, which says how many tokens an image has."""
+    """Check samples' lengths, after the model, which says how many tokens an image has."""
     path, data = found.config.data.data_path, found.config.data
     if path is None or found.train_samples is None or found.model is None:
         return

@@ -88,7 +88,7 @@ def index_doubts(path: str) -> Iterator[str]:
 def length_problems(
     path: str, data: DataSection, image_tokens: int, tokenizer_load_dir: Optional[str]
 ) -> Tuple[List[str], List[str]]:
-    """Datasets of which no sample fits into ``--seq-length``, by prepare.py's report.
+    """Return the datasets of which no sample fits into ``--seq-length``, by prepare.py's report.
 
     Args:
         image_tokens: of the smallest image.

@@ -12,7 +12,7 @@ from megatron_vlm.system.units import count_text, size_text
 
 
 def gpus(found: Inspection) -> None:
-    """A job, or a plan for another machine, may find other GPUs than this machine has."""
+    """Check the GPUs; a job, or a plan for another machine, may find others than this machine has."""
     fp8 = found.config.fp8
     capability = machine.compute_capability() if fp8 is not None and found.plan.device == "cuda" else None
     if fp8 is None or capability is None or found.config.slurm.submit:
@@ -58,7 +58,7 @@ def _main_memory(found: Inspection) -> None:
 
 
 def cores(found: Inspection) -> None:
-    """A SLURM job that asks for none has one on many sites."""
+    """Check the CPU cores; a SLURM job that asks for none has one on many sites."""
     config, processes, cores = found.config, found.plan.processes, machine.usable_cores()
     if found.plan.device == "cpu" or config.launch.only_looks or config.slurm.submit or cores >= processes:
         return

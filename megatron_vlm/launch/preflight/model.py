@@ -70,7 +70,7 @@ def checkpoint(found: Inspection) -> None:
 
 
 def _fits_start(found: Inspection, start: Start, model: ModelConfig) -> None:
-    """The rules that training checks before it loads anything large."""
+    """Check the rules that training checks before it loads anything large."""
     rules: List[Callable[[], object]] = [
         lambda: check_same_model(found.config, start, model),
         lambda: with_adapters(model, found.config, start),
@@ -93,7 +93,7 @@ def _fits_start(found: Inspection, start: Start, model: ModelConfig) -> None:
 
 
 def _same_data(found: Inspection, start: Start) -> None:
-    """The data loader's rules, where the run goes on in the middle of its data."""
+    """Check the data loader's rules, where the run goes on in the middle of its data."""
     config = found.config
     try:
         with open(start.checkpoint / DATA_STATE, encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def _same_data(found: Inspection, start: Start) -> None:
 
 
 def _same_held_out(found: Inspection, start: Start) -> None:
-    """The rule of evaluations, of which the run's state keeps what they were on."""
+    """Check that evaluations are on the samples that the run's state has kept."""
     config = found.config
     if config.training.eval_interval is None or config.data.data_path is None:
         return

@@ -95,7 +95,7 @@ def image_problems(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
 
 
 def uncut_problems(model: ModelConfig, config: RunConfig) -> Iterator[str]:
-    """Datasets of a mixture that want tiles from a model that has none."""
+    """Yield the datasets of a mixture that want tiles from a model that has none."""
     for source in _sources(config):
         if source.options.get("image_aspect_ratio") == "anyres" and model.anyres is None:
             yield _where(config, source) + NO_TILES
@@ -128,7 +128,7 @@ def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
 
 
 def sequence_warnings(model: ModelConfig, seq_length: int) -> Iterator[str]:
-    """Sequences that leave little room for text, or are longer than the model has seen."""
+    """Yield warnings of sequences that leave little room for text, or are longer than the model has seen."""
     text, image = model.text_tokens(seq_length), "an image" if model.anyres is None else "the largest image"
     if seq_length > model.min_image_tokens and text < _FULL_TEXT_SHARE * seq_length:
         fits = -(-int(model.image_tokens / (1 - _FULL_TEXT_SHARE)) // 64) * 64
@@ -224,7 +224,8 @@ def _added_tokens(folder: str, settings: Dict[str, Any]) -> Dict[int, str]:
 
 
 def _list_in_tokenizer(path: str) -> List[Dict[str, Any]]:
-    """``added_tokens`` of a ``tokenizer.json``, without parsing the vocabulary of some 10 MB after it."""
+    """Return ``added_tokens`` of a ``tokenizer.json``, without parsing the vocabulary of some 10 MB after
+    it."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()

@@ -25,7 +25,8 @@ def save_folder(found: Inspection) -> None:
 
 
 def disk(found: Inspection) -> None:
-    """Room for the checkpoints to come, as far as the file system tells: it doesn't tell of quotas."""
+    """Check that there is room for the checkpoints to come, as far as the file system tells: it doesn't
+    tell of quotas."""
     config, model, where = found.config, found.model, found.config.checkpoint
     if model is None or found.contradictions or not where.save_dir or not where.save:
         return

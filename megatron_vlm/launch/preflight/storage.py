@@ -72,7 +72,8 @@ def checkpoint_bytes(config: RunConfig, model: ModelConfig, with_optimizer: bool
 
 
 def number_of_saves(iterations: Optional[int], interval: int, done: int = 0) -> int:
-    """Checkpoints that a run writes from iteration ``done`` on: each interval's, and the last one's."""
+    """Return the number of checkpoints that a run writes from iteration ``done`` on: each interval's, and
+    the last one's."""
     if iterations is None:
         return 1
     if done >= iterations:
@@ -81,7 +82,10 @@ def number_of_saves(iterations: Optional[int], interval: int, done: int = 0) -> 
 
 
 def free_bytes(path: str) -> Optional[int]:
-    """Room for an ordinary user on the file system that ``path`` is or will be on. A quota isn't asked."""
+    """Return the room for an ordinary user on the file system that ``path`` is or will be on.
+
+    A quota isn't asked.
+    """
     try:
         status = os.statvfs(nearest_folder(path))
     except OSError:
@@ -90,7 +94,7 @@ def free_bytes(path: str) -> Optional[int]:
 
 
 def nearest_folder(path: str) -> str:
-    """``path``, or the closest of its parents that exists."""
+    """Return ``path``, or the closest of its parents that exists."""
     path = os.path.abspath(path)
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
@@ -119,7 +123,7 @@ def local_file_system(path: str, mounts: str = "/proc/mounts") -> Optional[str]:
 
 
 def unseen(paths: Iterable[str], command: Sequence[str], home: Optional[str] = None) -> List[Tuple[str, str]]:
-    """Paths that exist here and don't in the container, since a link leads out of what is bound.
+    """Return the paths that exist here and don't in the container, since a link leads out of what is bound.
 
     Args:
         paths: absolute.
@@ -166,7 +170,7 @@ def _resolve(path: str, mounted: Dict[str, str]) -> Optional[str]:
 
 
 def links_in(folder: str) -> List[str]:
-    """Symbolic links among a folder's entries; none where it can't be read."""
+    """Return the symbolic links among a folder's entries; none where it can't be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry.path for entry in entries if entry.is_symlink()]
