@@ -61,7 +61,6 @@ from megatron_vlm.hf.megatron import (
     write_hf_files,
 )
 from megatron_vlm.hf.tables.model import build_table
-from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
 
@@ -352,27 +351,23 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def _check_import(source: Path, table: Table, found: dict[str, TensorInfo]) -> list[Carry]:
     """Check that the table and the folder name the same tensors; the carries that are there."""
-    covered: dict[str, Shape] = {}
-    carried = []
-    for row in table.rows:
-        covered.update(row.hf)
-    for carry in table.carries:
-        if not carry.optional or any(name in found for name, _ in carry.hf):
-            carried.append(carry)
-            covered.update(carry.hf)
-    missing = [name for name in covered if name not in found]
+    carried = [
+        carry for carry in table.carries if not carry.optional or any(name in found for name, _ in carry.hf)
+    ]
+    wanted = [*table.required, *(name for carry in carried for name, _ in carry.hf)]
+    missing = [name for name in dict.fromkeys(wanted) if name not in found]
     if missing:
         raise ValueError(f"{source}: {missing[0]} is missing{and_more(missing)}")
-    covered.update({alias.name: alias.shape for alias in table.aliases})
-    unknown = [name for name in found if name not in covered]
+    shapes = table.shapes
+    unknown = [name for name in found if name not in shapes]
     if unknown:
         raise ValueError(
             f"{source}: {unknown[0]} is no part of the model that config.json describes{and_more(unknown)}"
         )
     for name, info in found.items():
-        if info.shape != covered[name]:
+        if info.shape != shapes[name]:
             raise ValueError(
-                f"{source}: {name} has shape {list(info.shape)}; config.json implies {list(covered[name])}"
+                f"{source}: {name} has shape {list(info.shape)}; config.json implies {list(shapes[name])}"
             )
     for row in table.rows:
         for name, _ in row.hf:

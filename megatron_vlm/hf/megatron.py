@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
@@ -40,6 +39,7 @@ from megatron_vlm.hf.formats.folder import (
     cast,
     cast_infos,
     copy_small_files,
+    open_weights_file,
 )
 from megatron_vlm.hf.formats.native import LayeredReader, open_weights
 from megatron_vlm.hf.formats.streaming import HASH, check_finite, describe, same_bits
@@ -156,11 +156,10 @@ class MegatronCheckpoint:
             return tensor
         path = self.hf / CARRIED
         check_readable(path)
-        try:
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: {name} cannot be read ({error})") from None
+        names, read = open_weights_file(path)
+        if name not in names:
+            raise ValueError(f"{path}: {name} is missing")
+        tensor = read(name)
         if tuple(tensor.shape) != self.tensors[name].shape:
             raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, other than {WEIGHTS} says")
         check_finite(name, tensor)
@@ -187,11 +186,7 @@ class MegatronCheckpoint:
                     f"{self.path}: {name} has shape {list(self.reader.shape(name))}; "
                     f"{self._config} implies {list(row.native_shape)}"
                 )
-        shapes = {name: shape for row in self.table.rows for name, shape in row.hf}
-        required = set(shapes)
-        required |= {name for carry in self.table.carries if not carry.optional for name, _ in carry.hf}
-        shapes.update(pair for carry in self.table.carries for pair in carry.hf)
-        shapes.update((alias.name, alias.shape) for alias in self.table.aliases)
+        shapes, required = self.table.shapes, set(self.table.required)
         wrong = [name for name, info in self.tensors.items() if shapes.get(name) != info.shape]
         for name in sorted(wrong) or sorted(required - self.tensors.keys()):
             weights = f"{HF_FOLDER}/{WEIGHTS}" if self.folder is None else self.hf

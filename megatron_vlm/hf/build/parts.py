@@ -203,10 +203,8 @@ def check_sources(sources: Sources, model: ModelConfig, text: Part, tower: Part)
         ValueError: one is missing, has another shape, or is none of them.
     """
     table = build_table(model, model.language.vocab_size, ON_THE_HUB)
-    shapes = {name: shape for row in table.rows for name, shape in row.hf}
-    shapes.update(pair for carry in table.carries if not carry.optional for pair in carry.hf)
-    allowed = {**shapes, **{name: shape for carry in table.carries for name, shape in carry.hf}}
-    for name in [name for name in shapes if name not in sources] or sources:
+    allowed = table.shapes
+    for name in [name for name in table.required if name not in sources] or sources:
         part = tower if name.startswith(tower.target) else text
         own = f"{part.flag}: {name.removeprefix(part.target)}"
         if name not in sources:

@@ -97,6 +97,18 @@ class Table:
     carries: tuple[Carry, ...]
     aliases: tuple[Alias, ...]
 
+    @property
+    def required(self) -> dict[str, Shape]:
+        """Hugging Face tensors that every folder of the model holds."""
+        entries: list[Row | Carry] = [*self.rows, *(carry for carry in self.carries if not carry.optional)]
+        return {name: shape for entry in entries for name, shape in entry.hf}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """All Hugging Face tensors that a folder of the model may hold."""
+        carried = {name: shape for carry in self.carries for name, shape in carry.hf}
+        return {**self.required, **carried, **{alias.name: alias.shape for alias in self.aliases}}
+
 
 def fixed_tensors(table: Table) -> dict[str, Callable[[], Tensor]]:
     """Return makers of the tensors that are the same in every model of these shapes, by Hugging Face name."""
