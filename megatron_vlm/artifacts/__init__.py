@@ -1,4 +1,4 @@
-"""What lies on disk: checkpoints, datasets, mixtures, templates. Standard library only (Python 3.9).
+"""Files that lie on disk: checkpoints, datasets, mixtures, templates. Standard library only (Python 3.9).
 
 checkpoint.py     folders of checkpoints, and how one appears: whole or not at all
 torch_dist.py     .metadata of a checkpoint's tensors, read without running anything that it names

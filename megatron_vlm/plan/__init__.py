@@ -1,4 +1,4 @@
-"""What follows from a run and its model. Standard library only (Python 3.9).
+"""The plan that follows from a run and its model. Standard library only (Python 3.9).
 
 rules.py, fp8_rules.py  flags that contradict each other or the model
 start.py                where a run begins, and whether flags and files fit that

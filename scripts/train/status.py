@@ -1,4 +1,4 @@
-"""Where runs are, from their folders alone: also while they train, wait in a queue, or were killed.
+"""The progress of runs, from their folders alone: also while they train, wait in a queue, or were killed.
 
     python scripts/train/status.py runs/demo
     python scripts/train/status.py runs --json

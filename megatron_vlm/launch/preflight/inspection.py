@@ -21,7 +21,7 @@ _WIDTH = 100  # of the list of checks that found nothing
 
 @dataclass
 class Inspection:
-    """What a look at a run has found.
+    """The findings of the checks of one run.
 
     Attributes:
         plan: of this node.
