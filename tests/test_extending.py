@@ -16,7 +16,7 @@ from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.sections import SECTIONS
 from megatron_vlm.data.media.kinds import KINDS
 from megatron_vlm.data.media.readers import READERS
-from megatron_vlm.data.prepare.records import SHAPES
+from megatron_vlm.data.prepare.records.shapes import SHAPES
 from megatron_vlm.hf.tables.model import TABLES
 from megatron_vlm.models.modalities import MODALITIES
 from megatron_vlm.observe.metrics import IterationMetrics

@@ -15,8 +15,8 @@ import yaml  # type: ignore[import-untyped]
 from megatron_vlm.artifacts.dataset import FIELD_MAP, TEXT_ONLY_KEY, prepare_command
 from megatron_vlm.data.conversations import checked_text
 from megatron_vlm.data.media.kinds import IMAGE
-from megatron_vlm.data.prepare.fields import with_options
-from megatron_vlm.data.prepare.values import Rejected
+from megatron_vlm.data.prepare.records.fields import with_options
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.templates import SampleError, Turn
 
 CHOICES, CORRECT = "choices", "correct_choice_idx"

@@ -255,7 +255,7 @@ def test_the_docs_show_what_is_there() -> None:
 
 # Formats of records and of prompts that are called like a model.
 NO_FAMILIES = {
-    ("megatron_vlm/data/prepare/records.py", "llava"),
+    ("megatron_vlm/data/prepare/records/shapes.py", "llava"),
     ("scripts/data/prepare.py", "llava"),
     ("megatron_vlm/data/chat_templates.py", "mistral"),
     ("megatron_vlm/artifacts/templates.py", "mistral"),

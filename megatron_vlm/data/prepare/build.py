@@ -27,10 +27,10 @@ import numpy as np
 from megatron_vlm.artifacts.dataset import PREPARED, REPORT, ends_hash
 from megatron_vlm.data.prepare.energon import energon_prepare
 from megatron_vlm.data.prepare.files import read_json_if_there, write_json
-from megatron_vlm.data.prepare.ignored import merge
 from megatron_vlm.data.prepare.pictures import ENCODINGS, Encoding
 from megatron_vlm.data.prepare.plan import DUPLICATES, SPLITS, ShardPlan, duplicates, plan_shards, sample_rows
-from megatron_vlm.data.prepare.records import SHAPES
+from megatron_vlm.data.prepare.records.ignored import merge
+from megatron_vlm.data.prepare.records.shapes import SHAPES
 from megatron_vlm.data.prepare.rejections import DUPLICATE, Places, RejectionLog, Rejections, read_logs
 from megatron_vlm.data.prepare.report import make_report, to_markdown
 from megatron_vlm.data.prepare.shards import HASH, Rendering, ShardFacts, finished, rejections_of
@@ -131,7 +131,7 @@ class Staged:
     Attributes:
         read: records of each file.
         notes, shapes: how many samples have each.
-        ignored: fields of which nothing is trained, see :func:`~megatron_vlm.data.prepare.ignored.merge`.
+        ignored: fields of which nothing is trained, as records/ignored.py merges them.
         places: where a sample stands in the input.
         logs: files that name what was lost so far, and from which place on each counts.
     """

@@ -22,9 +22,9 @@ from megatron_vlm.data.field_maps import read_field_map
 from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.data.prepare.files import read_json_if_there
 from megatron_vlm.data.prepare.pictures import Encoding
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.prepare.shards import content_hash
 from megatron_vlm.data.prepare.sources import MEMBER, check_end
-from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.shards import read_index
 from megatron_vlm.data.templates import SampleError
 from megatron_vlm.system.processes import die_with_parent

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from megatron_vlm.artifacts.image_rule import LOADED, ImageRule
 from megatron_vlm.data.media import decoding
-from megatron_vlm.data.prepare.values import Rejected
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.templates import SampleError
 
 SUFFIXES = {

@@ -30,7 +30,7 @@ def make_report(
         settings: all that it depends on.
         read: records of each file.
         notes, shapes: how many samples have each.
-        ignored: fields of which nothing is trained, see :func:`~megatron_vlm.data.prepare.ignored.merge`.
+        ignored: fields of which nothing is trained, as records/ignored.py merges them.
 
     Returns:
         ``read`` is the sum of ``kept`` and of the counts in ``dropped``, for each of ``files`` too;

@@ -21,8 +21,8 @@ from megatron_vlm.data.prepare.files import open_regular, read_json_if_there, wr
 from megatron_vlm.data.prepare.histogram import Histogram
 from megatron_vlm.data.prepare.pictures import Encoding, Picture
 from megatron_vlm.data.prepare.plan import ShardPlan
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.prepare.rejections import UNTRAINED, RejectionLog
-from megatron_vlm.data.prepare.values import Rejected
 from megatron_vlm.data.templates import SampleError
 
 HASH = "xxh3_128"

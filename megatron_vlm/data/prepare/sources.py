@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from megatron_vlm.artifacts.dataset import RECORD_SUFFIXES, TEXT_ONLY_KEY
 from megatron_vlm.data.prepare.files import irregular
-from megatron_vlm.data.prepare.records import TURN_KEYS, to_conversation
-from megatron_vlm.data.prepare.values import Image, Rejected, TarPart, named_fields
+from megatron_vlm.data.prepare.records.shapes import TURN_KEYS, to_conversation
+from megatron_vlm.data.prepare.records.values import Image, Rejected, TarPart, named_fields
 
 UNIT_BYTES = 64 << 20  # of JSON lines, and of Parquet's row groups: what one worker reads in one go
 _ROWS = 64  # of a table, in memory at a time

@@ -19,11 +19,11 @@ import numpy as np
 
 from megatron_vlm.data.conversations import identity_of
 from megatron_vlm.data.prepare.files import irregular, read_json_if_there, write_json
-from megatron_vlm.data.prepare.ignored import IgnoredFields
-from megatron_vlm.data.prepare.records import Conversation, to_conversation
+from megatron_vlm.data.prepare.records.ignored import IgnoredFields
+from megatron_vlm.data.prepare.records.shapes import Conversation, to_conversation
+from megatron_vlm.data.prepare.records.values import Image, Rejected, TarPart
 from megatron_vlm.data.prepare.rejections import RejectionLog
 from megatron_vlm.data.prepare.sources import Unit, read_unit
-from megatron_vlm.data.prepare.values import Image, Rejected, TarPart
 from megatron_vlm.system.units import size_text
 
 INDEX = np.dtype(

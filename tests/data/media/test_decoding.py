@@ -20,7 +20,7 @@ from megatron_vlm.artifacts.image_rule import FIRST_RULE, LOADED, ImageRule
 from megatron_vlm.data.media import decoding
 from megatron_vlm.data.media.images import normalize
 from megatron_vlm.data.prepare.pictures import Encoding
-from megatron_vlm.data.prepare.values import Rejected
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.processing import load_processing
 from megatron_vlm.data.templates import SampleError
 from tests.data.tiny_data import asked

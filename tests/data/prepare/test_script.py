@@ -21,7 +21,7 @@ from megatron_vlm.data.prepare import build
 from megatron_vlm.data.prepare.build import Options, prepare
 from megatron_vlm.data.prepare.pictures import ENCODINGS
 from megatron_vlm.data.prepare.plan import DUPLICATES
-from megatron_vlm.data.prepare.records import SHAPES
+from megatron_vlm.data.prepare.records.shapes import SHAPES
 from tests.data.tiny_data import SCRIPT, llava
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_vlm.data.prepare import sources
+from megatron_vlm.data.prepare.records.values import TarPart
 from megatron_vlm.data.prepare.sources import find_units, kind_of, read_unit
-from megatron_vlm.data.prepare.values import TarPart
 
 RECORDS = [{"id": i, "text": "x" * (i % 7)} for i in range(50)]
 

@@ -13,9 +13,9 @@ import transformers
 
 from megatron_vlm.data.prepare import sources
 from megatron_vlm.data.prepare.build import Options, prepare
-from megatron_vlm.data.prepare.records import to_conversation
+from megatron_vlm.data.prepare.records.shapes import to_conversation
+from megatron_vlm.data.prepare.records.values import Rejected
 from megatron_vlm.data.prepare.report import to_markdown
-from megatron_vlm.data.prepare.values import Rejected
 from tests.data.prepare.test_sources import write_table
 from tests.data.tiny_data import samples_in
 

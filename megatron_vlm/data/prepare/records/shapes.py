@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm.data.conversations import UntrainableError, trainable_turns
-from megatron_vlm.data.prepare.fields import (
+from megatron_vlm.data.prepare.records.fields import (
     LOSS_KEYS,
     OBJECT_MARKERS,
     TOOL_ROLES,
@@ -35,14 +35,21 @@ from megatron_vlm.data.prepare.fields import (
     with_options,
     with_thought,
 )
-from megatron_vlm.data.prepare.places import (
+from megatron_vlm.data.prepare.records.places import (
     VIDEO_KEY,
     VIDEO_MARKER,
     place_frames,
     place_images,
     take_spellings,
 )
-from megatron_vlm.data.prepare.values import Image, Rejected, as_image, as_list, is_nothing, named_fields
+from megatron_vlm.data.prepare.records.values import (
+    Image,
+    Rejected,
+    as_image,
+    as_list,
+    is_nothing,
+    named_fields,
+)
 from megatron_vlm.data.templates import IMAGE_MARKER, Turn
 
 ROLES = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_vlm.data.conversations import read_conversation, trainable_turns
-from megatron_vlm.data.prepare.records import to_conversation
-from megatron_vlm.data.prepare.values import Rejected, TarPart
+from megatron_vlm.data.prepare.records.shapes import to_conversation
+from megatron_vlm.data.prepare.records.values import Rejected, TarPart
 from megatron_vlm.data.templates import SampleError
 
 PNG = b"\x89PNG not a real one"

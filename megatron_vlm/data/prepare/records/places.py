@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_vlm.data.prepare.values import Image, Rejected
+from megatron_vlm.data.prepare.records.values import Image, Rejected
 from megatron_vlm.data.templates import IMAGE_MARKER
 
 VIDEO_MARKER, VIDEO_KEY = "<video>", "video_frames"  # of VITA and Ovis

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vlm.data.prepare.values import Rejected, as_list, is_nothing
+from megatron_vlm.data.prepare.records.values import Rejected, as_list, is_nothing
 
 # A turn's key: whether 1, or true, means that the turn is trained.
 LOSS_KEYS: Mapping[str, bool] = {

@@ -1,0 +1,1 @@
+"""Records of datasets, of any known shape, to conversations."""
