@@ -196,7 +196,7 @@ def test_the_map_names_every_folder() -> None:
     map_of_code = (ROOT / "README.md").read_text().split("\n## A map of the code\n")[1].split("\nImports")[0]
     shown: list[Path] = []
     above: dict[int, Path] = {2: ROOT}
-    for indent, name in re.findall(r"^( {4,8})([\w.]+)/ ", map_of_code, re.MULTILINE):
+    for indent, name in re.findall(r"^( {4,10})([\w.]+)/ ", map_of_code, re.MULTILINE):
         above[len(indent)] = above[len(indent) - 2] / name
         shown.append(above[len(indent)])
     packages = {path.parent for path in (ROOT / "megatron_vlm").rglob("__init__.py")}

@@ -2,10 +2,7 @@
 
 build.py     the way through, restarts, the finished folder
 sources.py   containers: JSON, JSON lines, Parquet, Arrow, tars, cut into units
-records.py   shapes: LLaVA, ShareGPT, OpenAI, Alpaca, question and answer, to messages and images
-fields.py    what else a record or a turn says of its loss, thoughts, options; ignored.py counts the rest
-places.py    where images and frames stand, whatever their marker is called
-values.py    what stands for nothing, for a list, for an image
+records/     one record of any shape to messages and images
 stage.py     first pass: units to conversations that can be read in any order
 plan.py      duplicates, split, order, shards
 pictures.py  images looked through, made smaller where asked
