@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
-from megatron_vlm.hf.build.parts import TARGET
 from megatron_vlm.hf.formats.classic import (
     BESIDE,
     FILE,
@@ -22,7 +21,7 @@ from megatron_vlm.hf.formats.classic import (
     ClassicWriter,
 )
 from megatron_vlm.hf.tables.model import build_table
-from megatron_vlm.hf.tables.table import Row
+from megatron_vlm.hf.tables.table import ON_THE_HUB, Row
 from tests.distributed import Pool
 from tests.te.ranks import keys
 from tests.te.record import FAMILIES, NOT_UPSTREAM, model_of
@@ -31,7 +30,7 @@ RECORDED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "te/keys.json
 
 
 def rows_of(model: ModelConfig) -> tuple[Row, ...]:
-    return build_table(model, padded_vocab_size(model.language.vocab_size, 2, 8), TARGET).rows
+    return build_table(model, padded_vocab_size(model.language.vocab_size, 2, 8), ON_THE_HUB).rows
 
 
 def recorded(family: str, kind: str, tp: int) -> dict[str, list[int]]:
