@@ -50,10 +50,9 @@ def listed(heading: str) -> list[str]:
     rows = re.findall(r"^\| (.+?) \| .+ \|$", part(heading), re.MULTILINE)
     files = []
     for row in rows:
-        link, name = re.search(r"\]\(([^)]+)\)", row), re.search(r"`([^`]+<[^`]+)`", row)
-        if link:
-            files.append(str((PAGE.parent / link[1]).resolve().relative_to(ROOT)))
-        elif name:
+        links, name = re.findall(r"\]\(([^)]+)\)", row), re.search(r"`([^`]+<[^`]+)`", row)
+        files += [str((PAGE.parent / link).resolve().relative_to(ROOT)) for link in links]
+        if name:
             files.append(name[1])
     assert len(files) >= 3, heading
     return files
@@ -148,6 +147,14 @@ def test_kinds_of_connectors_and_encoders() -> None:
         if "<kind>" in file
     }
     assert folders == {file.rpartition("/")[0] for file in mentions(r"(?m)^KIND\b.*= ")}
+
+
+@pytest.mark.parametrize(
+    "heading, kind", [("A connector", r"projector\.kind"), ("An encoder", r"(?:vision|self)\.family")]
+)
+def test_what_tells_kinds_apart_is_listed(heading: str, kind: str) -> None:
+    asked = mentions(rf"\b{kind}(?: [!=]= |\.endswith)|model_subtype={kind}")
+    assert asked <= set(listed(heading))
 
 
 def test_families() -> None:
