@@ -218,6 +218,19 @@ def test_a_package_that_lists_its_files_lists_all(package: Path) -> None:
     assert own <= named or not own & named, own - named
 
 
+def test_docstrings_name_their_subject() -> None:
+    """A first line that begins with a pronoun or a question word reads as a riddle."""
+    riddles = re.compile(r"(What|Whether|Which|Where|Why|How|Its?|Those|That|As|Of|Also|The same|None)\b")
+    found = []
+    for folder in ("megatron_vlm", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    text = ast.get_docstring(node) or ""
+                    found += [f"{path.relative_to(ROOT)}: {text[:80]}"] if riddles.match(text) else []
+    assert not found, "\n".join(found)
+
+
 def test_the_demo_runs_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples/digits")
     import demo

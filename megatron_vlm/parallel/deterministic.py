@@ -1,4 +1,4 @@
-"""The same bits from every run of the same layout."""
+"""Determinism: the same bits from every run of the same layout."""
 
 from __future__ import annotations
 
