@@ -45,7 +45,7 @@ from megatron_vlm.hf.formats.native import LayeredReader, open_weights
 from megatron_vlm.hf.formats.streaming import HASH, check_finite, describe, same_bits
 from megatron_vlm.hf.tables.model import build_table
 from megatron_vlm.hf.tables.table import PREFIXES, Carry, Row, Table, detect_prefixes
-from megatron_vlm.system.files import check_readable
+from megatron_vlm.system.files import check_readable, read_json
 
 CARRIED = "carried.safetensors"
 WEIGHTS = "weights.json"
@@ -298,7 +298,7 @@ def _read_weights_json(
     """Return the files that were imported, their metadata, and the names' prefixes."""
     check_readable(hf / WEIGHTS)
     try:
-        content = json.loads((hf / WEIGHTS).read_text(encoding="utf-8"))
+        content = read_json(hf / WEIGHTS)
         files = {
             os.path.basename(file): [
                 TensorInfo(str(name), DTYPES[code], tuple(shape)) for name, code, shape in entry["tensors"]

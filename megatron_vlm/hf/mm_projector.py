@@ -49,6 +49,7 @@ from megatron_vlm.hf.tables.model import MM_PROJECTORS, build_table
 from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_target
+from megatron_vlm.system.files import read_json
 
 FILE = "mm_projector"
 _NAME = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
@@ -321,7 +322,7 @@ def _check_activation(model: ModelConfig) -> None:
 def _llava_config(config_dir: Path, model: ModelConfig) -> dict[str, Any]:
     """Return LLaVA's ``config.json`` beside a projector: the language model's, and what the projector goes
     with."""
-    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(config_dir / "config.json")
     vision = config.get("vision_config") or {}
     values = {
         **(config.get("text_config") or {}),

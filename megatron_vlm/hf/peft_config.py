@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.architecture.lora import LoRAConfig
-from megatron_vlm.system.files import check_readable
+from megatron_vlm.system.files import check_readable, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -179,7 +179,7 @@ def read_peft_config(folder: Path) -> PeftAdapter:
     path = folder / ADAPTER_CONFIG
     check_readable(path)
     try:
-        config = {**_DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
+        config = {**_DEFAULTS, **read_json(path)}
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no PEFT adapter ({error!r})") from None

@@ -6,7 +6,6 @@ generations of such names count as one. How tensors are cut, merged, padded or s
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from megatron_vlm.hf.formats.streaming import HASH, Meter, Progress, describe, d
 from megatron_vlm.hf.hashes import checks
 from megatron_vlm.hf.megatron import WEIGHTS, MegatronCheckpoint, and_more
 from megatron_vlm.hf.tables.table import detect_prefixes
-from megatron_vlm.system.files import check_readable
+from megatron_vlm.system.files import check_readable, read_json
 
 PathLike = str | os.PathLike[str]
 
@@ -115,8 +114,7 @@ def check_manifest(path: PathLike) -> int:
         source = HFFolder(path)
         check_readable(source.path / CONVERSION)
         try:
-            text = (source.path / CONVERSION).read_text(encoding="utf-8")
-            promised = json.loads(text)["tensors"]
+            promised = read_json(source.path / CONVERSION)["tensors"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source.path}: no {CONVERSION} to compare with ({error!r})") from None
         present, read = set(source.tensors), source.read

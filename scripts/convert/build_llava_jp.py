@@ -16,6 +16,7 @@ from typing import List, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from megatron_vlm.architecture.families.known import BUILT, FAMILIES, PLAIN
+from megatron_vlm.architecture.parts import CONNECTORS
 from megatron_vlm.hf import cli
 
 
@@ -66,7 +67,7 @@ def main(argv: List[str]) -> int:
     )
     parser.add_argument(
         "--projector-type",
-        choices=("mlp2x_gelu", "linear"),
+        choices=tuple(CONNECTORS),
         help="default: as --projector, or mlp2x_gelu",
     )
     parser.add_argument("--projector", help="LLaVA's mm_projector.bin, or its folder (default: a new one)")

@@ -267,6 +267,10 @@ NATIVE: dict[str, tuple[Damage, str]] = {
         text("release/hf/weights.json", '{"files": {}, "prefixes": {}}'),
         "weights.json: cannot be read",
     ),
+    "weights.json of brackets": (
+        text("release/hf/weights.json", "[" * 100_000),
+        "weights.json: cannot be read",
+    ),
     "tracker": (text("latest_checkpointed_iteration.txt", "../../x"), "is neither an iteration nor"),
     "weights.json": (
         text("release/hf/weights.json", '{"files": {"../x": 3}}'),

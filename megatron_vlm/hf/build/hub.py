@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from megatron_vlm.hf.formats.folder import BIN_INDEX, SAFETENSORS_INDEX
+from megatron_vlm.system.files import read_json
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = (
@@ -69,7 +69,7 @@ def _is_whole(folder: Path) -> bool:
             return (folder / "config.json").is_file()
         if (folder / index).is_file():
             try:
-                files = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+                files = set(read_json(folder / index)["weight_map"].values())
             except (ValueError, KeyError, AttributeError):
                 return True  # damaged, as its reader will say
             if all((folder / str(file)).is_file() for file in files):

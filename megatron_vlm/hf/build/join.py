@@ -44,6 +44,7 @@ from megatron_vlm.hf.formats.folder import SHARD_BYTES, HFFolder, small_files, s
 from megatron_vlm.hf.formats.streaming import Meter, Progress, check_free_space, dtype_name
 from megatron_vlm.hf.mm_projector import read_projector
 from megatron_vlm.hf.target import check_apart, check_target
+from megatron_vlm.system.files import read_json
 
 VOCAB_MULTIPLE = 128
 
@@ -102,7 +103,7 @@ def build_llava(
         text_model: folder or tag of a causal language model of a family in ``families.TEXT_FAMILIES``, or of
             a LLaVA, whose language model is taken.
         vision_model: folder or tag of a CLIP or SigLIP model or tower, or of a LLaVA.
-        projector_type: ``mlp2x_gelu`` or ``linear``; None: as ``projector``, or ``mlp2x_gelu``.
+        projector_type: one of ``architecture.parts.CONNECTORS``; None: as ``projector``, or ``mlp2x_gelu``.
         vocab_size_padding: round the vocabulary up to a multiple of 128.
         lang: ``jp`` or ``en``, the chat template's language.
         seed: of the projector's weights.
@@ -183,7 +184,7 @@ def _given(flag: str, name: str, part: str) -> _Given:
         raise ValueError(f"{where}no config.json in it; give the folder of a Hugging Face model")
     list(small_files(folder))  # transformers would wait for a pipe among them
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(folder / "config.json")
         own = raw[part] if isinstance(raw.get(part), dict) else raw
         kind, tied = own.get("model_type"), bool(raw.get("tie_word_embeddings"))
     except (OSError, ValueError, AttributeError) as error:
@@ -234,7 +235,7 @@ def _llava_config(
         **values,
         vision_config=vision.config,
         text_config=text.config,
-        projector_hidden_act="linear" if kind == "linear" else "gelu",
+        projector_hidden_act="gelu" if kind.endswith("_gelu") else "linear",
         vision_feature_layer=_FEATURE_LAYER,
         vision_feature_select_strategy=_FAMILIES[vision.config.model_type].feature_strategy,
         tie_word_embeddings=text.tied,
@@ -333,7 +334,7 @@ def _generation_config(text: _Given, tokenizer: Any) -> Any:
     values = {}
     if path.is_file():
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             values.pop("_from_model_config", None)  # transformers would make it anew from config.json
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{text.flag}: its generation_config.json cannot be read ({error})") from None

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_vlm.artifacts.chat_template import DEFAULT, EXTRAS, KEY, LEGACY, RAW, chat_template
 from megatron_vlm.artifacts.end_tokens import end_tokens, find_end_token, with_end_token
 from megatron_vlm.hf.build.spm import fast_tokenizer, is_llama
+from megatron_vlm.system.files import read_json
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -73,7 +74,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            _check_ids(tokenizer, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+            _check_ids(tokenizer, read_json(folder / "tokenizer.json"))
             return tokenizer
         if model is not None:
             return _from_sentencepiece(folder, model)
@@ -99,7 +100,7 @@ def _from_sentencepiece(folder: Path, model: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     converted = fast_tokenizer(model, settings)
     with tempfile.TemporaryDirectory() as temporary:
         for name in _SETTINGS:
@@ -237,7 +238,7 @@ def replace_chat_template(folder: Path, template: str, end_token_id: int | None)
     ends = with_end_token(known, end_token_id)
     if ends != known:
         path = folder / "generation_config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = read_json(path) if path.is_file() else {}
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         _replace(path, json.dumps(values, indent=2) + "\n")
 
@@ -278,7 +279,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; nothing where it is missing, or damaged, which its reader will
     say."""
     with suppress(OSError, ValueError):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return values if isinstance(values, dict) else {}
     return {}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_vlm.hf.formats.stored import Stored, reason, saved_tensors, stored_hash, write_at
 from megatron_vlm.hf.formats.streaming import check_finite, dtype_name
 from megatron_vlm.hf.tables.ops import Shape
-from megatron_vlm.system.files import check_readable
+from megatron_vlm.system.files import check_readable, read_json
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -253,7 +253,7 @@ def write_dtype(folder: Path, dtype: torch.dtype) -> None:
     many bytes they were."""
     (folder / SAFETENSORS_INDEX).unlink(missing_ok=True)
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):
             if part and key in part:
@@ -270,7 +270,7 @@ def _check_dtype(path: Path, name: str, code: str) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = read_json(path)["weight_map"]
         names = set(index.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of weights ({error!r})") from None
