@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 
 def unmet_requirements(package: str) -> list[str]:
-    """What ``package`` and all that it needs miss here, one line each."""
+    """Return what ``package`` and all that it needs miss here, one line each."""
     problems: list[str] = []
     queue = [(Requirement(package), "the command line")]
     seen = set()

@@ -40,7 +40,7 @@ def hub_model(kind: str) -> tuple[ModelConfig, transformers.ProcessorMixin]:
 
 
 def sizes(count: int, seed: int) -> list[Size]:
-    """Of every shape, most of them as photographs have them; and those where resolutions tie."""
+    """Return sizes of every shape, most of them as photographs have them; and those where resolutions tie."""
     rng = random.Random(seed)
     drawn = [(int(2 ** rng.uniform(4, 12)), int(2 ** rng.uniform(4, 12))) for _ in range(count)]
     common = [

@@ -1,4 +1,4 @@
-"""What is refused from config.json alone, with transformers' own config classes as input."""
+"""Refusals from config.json alone, with transformers' own config classes as input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_vlm.artifacts.checkpoint import resolve_checkpoint
 
 
 def config_of(kind: str, **values: Any) -> dict[str, Any]:
-    """As transformers writes it, all keys included."""
+    """Return a config as transformers writes it, all keys included."""
     return transformers.AutoConfig.for_model(kind, **values).to_dict()
 
 

@@ -23,7 +23,7 @@ SPREADS: dict[str, Callable[[random.Random], int]] = {
 
 
 def write_report(folder: Path, lengths: list[int], tokens: str = "tokens") -> None:
-    """As prepare.py writes it."""
+    """Write a report as prepare.py does."""
     histogram = Histogram()
     for length in lengths:
         histogram.add(length)

@@ -37,7 +37,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def why_not() -> str | None:
-    """Why no image can be built here; None if one can."""
+    """Return why no image can be built here; None if one can."""
     if find_apptainer() is None:
         return "no apptainer here; .ci/install-cluster installs it"
     missing = [tool for tool in ("mmdebstrap", "apt-get", "unshare") if not shutil.which(tool)]

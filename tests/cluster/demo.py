@@ -88,12 +88,12 @@ def submit(login: Host, demo: Demo, save_dir: Path, *more: object) -> list[str]:
 
 
 def output(run: Path, job: str) -> str:
-    """What a submitted job has printed."""
+    """Return what a submitted job has printed."""
     return (run / f"slurm/{job}.log").read_text()
 
 
 def logged(run: Path) -> int:
-    """How many iterations a run has logged."""
+    """Return how many iterations a run has logged."""
     metrics = run / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 

@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def why_not() -> str | None:
-    """Why this machine cannot have such hosts; None if it can."""
+    """Return why this machine cannot have such hosts; None if it can."""
     if not hasattr(os, "geteuid") or os.geteuid():
         return "network namespaces need root"
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
@@ -78,7 +78,7 @@ class Host:
         return done
 
     def path(self, path: Path) -> Path:
-        """What this host sees as ``path``, its own mounts included."""
+        """Return what this host sees as ``path``, its own mounts included."""
         return Path(f"/proc/{self.pid}/root") / path.relative_to("/")
 
     def processes(self) -> dict[int, list[str]]:

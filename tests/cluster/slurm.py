@@ -63,7 +63,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 
 
 def why_not() -> str | None:
-    """Why there can be no SLURM here; None if there can."""
+    """Return why there can be no SLURM here; None if there can."""
     missing = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     return f"{', '.join(missing)}: not installed; see .ci/install-cluster" if missing else None
 
@@ -142,7 +142,7 @@ class Slurm:
         return self.login.run("sbatch", "--parsable", script, cwd=script.parent).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` tells."""
+        """Return what ``scontrol show job`` tells."""
         return dict(re.findall(r"(\w+)=(\S*)", self.login.run("scontrol", "show", "job", job).stdout))
 
     def wait_for(self, job: str, *states: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ def start(cluster: Slurm, demo: Demo, folder: Path) -> str:
 
 
 def go_on(cluster: Slurm, demo: Demo, folder: Path, expected: list[float]) -> None:
-    """The same command again: it resumes, and the whole is what it would have been."""
+    """Give the same command again: it resumes, and the whole is what it would have been."""
     (job,) = submit(cluster.login, demo, folder, *LAYOUT)
     ended, run = cluster.wait_for(job), cluster.login.path(folder / "run")
     assert ended["JobState"] == "COMPLETED", output(run, job)

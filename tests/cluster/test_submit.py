@@ -30,7 +30,7 @@ STATUS = CHECKOUT / "scripts/train/status.py"
 
 
 def status(cluster: Slurm, folder: Path) -> dict[str, object]:
-    """What the status command says on the login node, from the folder alone."""
+    """Return what the status command says on the login node, from the folder alone."""
     return json.loads(cluster.login.run(*LOGIN_PYTHON, STATUS, folder / "run", "--json").stdout)
 
 

@@ -106,7 +106,7 @@ def test_an_epoch_holds_every_sample_as_often_as_the_file_says(
 
 
 def keys_of(prefix: str, samples: list[dict[str, bytes | str]]) -> list[str]:
-    """Of the samples that can be used: neither damaged nor with an image too many."""
+    """Return the keys of the samples that can be used: neither damaged nor with an image too many."""
     return [
         f"{prefix}{sample['key']}"
         for number, sample in enumerate(samples)
@@ -115,7 +115,7 @@ def keys_of(prefix: str, samples: list[dict[str, bytes | str]]) -> list[str]:
 
 
 def share(mixture: Mixture, worker: int, workers: int) -> int:
-    """What energon gives to a worker, asked of the built dataset."""
+    """Return what energon gives to a worker, asked of the built dataset."""
     from megatron.energon import WorkerConfig
 
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers)

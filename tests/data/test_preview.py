@@ -66,7 +66,7 @@ def processing(folders: dict[str, Path], models: dict[str, ModelConfig]) -> Proc
 
 @pytest.fixture(scope="module")
 def shown(data: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """What the script says of the first 16 samples as JSON, and a page of them."""
+    """The script's words for the first 16 samples as JSON, and a page of them."""
     flags = ["--data-path", str(data), "--tokenizer-load-dir", str(folders["bare"]), "--template", "v1"]
     flags += ["--lang", "en", "--seq-length", "200", "--samples", "16", "--fp32", "--tp", "2"]
     run = subprocess.run(

@@ -30,7 +30,7 @@ OTHER_FILES = {
 
 
 def hub_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As checkpoints of the hub are named, with the buffers that old releases wrote."""
+    """Return names as checkpoints of the hub have them, with the buffers that old releases wrote."""
     old = with_tower_level(tensors)
     positions = old["vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0]
     old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(positions).unsqueeze(0)
@@ -40,12 +40,12 @@ def hub_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def with_tower_level(named: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 drops from the names."""
+    """Return names with the level that transformers 5 drops."""
     return {name.replace("vision_tower.", "vision_tower.vision_model."): item for name, item in named.items()}
 
 
 def module_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As the modules are named inside transformers 5."""
+    """Return names as modules have them inside transformers 5."""
 
     def rename(name: str) -> str:
         name = name.replace("language_model.lm_head.", "lm_head.").replace(

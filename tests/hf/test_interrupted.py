@@ -96,7 +96,7 @@ def test_a_signal_half_way(llava: Path, tmp_path: Path, monkeypatch, capsys, num
 
 
 def run_script(log: Path, script: str, *flags: str) -> None:
-    """As a user runs it, in a process that has imported everything; stderr goes to ``log``."""
+    """Run a script as a user does, in a process that has imported everything; stderr goes to ``log``."""
     file = Path(__file__).parents[2] / f"scripts/convert/{script}.py"
     sys.argv = [str(file), *flags]
     with open(log, "w", encoding="utf-8") as sys.stderr:

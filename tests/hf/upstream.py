@@ -236,7 +236,7 @@ def build(
 
 
 def experts_of(language: LanguageConfig) -> dict[str, Any]:
-    """What ``--num-experts`` and ``--moe-router-topk`` set."""
+    """Return the settings of ``--num-experts`` and ``--moe-router-topk``."""
     if language.num_experts is None:
         return {}
     return dict(

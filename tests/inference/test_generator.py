@@ -44,7 +44,7 @@ def make_prompts(model: ModelConfig, images: list[int]) -> list[Prompt]:
 def transformers_answers(
     net: transformers.PreTrainedModel, prompts: list[Prompt], sampling: SamplingSection, end_tokens: list[int]
 ) -> list[list[int]]:
-    """What ``generate`` answers, up to and with the first end token."""
+    """Return what ``generate`` answers, up to and with the first end token."""
     answers = []
     for prompt in prompts:  # one by one: its repetition penalty counts padding
         images = prompt.media.get("image")

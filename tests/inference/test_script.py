@@ -45,7 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(workplace: Path) -> list[str]:
-    """What transformers answers."""
+    """Return what transformers answers."""
     processor = transformers.AutoProcessor.from_pretrained(workplace / "hf")
     net = transformers.LlavaForConditionalGeneration.from_pretrained(workplace / "hf").eval()
     answers = []

@@ -98,7 +98,7 @@ def test_no_image_or_no_container_command_is_one_line(stub, tmp_path, monkeypatc
 
 
 def bound(*inputs: object, **arguments) -> list[str]:
-    """What is bound for these paths, beyond the checkout."""
+    """Return what is bound for these paths, beyond the checkout."""
     command = container.container_command(
         ["true"], "x.sif", inputs=list(map(str, inputs)), workdir="/", **arguments
     )

@@ -38,7 +38,7 @@ MODEL = ModelConfig.from_hf(tiny_config().to_dict())
 
 
 def built(fp8: Fp8Config | None) -> tuple[dict[str, Any], bool, str | None]:
-    """What the configs of the parts, of data parallelism and of the optimizer say of precision."""
+    """Return what the configs of the parts, of data parallelism and of the optimizer say of precision."""
     layout = parallel.initialize()
     configs = transformer_configs(MODEL, layout, ModelOptions(torch.bfloat16, fp8=fp8))
     gather = fp8 is not None and fp8.param_gather
@@ -86,7 +86,8 @@ def test_without_fp8_nothing_is(pool: Pool) -> None:
 
 
 def gathered(overlap: bool) -> list[int]:
-    """How many weights are turned over for the backward pass when they are gathered for a checkpoint."""
+    """Return how many weights are turned over for the backward pass when they are gathered for a
+    checkpoint."""
     layout = parallel.initialize()
     chunks = build_model(MODEL, layout, ModelOptions(torch.bfloat16))
     models = wrap_model(chunks, True, overlap, overlap)
@@ -108,8 +109,9 @@ def test_gathered_weights_are_turned_over(pool: Pool) -> None:
 
 
 def masters(checkpoint: str, folder: Path) -> dict[str, list[tuple[torch.Tensor, ...]]]:
-    """Of each FP8 weight of a new run, and of one that goes on: what its master weight has to be, the master
-    weight, and the weight. Rounded ones stand for the engine's, which keep what they were made of, too."""
+    """Return for each FP8 weight of a new run, and of one that goes on, what its master weight has to be,
+    the master weight, and the weight. Rounded ones stand for the engine's, which keep what they were made
+    of, too."""
     layout = parallel.initialize()
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
 

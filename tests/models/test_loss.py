@@ -21,7 +21,7 @@ SOURCES = (torch.arange(BATCH * SEQUENCE) * 7 % 3).view(BATCH, SEQUENCE)  # of a
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of the loss."""
+    """A case that the loss is tested on."""
 
     tp: int = 1
     sequence_parallel: bool = False

@@ -63,7 +63,8 @@ def make_batch(model: ModelConfig, seed: int, images: list[int], length: int) ->
 
 
 def image_sizes(model: ModelConfig, images: list[int], seed: int) -> list[list[Size]]:
-    """Of each sample's images: of :data:`SIZES`, beginning with another one for each seed."""
+    """Return the sizes of each sample's images, of :data:`SIZES`, beginning with another one for each
+    seed."""
     sizes = itertools.cycle(SIZES[seed % len(SIZES) :] + SIZES[: seed % len(SIZES)])
     found = [[next(sizes) for _ in range(count)] for count in images]
     if model.anyres is not None and model.anyres.several_uncut:

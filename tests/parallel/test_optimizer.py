@@ -27,7 +27,8 @@ class Weights(MegatronModule):
 
 
 def states(dtype: torch.dtype) -> list[State]:
-    """What is saved after a step without the distributed optimizer, with it, and with it after a reload."""
+    """Return what is saved after a step without the distributed optimizer, with it, and with it after a
+    reload."""
     layout = parallel.initialize()
     found = []
     for distributed in (False, True):

@@ -35,7 +35,7 @@ def model(**text: Any) -> ModelConfig:
 
 
 def problems(*argv: str, **text: Any) -> list[str]:
-    """What is wrong with FP8, of all that is wrong."""
+    """Return what is wrong with FP8, of all that is wrong."""
     config = RunConfig.from_flags([*GPU, *argv])
     told = [p for p in broken_rules(config, 8, model(**text)) if "fp8" in p or "bf16" in p]
     assert not any("\n" in line for line in told)

@@ -50,14 +50,15 @@ class _ScalingState:
 
 
 class _Module(torch.nn.Module):
-    """What linears and attention have: state for FP8, pickled into a tensor of bytes; empty without any."""
+    """The common part of linears and attention: state for FP8, pickled into a tensor of bytes; empty
+    without any."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
 
     def start_scaling(self, recipe: DelayedScaling) -> None:
-        """As the first iteration under the recipe does."""
+        """Start scaling as the first iteration under the recipe does."""
         self.fp8_meta.update(recipe=recipe, num_gemms=1, fp8_checkpoint=True)
         self.fp8_meta["scaling_fwd"] = _ScalingState(recipe, 3)
         self.fp8_meta["scaling_bwd"] = _ScalingState(recipe, 2)

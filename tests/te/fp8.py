@@ -57,7 +57,8 @@ multiply = stub._Extension.generic_gemm
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, _: Any = None) -> Any:
-    """As the library's: scaled, cut off at the format's largest number, cast; turned over if asked to."""
+    """Quantize as the library does: scaled, cut off at the format's largest number, cast; turned over if
+    asked to."""
     kind, largest = FORMATS[quantizer.dtype]
     x = tensor.detach().float()
     amax = x.abs().max()
@@ -86,7 +87,7 @@ def _turned(data: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def dequantize(tensor: Any, *_: Any) -> torch.Tensor:
-    """What was cast, as float32."""
+    """Return what was cast, as float32."""
     kind, _largest = FORMATS[tensor._fp8_dtype]
     if tensor._data is not None:
         return tensor._data.view(kind).float() * tensor._scale_inv

@@ -1,4 +1,4 @@
-"""What ranks do with a make-believe Transformer Engine, for :class:`tests.distributed.Pool`."""
+"""The work of ranks with a make-believe Transformer Engine, for :class:`tests.distributed.Pool`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def scale_and_save(source: str, target: str, tp: int, history: int) -> None:
 
 
 def load_scaled(source: str, tp: int, history: int, recipe: str) -> tuple[bool, int]:
-    """Whether a checkpoint's scaling is the model's, and how many linears have what they had, exactly."""
+    """Return whether a checkpoint's scaling is the model's, and how many linears have what they had,
+    exactly."""
     layout = parallel.initialize(tp)
     chunks = in_fp8(source, layout, history)
     chunks[0].config.fp8_recipe = recipe
@@ -116,6 +117,6 @@ def in_fp8(source: str, layout: parallel.Layout, history: int) -> Any:
 
 
 def number(base: str, name: str, shape: torch.Size) -> torch.Tensor:
-    """What a tensor of a linear's scaling is set to, to be known again."""
+    """Return the number that a tensor of a linear's scaling is set to, to be known again."""
     generator = torch.Generator().manual_seed(sum(f"{base}{name}".encode()))
     return torch.rand(shape, generator=generator)

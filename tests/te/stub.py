@@ -209,7 +209,7 @@ def install() -> str:
 
 
 def _let_it_run_on_cpus() -> None:
-    """Its modules refuse to be made and run without a GPU, and ask what kind it is."""
+    """Let the engine's modules run on CPUs: they refuse to be made without a GPU, and ask what kind it is."""
     from transformer_engine.pytorch import utils as engine_utils
     from transformer_engine.pytorch.attention.dot_product_attention import utils
     from transformer_engine.pytorch.cpp_extensions import gemm

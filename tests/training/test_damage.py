@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 
 def not_finite(checkpoint: str) -> list[str | None]:
-    """What is found after each of three changes, of which each is on one rank."""
+    """Return what is found after each of three changes, of which each is on one rank."""
     layout = parallel.initialize(1, 1)
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     chunks = build_model(model, layout, ModelOptions(torch.bfloat16))

@@ -26,7 +26,7 @@ def test_post_mortem(monkeypatch: pytest.MonkeyPatch, wanted: bool, world: int, 
 
 
 class _AddsToMainGrad(torch.autograd.Function):
-    """As the linears of Transformer Engine do with ``fuse_wgrad_accumulation``, memory's content included.
+    """A linear like Transformer Engine's with ``fuse_wgrad_accumulation``, memory's content included.
 
     Source: Transformer Engine 2.11, ``pytorch/module/linear.py``, ``get_dummy_wgrad``.
     """

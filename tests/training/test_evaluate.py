@@ -46,7 +46,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def forget(run: Path, iteration: int) -> None:
-    """As after a kill before ``iteration`` was saved."""
+    """Leave a run folder as after a kill before ``iteration`` was saved."""
     shutil.rmtree(run / "checkpoints" / f"iter_{iteration:07d}")
 
 
@@ -56,7 +56,7 @@ def state(run: Path, iteration: int) -> dict[str, Any]:
 
 
 def position(checkpoint: Path) -> dict[str, Any]:
-    """Where each loader worker is; not how it notes that."""
+    """Return where each loader worker is; not how it notes that."""
     workers = json.loads((checkpoint / "data_state.json").read_text())
     return {worker: (of["microbatches"], of["counts"]) for worker, of in workers.items()}
 

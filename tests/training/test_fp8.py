@@ -52,7 +52,7 @@ def test_padding_changes_nothing(
 
 
 def check(capabilities: list[tuple[int, int]], engine: bool = True, device: str = "cuda") -> str | None:
-    """What this rank says where the ranks' GPUs are of these compute capabilities."""
+    """Return what this rank says where the ranks' GPUs are of these compute capabilities."""
     layout = parallel.initialize()
     layout = replace(layout, device=torch.device(device))
     with (

@@ -27,7 +27,7 @@ from tests.workers import train
 
 @contextlib.contextmanager
 def tower_without_gradient() -> Iterator[None]:
-    """As a tower that runs under ``torch.no_grad()``, whatever is said to be trained."""
+    """Let the tower run as under ``torch.no_grad()``, whatever is said to be trained."""
     from megatron_vlm.models.vision import VisionTower
 
     forward = VisionTower.forward

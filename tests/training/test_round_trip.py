@@ -47,7 +47,7 @@ def wide(trainables: dict[str, Trainable], tmp_path_factory: pytest.TempPathFact
 
 
 def with_another_template(hf: Path, folder: Path) -> Path:
-    """The same tokenizer, in another folder, with a chat template of its own."""
+    """Return the same tokenizer, in another folder, with a chat template of its own."""
     shutil.copytree(hf, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     template = folder / "chat_template.jinja"
     template.write_text("Look: " + template.read_text(encoding="utf-8"), encoding="utf-8")

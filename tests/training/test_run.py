@@ -236,7 +236,7 @@ def test_not_finite(pool: Pool, trainables: dict[str, Trainable], tmp_path: Path
 
 
 def train_with_small_files(argv: list[str]) -> str:
-    """As on a full disk, on the last rank: torch's writer gets an error in the middle of a file."""
+    """Train as on a full disk, on the last rank: torch's writer gets an error in the middle of a file."""
     size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

@@ -42,7 +42,7 @@ WAITS = (
 
 
 class Waits(TorchDispatchMode):
-    """Which lines of code ask for what a GPU has not computed yet."""
+    """The lines of code that ask for what a GPU has not computed yet."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -72,7 +72,8 @@ def forget_hashes(data: Path) -> None:
 
 
 def forget_ends(data: Path) -> None:
-    """As a change behind a shard's first 64 KiB and before its last; or a folder of an older version."""
+    """Forget shards' ends, as after a change between a shard's first and last 64 KiB, or in an older
+    folder."""
     path = data / ".nv-meta/prepare.json"
     prepared = json.loads(path.read_text())
     for shard in prepared["shards"].values():
@@ -112,7 +113,7 @@ def test_every_corrupt_image_is_named(data: Path, trains: Trains, tmp_path: Path
 
 
 def damaged(name: str) -> tuple[Callable[[Path], object], list[str], str | dict[str, int]]:
-    """What damages a folder, what ``--check`` says, and what training says at its start, or counts."""
+    """Return what damages a folder, what ``--check`` says, and what training says at its start, or counts."""
     first, second, third = (f"train-00000{i}.tar" for i in range(3))
     return {
         "cut off": (

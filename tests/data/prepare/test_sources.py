@@ -48,7 +48,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], rows_in_a_group: int = 7
 
 
 def save_to_disk(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """What ``datasets.Dataset.save_to_disk`` writes: Arrow streams and a file that lists them."""
+    """Write a folder as ``datasets.Dataset.save_to_disk`` does: Arrow streams and a file that lists them."""
     folder.mkdir(parents=True)
     half = len(rows) // 2
     names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]

@@ -44,7 +44,7 @@ def problems(folder: Path, model: ModelConfig | None = None, *argv: str) -> list
 
 
 def training_refuses(folder: Path, model: ModelConfig | None = None, *argv: str) -> bool:
-    """What transformers' own classes say, which training asks."""
+    """Return what transformers' own classes say, which training asks."""
     model = model or ModelConfig.from_hf_dir(str(folder))
     try:
         build_processing(config(folder, *argv), model)
