@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.architecture.connectors import CONNECTORS
+from megatron_vlm.architecture.encoders import ENCODERS
 from megatron_vlm.architecture.families.known import FAMILIES, TEXT_FAMILIES
-from megatron_vlm.architecture.parts import CONNECTORS, ENCODERS
 from megatron_vlm.config.flags import flag_name
 from megatron_vlm.config.sections import SECTIONS
 from megatron_vlm.data.media.kinds import KINDS

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Iterator, Optional
 
+from megatron_vlm.architecture.language import LanguageConfig
 from megatron_vlm.architecture.layers import COLUMN, ROW, Attention, Experts, Layer, Linear, norm
-from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.lora import LoRAConfig
 
 
-def decoder_layers(model: ModelConfig) -> Iterator[Layer]:
+def decoder_layers(language: LanguageConfig, lora: Optional[LoRAConfig]) -> Iterator[Layer]:
     """Yield the layers of one of the language model's blocks."""
-    language = model.language
     hidden, ffn = language.hidden_size, language.ffn_hidden_size
     query = language.num_attention_heads * language.head_dim
     key = language.num_key_value_heads * language.head_dim
-    rank, targets = (model.lora.rank, model.lora.language_targets) if model.lora else (0, ())
+    rank, targets = (lora.rank, lora.language_targets) if lora else (0, ())
     qkv = Linear("self_attention.linear_qkv", hidden, query + 2 * key, COLUMN, language.qkv_bias)
     proj = Linear("self_attention.linear_proj", query, hidden, ROW, language.attention_output_bias)
     yield norm(f"{qkv.name}.layer_norm_", hidden)

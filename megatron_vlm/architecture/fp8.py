@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Iterator, List, Tuple
 
+from megatron_vlm.architecture.connectors import CONNECTORS
+from megatron_vlm.architecture.layers import ROW, Linear
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.parts import connector
 from megatron_vlm.architecture.train_modules import LANGUAGE
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -79,14 +82,17 @@ class Fp8Config:
         return (tp if sequence_parallel else 1) * (alignment // gcd(alignment, rows))
 
     def sizes(self, model: ModelConfig, tp: int, sequence_parallel: bool) -> Iterator[Tuple[str, int, int]]:
-        """Yield the features of each matrix on a rank: what they are, how many, and what divides them."""
-        language, projector, step = model.language, model.projector, self.alignment
+        """The features of each matrix on a rank: what they are, how many, and what divides them."""
+        language, step = model.language, self.alignment
         heads, groups = language.num_attention_heads, language.num_key_value_heads
         whole = 128 if sequence_parallel and self.recipe == "blockwise" else step
         yield "the language model's hidden size is", language.hidden_size, whole
         yield "its queries, keys and values are", (heads + 2 * groups) * language.head_dim // tp, step
         yield "its attention's output is", heads * language.head_dim // tp, step
         yield "its MLP is", language.ffn_hidden_size // tp, step
-        if self.projector and projector.kind != "linear":
-            yield "the projector's input is", projector.input_size, step
-            yield "its MLP is", language.hidden_size // tp, step
+        if self.projector and CONNECTORS[model.projector.kind].IN_FP8:
+            what = "the projector's input is"
+            for linear in connector(model):
+                if isinstance(linear, Linear):
+                    yield what, linear.inputs // (tp if linear.cut == ROW else 1), step
+                    what = "its MLP is"

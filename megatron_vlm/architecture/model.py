@@ -13,70 +13,22 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from megatron_vlm.architecture.connectors import CONNECTORS
 from megatron_vlm.architecture.connectors.anyres import AnyRes, Size, Tiling, extremes, tile
+from megatron_vlm.architecture.encoders import ENCODERS
 from megatron_vlm.architecture.families.known import (
-    TOWERS,
-    UNNAMED_TOWER,
     check_choice,
     check_keys,
-    check_tower,
     family_of,
     other_model,
 )
 from megatron_vlm.architecture.language import LanguageConfig, RopeScaling, language_config
 from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.architecture.projector import ProjectorConfig, projector_config
+from megatron_vlm.architecture.vision import VisionConfig, vision_config
 from megatron_vlm.system.files import check_readable
 
-VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 MAX_LAYERS = 10_000  # a file that says more than that is wrong, and tables of them would take for ever
-PROJECTOR_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "linear")
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """A vision tower. ``num_layers`` counts all blocks of the tower, run or not."""
-
-    family: str  # "clip" or "siglip"
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_channels: int
-    image_size: int
-    patch_size: int
-    activation: str
-    norm_epsilon: float
-
-    @property
-    def has_class_token(self) -> bool:
-        """Return whether a class token stands in front of the patches: CLIP has one, SigLIP has none."""
-        return self.family == "clip"
-
-    @property
-    def num_patches(self) -> int:
-        """Patches per image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def sequence_length(self) -> int:
-        """Positions per image inside the tower, the class token included."""
-        return self.num_patches + int(self.has_class_token)
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """The map from tower features to language-model embeddings.
-
-    ``linear`` is one affine map. transformers' LLaVA has no such projector; its checkpoint holds the
-    map as ``linear_1``, the identity as activation and as ``linear_2``, and names the kind in
-    ``mm_projector_type``.
-    """
-
-    kind: str  # "linear" or "mlp2x_gelu"
-    input_size: int
-    activation: str
-    bias: bool
-    norm_epsilon: Optional[float] = None  # of a LayerNorm before it, as ViP-LLaVA has it; None: there is none
 
 
 @dataclass(frozen=True)
@@ -172,7 +124,7 @@ class ModelConfig:
         family = family_of(config)
         config = family.fill_in(config)
         check_keys(config)
-        vision = _vision_config(config["vision_config"])
+        vision = vision_config(config["vision_config"])
         language = language_config(config["text_config"], config)
         layer = config["vision_feature_layer"]
         layers: List[int] = [layer] if isinstance(layer, int) else list(layer)
@@ -187,21 +139,15 @@ class ModelConfig:
                 )
         strategy = config["vision_feature_select_strategy"]
         check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
-        if family.read_tiles and (strategy == "default") != vision.has_class_token:
-            square = "default" if vision.has_class_token else "full"
+        if family.read_tiles and int(strategy == "default") != vision.prefix_tokens:
+            square = "default" if vision.prefix_tokens else "full"
             raise ValueError(
                 f"config.json: vision_feature_select_strategy is {strategy!r}; only with {square!r} do the "
                 f"features of a {vision.family} tower's tiles make a square, as {config['model_type']} needs"
             )
-        activation = config.get("projector_hidden_act", "gelu")
-        check_choice("projector_hidden_act", activation, PROJECTOR_ACTIVATIONS)
-        kind = config.get("mm_projector_type", "mlp2x_gelu")
-        check_choice("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
-        if kind == "linear" and activation != "linear":
-            raise ValueError(
-                "config.json: mm_projector_type 'linear' needs projector_hidden_act 'linear', "
-                f"not {activation!r}"
-            )
+        projector = projector_config(
+            config, vision.hidden_size * len(layers), language.hidden_size, norm=family.projector_norm
+        )
         image_token_id = config.get("image_token_id", config["image_token_index"])
         if not 0 <= image_token_id < language.vocab_size:
             raise ValueError(
@@ -218,13 +164,7 @@ class ModelConfig:
         check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
         return cls(
             vision=vision,
-            projector=ProjectorConfig(
-                kind=kind,
-                input_size=vision.hidden_size * len(layers),
-                activation=activation,
-                bias=config.get("multimodal_projector_bias", True),
-                norm_epsilon=config["projector_layernorm_eps"] if family.projector_norm else None,
-            ),
+            projector=projector,
             language=language,
             image_token_id=image_token_id,
             feature_layers=tuple(index % num_states for index in layers),
@@ -291,6 +231,8 @@ class ModelConfig:
                 anyres=AnyRes.from_dict(anyres) if anyres else None,
                 **values,
             )
+            if not (ENCODERS.knows(model.vision.family) and CONNECTORS.knows(model.projector.kind)):
+                raise TypeError(f"{model.vision.family} or {model.projector.kind} is not known")
             for part in (model.vision, model.projector, model.language):
                 _check_types(part)
             if any(type(number) is not int for number in (model.image_token_id, *model.feature_layers)):
@@ -381,32 +323,3 @@ def _alternatives(numbers: List[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
     return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
-
-
-def _square(key: str, value: Any) -> int:
-    if isinstance(value, (list, tuple)):
-        if len(set(value)) != 1:
-            raise ValueError(f"config.json: {key} {value} is not square; supported: one number")
-        value = value[0]
-    return int(value)
-
-
-def _vision_config(raw: Dict[str, Any]) -> VisionConfig:
-    kind = raw.get("model_type", UNNAMED_TOWER)
-    check_tower(raw)
-    get = {**TOWERS[kind], **raw}
-    check_choice("vision_config.hidden_act", get["hidden_act"], VISION_ACTIVATIONS)
-    image_size = _square("vision_config.image_size", get["image_size"])
-    patch_size = _square("vision_config.patch_size", get["patch_size"])
-    return VisionConfig(
-        family=kind.split("_")[0],
-        hidden_size=get["hidden_size"],
-        ffn_hidden_size=get["intermediate_size"],
-        num_layers=get["num_hidden_layers"],
-        num_attention_heads=get["num_attention_heads"],
-        num_channels=get["num_channels"],
-        image_size=image_size,
-        patch_size=patch_size,
-        activation=get["hidden_act"],
-        norm_epsilon=get["layer_norm_eps"],
-    )

@@ -12,7 +12,7 @@ from typing import Iterable, Iterator, List, Sequence
 from megatron_vlm.architecture.decoder import decoder_layers
 from megatron_vlm.architecture.layers import Layer, weights_of
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
-from megatron_vlm.architecture.parts import ENCODERS, projector_layers
+from megatron_vlm.architecture.parts import encoder_block, encoder_embedding, projector_layers
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 EMBEDDING = f"{LANGUAGE}embedding.word_embeddings.weight"
@@ -65,15 +65,16 @@ def stage_parameters(
 
 
 def _vision(model: ModelConfig, tp: int) -> Iterator[Parameter]:
-    encoder = ENCODERS[model.vision.family]
-    yield from _parameters(encoder.embedding_layers(model), VISION, tp)
+    yield from _parameters(encoder_embedding(model), VISION, tp)
     for number in range(model.num_vision_layers_run):
-        yield from _parameters(encoder.block_layers(model), f"{VISION}decoder.layers.{number}.", tp)
+        yield from _parameters(encoder_block(model), f"{VISION}decoder.layers.{number}.", tp)
 
 
 def _language_layers(model: ModelConfig, tp: int, numbers: Sequence[int]) -> Iterator[Parameter]:
     for number in numbers:
-        yield from _parameters(decoder_layers(model), f"{LANGUAGE}decoder.layers.{number}.", tp)
+        yield from _parameters(
+            decoder_layers(model.language, model.lora), f"{LANGUAGE}decoder.layers.{number}.", tp
+        )
 
 
 def _parameters(layers: Iterable[Layer], prefix: str, tp: int) -> Iterator[Parameter]:

@@ -1,28 +1,28 @@
-"""The kinds of encoders and connectors, each described in a file of its own under that folder."""
+"""The layers of each part of a model, as the kinds of its encoder and connector describe them."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from types import ModuleType
-from typing import Dict, Iterator
+from typing import Iterator
 
-from megatron_vlm.architecture import connectors, encoders
+from megatron_vlm.architecture.connectors import CONNECTORS
+from megatron_vlm.architecture.encoders import ENCODERS
 from megatron_vlm.architecture.layers import Layer, norm, vector
 from megatron_vlm.architecture.model import ModelConfig
 
 
-def _listed(package: ModuleType) -> Dict[str, ModuleType]:
-    """Return the modules of a package that describe a kind, by its name: their ``KIND``."""
-    names = [found.name for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
-    modules = [importlib.import_module(name) for name in sorted(names)]
-    return {module.KIND: module for module in modules if hasattr(module, "KIND")}
+def encoder_embedding(model: ModelConfig) -> Iterator[Layer]:
+    """Yield the layers that turn an encoder's input into its first block's."""
+    yield from ENCODERS[model.vision.family].embedding_layers(model.vision)
 
 
-# By VisionConfig.family: embedding_layers(model) and block_layers(model) yield an encoder's layers.
-ENCODERS = _listed(encoders)
-# By ProjectorConfig.kind: connector_layers(model) yields the layers between encoder and language model.
-CONNECTORS = _listed(connectors)
+def encoder_block(model: ModelConfig) -> Iterator[Layer]:
+    """Yield the layers of one of the encoder's blocks, which are all alike."""
+    yield from ENCODERS[model.vision.family].block_layers(model.vision, model.lora)
+
+
+def connector(model: ModelConfig) -> Iterator[Layer]:
+    """Yield the layers that make the encoder's features the language model's."""
+    yield from CONNECTORS[model.projector.kind].connector_layers(model.projector, model.language.hidden_size)
 
 
 def projector_layers(model: ModelConfig) -> Iterator[Layer]:
@@ -30,6 +30,6 @@ def projector_layers(model: ModelConfig) -> Iterator[Layer]:
     projector = model.projector
     if projector.norm_epsilon is not None:
         yield norm("norm.", projector.input_size, bias=True)
-    yield from CONNECTORS[projector.kind].connector_layers(model)
+    yield from connector(model)
     if model.anyres is not None:
         yield vector("image_newline", model.language.hidden_size)

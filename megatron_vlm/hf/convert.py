@@ -60,7 +60,7 @@ from megatron_vlm.hf.megatron import (
     write_carried,
     write_hf_files,
 )
-from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.model import build_table, check_exported
 from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
 
@@ -193,6 +193,7 @@ def export_hf(
     check_apart_from(checkpoint, base, hf_config, target)
     check_target(target, force)
     source = MegatronCheckpoint(checkpoint, base, hf_config)
+    check_exported(source.model)
     if dtype is not None:
         source.convert_to(dtype)
     files, metadata = source.files, source.metadata

@@ -1,7 +1,9 @@
 """LLaVA's projector files, ``mm_projector.bin``: read, put into a checkpoint, and written from one.
 
     mlp2x_gelu   model.mm_projector.0.weight, .0.bias, .2.weight, .2.bias: Sequential(Linear, GELU, Linear)
+    mlpNx_gelu   the same for any other number of linears
     linear       model.mm_projector.weight, .bias: Linear
+    identity     nothing
     of a model that cuts images, besides: model.image_newline
 
 Whatever stands before ``mm_projector`` is accepted: ``base_model.model.`` of files that LoRA runs write,
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vlm.architecture.connectors.mlp import MOST
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.artifacts.checkpoint import (
     appearing_folder,
@@ -45,7 +48,7 @@ from megatron_vlm.hf.formats.folder import (
 )
 from megatron_vlm.hf.formats.streaming import Meter, Progress, check_finite, check_free_space
 from megatron_vlm.hf.megatron import MegatronCheckpoint
-from megatron_vlm.hf.tables.model import MM_PROJECTORS, build_table
+from megatron_vlm.hf.tables.model import LLAVA_LAYERS, build_table
 from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.hf.tables.table import detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_target
@@ -63,8 +66,8 @@ class MMProjector:
     """The content of a projector file.
 
     Attributes:
-        kind: ``mlp2x_gelu`` or ``linear``.
-        tensors: by transformers' names behind the prefix, ``linear_1.weight`` and so on.
+        kind: as ``mm_projector_type`` in LLaVA's ``config.json``.
+        tensors: by the names of Hugging Face folders behind the prefix, ``linear_1.weight`` and so on.
         newline: what stands behind each row of features where images are cut, if the file holds it.
         others: names in the file that are no projector's.
     """
@@ -144,12 +147,11 @@ def read_projector(path: PathLike) -> MMProjector:
             f"{path}: holds no mm_projector; its first tensor is {next(iter(names), 'not there')}"
         )
     layers = {key.rpartition(".")[0] for key in own}
-    kind = next((kind for kind, known in MM_PROJECTORS.items() if layers == known.keys()), None)
+    kind = next((kind for kind in _kinds() if layers == LLAVA_LAYERS[kind](kind).keys()), None)
     strange = [key for key in own if not re.fullmatch(r"(\d+\.)?(weight|bias)", key)]
     if kind is None or strange:
-        depth = max((int(layer) for layer in layers if layer.isdecimal()), default=0) // 2 + 1
-        what = f"with {strange[0]}" if strange else f"of type mlp{depth}x_gelu"
-        raise ValueError(f"{path}: a projector {what}; supported: {', '.join(MM_PROJECTORS)}")
+        what = strange[0] if strange else f"the layers {', '.join(sorted(layers))}"
+        raise ValueError(f"{path}: a projector with {what}; supported: {', '.join(LLAVA_LAYERS)}")
     newline = next((name for name in names if _NEWLINE.fullmatch(name)), None)
     held = {name: read(name) for name in (*own.values(), newline) if name is not None}
     for name, tensor in held.items():
@@ -159,7 +161,7 @@ def read_projector(path: PathLike) -> MMProjector:
     tensors = {}
     for key, name in own.items():
         layer, _, part = key.rpartition(".")
-        tensors[f"{MM_PROJECTORS[kind][layer]}.{part}"] = held[name]
+        tensors[f"{LLAVA_LAYERS[kind](kind)[layer]}.{part}"] = held[name]
     others = tuple(name for name in names if name not in held)
     return MMProjector(path, kind, tensors, held[newline] if newline else None, others)
 
@@ -290,6 +292,12 @@ def export_projector(
     return target / f"{FILE}{'.bin' if as_bin else '.safetensors'}"
 
 
+def _kinds() -> Iterator[str]:
+    """Yield the kinds of LLaVA's projectors; where any number of linears makes one, with each number."""
+    for kind in LLAVA_LAYERS:
+        yield from (kind.replace("N", str(n)) for n in (range(1, MOST + 1) if "N" in kind else [0]))
+
+
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Return the shapes of a model's projector, by transformers' names behind the prefix."""
     prefixes = detect_prefixes([])
@@ -301,7 +309,7 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
 def _llava_name(kind: str, name: str) -> str:
     """Return LLaVA's name of a tensor: ``mm_projector.0.weight`` for ``linear_1.weight``."""
     layer, _, part = name.partition(".")
-    number = next((number for number, own in MM_PROJECTORS[kind].items() if own == layer), layer)
+    number = next((number for number, own in LLAVA_LAYERS[kind](kind).items() if own == layer), layer)
     return ".".join(filter(None, (FILE, number, part)))
 
 
@@ -311,8 +319,13 @@ def _check_activation(model: ModelConfig) -> None:
             f"config.json: projector_layernorm_eps is {model.projector.norm_epsilon}; LLaVA's mm_projector "
             "has no norm before it"
         )
-    activation = model.projector.activation
-    if model.projector.kind.endswith("_gelu") and activation != "gelu":
+    kind, activation = model.projector.kind, model.projector.activation
+    if kind not in LLAVA_LAYERS:
+        raise ValueError(
+            f"the projector is {kind}, which LLaVA's mm_projector files don't hold; they hold "
+            f"{', '.join(LLAVA_LAYERS)}"
+        )
+    if len(LLAVA_LAYERS[kind](kind)) > 1 and activation != "gelu":
         raise ValueError(
             f"config.json: projector_hidden_act is {activation!r}; LLaVA's mm_projector has 'gelu', so the "
             "same weights would be another function"

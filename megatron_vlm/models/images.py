@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.media.kinds import IMAGE
+from megatron_vlm.models.encoders import BUILD_ENCODER
 from megatron_vlm.models.media import FeatureOrder, Modality
 from megatron_vlm.models.projector import Projector
 from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.transformer_configs import TransformerConfigs
-from megatron_vlm.models.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Images(Modality):
 
     def build(self, configs: TransformerConfigs, impl: str) -> dict[str, nn.Module]:
         """Return tower and projector."""
-        tower = VisionTower(self.model, configs.vision, impl)
+        tower = BUILD_ENCODER[self.model.vision.family](self.model, configs.vision, impl)
         return dict(zip(self.modules, (tower, Projector(self.model, configs.projector, impl)), strict=True))
 
     def order(self, sizes: Tensor) -> FeatureOrder:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_context
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.models.specs import projector_submodules
+from megatron_vlm.models.connectors import BUILD_CONNECTOR
 from megatron_vlm.models.tiles import FeatureIndex
 
 
 class Projector(MegatronModule):
-    """A projector, ``linear`` or ``mlp2x_gelu``, as LLaVA names them; with ``image_newline`` where images are
-    cut.
+    """A connector of any kind, a norm before it if there is one, and ``image_newline`` where images are cut.
 
     Equals transformers' ``LlavaMultiModalProjector`` and, with a norm, ``VipLlavaMultiModalProjector``.
-    Parameters are named as in megatron-core's ``MultimodalProjector``, which can't be used for ``linear``:
-    with tensor parallelism it adds one shard of the bias to the gathered output.
+    Parameters are named as in megatron-core's ``MultimodalProjector``.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
@@ -36,19 +32,7 @@ class Projector(MegatronModule):
             self.norm = torch.nn.LayerNorm(
                 projector.input_size, projector.norm_epsilon, dtype=config.params_dtype
             )
-        if projector.kind == "linear":
-            self.encoder = ColumnParallelLinear(
-                projector.input_size,
-                config.hidden_size,
-                config=config,
-                init_method=config.init_method,
-                bias=projector.bias,
-                gather_output=True,
-            )
-        else:
-            self.encoder = MLP(
-                config=config, submodules=projector_submodules(impl), input_size=projector.input_size
-            )
+        self.encoder = BUILD_CONNECTOR[projector.kind](projector, config, impl)
 
     def forward(self, features: Tensor, index: FeatureIndex | None = None) -> Tensor:
         """Project features to embeddings.

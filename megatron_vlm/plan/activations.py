@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, List, Optional, Tuple
 
 from megatron_vlm.architecture.language import LanguageConfig
-from megatron_vlm.architecture.layers import ROUTER, expert_weight
+from megatron_vlm.architecture.layers import COLUMN, ROUTER, Linear, expert_weight, weights_of
 from megatron_vlm.architecture.model import ModelConfig, padded_vocab_size
 from megatron_vlm.architecture.parameters import EMBEDDING, OUTPUT_LAYER, PROJECTOR_NORM
+from megatron_vlm.architecture.parts import connector, encoder_embedding
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 LOSS_CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits exist at once: CHUNK of models/loss.py
@@ -332,9 +333,7 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
     stream, inner = n * hidden * a, n * hidden // shape.tp * a
     heads = n * vision.num_attention_heads // shape.tp * _FP32
     wide = n * ffn * a
-    flows = any(
-        trains(f"{VISION}{name}") for name in ("conv1.weight", "position_embeddings.weight", "class_token")
-    )
+    flows = any(trains(weight.name) for weight in weights_of(encoder_embedding(model), VISION))
     blocks = [Block(0, 3 * stream, 3 * stream, 3 * stream)]
     for number in range(model.num_vision_layers_run):
         inputs = _inputs(f"{VISION}decoder.layers.{number}.", trains, model, shape, vision=True)
@@ -360,23 +359,29 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
 
 
 def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Tuple[Block, bool]:
-    a, hidden = shape.element, model.language.hidden_size
+    """The connector: its linears one after the other, with an activation between each two."""
+    a = shape.element
     tiles = shape.images * model.image_tiles
     positions, n = tiles * model.vision.sequence_length, tiles * model.tile_tokens
-    features, out = positions * model.projector.input_size * a, n * hidden * a
-    linear = model.projector.kind == "linear"
-    first = f"{PROJECTOR}encoder" if linear else f"{PROJECTOR}encoder.linear_fc1"
-    trained = trains(f"{first}.weight") or trains(f"{first}.bias")
-    second = not linear and trains(f"{PROJECTOR}encoder.linear_fc2.weight")
-    middle = 0 if linear else out // shape.tp
-    flows_out = flows or trained or second
-    kept = features * trained + middle * ((flows or trained) + second)
-    if model.projector.norm_epsilon is not None:  # what it normalises
+    features, out = positions * model.projector.input_size * a, n * model.language.hidden_size * a
+    kept = widest = 0
+    if model.projector.norm_epsilon is not None:
         flows = flows or trains(PROJECTOR_NORM)
-        kept += features * flows + middle * (not trained and flows)
+        kept += features * flows  # what it normalises
+    linears = [layer for layer in connector(model) if isinstance(layer, Linear)]
+    given = features
+    for number, linear in enumerate(linears):
+        weight = trains(f"{PROJECTOR}{linear.name}.weight")
+        trained = weight or trains(f"{PROJECTOR}{linear.name}.bias")
+        kept += given * (weight if number else trained)
+        flows = flows or trained
+        if number < len(linears) - 1:
+            given = n * linear.outputs * a // (shape.tp if linear.cut == COLUMN else 1)
+            widest = max(widest, given)
+            kept += given * flows  # what is activated
     packed = 2 * out * (model.anyres is not None)  # tiles' features put together as images
-    peak = kept + features + 2 * middle + 2 * out + packed
-    return Block(kept * flows_out, peak, (kept + 2 * out + 2 * middle) * flows_out, peak), flows_out
+    peak = kept + features + 2 * widest + 2 * out + packed
+    return Block(kept * flows, peak, (kept + 2 * out + 2 * widest) * flows, peak), flows
 
 
 def _embedding(model: ModelConfig, shape: Shape, trained: bool) -> Block:

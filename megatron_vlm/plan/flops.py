@@ -15,7 +15,7 @@ from megatron_vlm.architecture.decoder import decoder_layers
 from megatron_vlm.architecture.layers import Amount, Layer, Product, Step, named
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.architecture.parameters import EMBEDDING, OUTPUT_LAYER
-from megatron_vlm.architecture.parts import ENCODERS, projector_layers
+from megatron_vlm.architecture.parts import encoder_block, encoder_embedding, projector_layers
 from megatron_vlm.architecture.train_modules import LANGUAGE, PROJECTOR, VISION
 
 # Dense TFLOP/s in bfloat16 and in FP8 with float32 sums, from NVIDIA's datasheets: half of what they print
@@ -139,18 +139,22 @@ def peak_tflops(device_name: str, fp8: bool = False) -> Optional[float]:
 def _steps(model: ModelConfig, work: Work) -> Iterator[Tuple[str, Step]]:
     """Yield the products of the whole model with the part that they belong to, in the order of its pass."""
     language, vision = model.language, model.vision
-    encoder = ENCODERS[vision.family]
     positions = work.tiles * vision.sequence_length
     tower = Amount(positions, positions * vision.sequence_length)
-    yield from _part("vision", VISION, encoder.embedding_layers(model), tower)
+    yield from _part("vision", VISION, encoder_embedding(model), tower)
     for number in range(model.num_vision_layers_run):
-        yield from _part("vision", f"{VISION}decoder.layers.{number}.", encoder.block_layers(model), tower)
+        yield from _part("vision", f"{VISION}decoder.layers.{number}.", encoder_block(model), tower)
     features = Amount(work.tiles * model.tile_tokens)
     yield from _part("projector", PROJECTOR, projector_layers(model), features)
     yield "language", [[(EMBEDDING, 0)]]
     text = Amount(work.tokens, work.attention_pairs)
     for number in range(language.num_layers):
-        yield from _part("language", f"{LANGUAGE}decoder.layers.{number}.", decoder_layers(model), text)
+        yield from _part(
+            "language",
+            f"{LANGUAGE}decoder.layers.{number}.",
+            decoder_layers(model.language, model.lora),
+            text,
+        )
     output = EMBEDDING if language.tie_word_embeddings else OUTPUT_LAYER
     yield "language", [[(output, 2 * work.trained_tokens * language.hidden_size * language.vocab_size)]]
 

@@ -181,7 +181,7 @@ def _sequence(config: RunConfig, model: ModelConfig) -> None:
 
 def _class_token(config: RunConfig, model: ModelConfig) -> None:
     without = config.model.no_add_class_token
-    if without is not None and without == model.vision.has_class_token:
+    if without is not None and without == bool(model.vision.prefix_tokens):
         flag, has = ("--no-add-class-token", "a") if without else ("--add-class-token", "no")
         tower = f"the {model.vision.family} tower has {has} class token"
         raise ValueError(f"{flag}: {tower}; leave the flag out")

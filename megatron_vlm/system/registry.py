@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from types import ModuleType
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Mapping, Tuple
 
 
 def modules_in(package: str) -> Iterator[ModuleType]:
@@ -19,30 +20,62 @@ def modules_in(package: str) -> Iterator[ModuleType]:
         yield importlib.import_module(f"{package}.{name}")
 
 
-def registry(package: str, attribute: str, key: str = "KIND", optional: bool = False) -> Dict[str, Any]:
-    """Return what the modules of a package define under one name, by their kinds.
+class Registry(Mapping[str, Any]):
+    """What the modules of a package define under one name, by their kinds; listed when it is first asked for.
 
-    Modules without ``key`` are helpers of the others and are left out.
+    Modules without ``key`` are helpers of the others and are left out. A kind with an N in it, such as
+    ``mlpNx_gelu``, stands for every name that has a number there.
 
     Args:
         package: its dotted name.
-        attribute: the name of what is registered, in every module that has a kind.
+        attribute: the name of what is registered, in every module that has a kind; empty for the module.
         key: the name of a module's kind, a string.
-        optional: modules that have a kind and not the attribute are left out too.
-
-    Raises:
-        ValueError: two modules have the same kind.
+        optional: modules that have a kind and not the attribute are left out, too.
     """
-    found: Dict[str, ModuleType] = {}
-    for module in modules_in(package):
-        kind = getattr(module, key, None)
-        if kind is None:
-            continue
-        if kind in found:
-            raise ValueError(f"{found[kind].__name__} and {module.__name__} are both of kind {kind!r}")
-        found[kind] = module
-    return {
-        kind: getattr(module, attribute)
-        for kind, module in found.items()
-        if not optional or hasattr(module, attribute)
-    }
+
+    def __init__(self, package: str, attribute: str = "", key: str = "KIND", optional: bool = False) -> None:
+        self.package = package
+        self.attribute = attribute
+        self.key = key
+        self.optional = optional
+        self._listed: Tuple[Tuple[str, ...], Dict[str, Any]] = ((), {})
+
+    def __getitem__(self, name: str) -> Any:
+        """Return what is registered for a kind, or for a name that is of one.
+
+        Raises:
+            KeyError: there is no such kind.
+        """
+        found = self._found()
+        return found[name] if name in found else found[re.sub(r"\d+", "N", name)]
+
+    def knows(self, name: str) -> bool:
+        """Tell whether a name is of a kind: with a number where the kind has an N."""
+        return name in self and "N" not in name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+    def _found(self) -> Dict[str, Any]:
+        """List the folder, again if the package's path has been extended.
+
+        Raises:
+            ValueError: two modules have the same kind.
+        """
+        path = tuple(importlib.import_module(self.package).__path__)
+        if self._listed[0] != path:
+            modules: Dict[str, ModuleType] = {}
+            for module in modules_in(self.package):
+                kind = getattr(module, self.key, None)
+                if kind is None or (self.optional and not hasattr(module, self.attribute)):
+                    continue
+                if kind in modules:
+                    other = modules[kind].__name__
+                    raise ValueError(f"{other} and {module.__name__} are both of kind {kind!r}")
+                modules[kind] = module
+            found = {k: getattr(m, self.attribute) if self.attribute else m for k, m in modules.items()}
+            self._listed = path, found
+        return self._listed[1]

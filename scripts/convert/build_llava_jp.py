@@ -15,8 +15,8 @@ from typing import List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from megatron_vlm.architecture.connectors import CONNECTORS
 from megatron_vlm.architecture.families.known import BUILT, FAMILIES, PLAIN
-from megatron_vlm.architecture.parts import CONNECTORS
 from megatron_vlm.hf import cli
 
 
@@ -38,6 +38,14 @@ def model_type(text: str) -> str:
             f"{text!r} is converted and trained, but not built; give {' or '.join(BUILT)}, or begin "
             f"with a {text} of the hub"
         )
+    return text
+
+
+def projector_type(text: str) -> str:
+    """Check a kind of projector."""
+    if not CONNECTORS.knows(text):
+        kinds = ", ".join(CONNECTORS)
+        raise argparse.ArgumentTypeError(f"{text!r} is no kind of projector; supported: {kinds}")
     return text
 
 
@@ -67,8 +75,8 @@ def main(argv: List[str]) -> int:
     )
     parser.add_argument(
         "--projector-type",
-        choices=tuple(CONNECTORS),
-        help="default: as --projector, or mlp2x_gelu",
+        type=projector_type,
+        help=f"{', '.join(CONNECTORS)} (default: as --projector, or mlp2x_gelu)",
     )
     parser.add_argument("--projector", help="LLaVA's mm_projector.bin, or its folder (default: a new one)")
     parser.add_argument(
@@ -104,7 +112,9 @@ def main(argv: List[str]) -> int:
 
     from transformers.utils import logging
 
+    from megatron_vlm.architecture.model import ModelConfig
     from megatron_vlm.hf.build.join import build_llava
+    from megatron_vlm.hf.tables.model import why_not_exported
 
     # What matters of its warnings is an error here.
     logging.set_verbosity_error()
@@ -126,6 +136,9 @@ def main(argv: List[str]) -> int:
             model_type=args.model_type,
             grid_pinpoints=args.image_grid_pinpoints,
         )
+    why = why_not_exported(ModelConfig.from_hf_dir(args.save_dir))
+    if why:
+        print(f"{args.save_dir}: for training only; transformers can't load it: {why}")
     print(f"{args.save_dir}: next, scripts/convert/convert_hf_to_megatron.py --hf-dir {args.save_dir}")
     return 0
 

@@ -8,8 +8,10 @@ import json
 import pytest
 
 from megatron_vlm.architecture.language import LanguageConfig
-from megatron_vlm.architecture.model import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.projector import ProjectorConfig
 from megatron_vlm.architecture.train_modules import TrainEntry, assign, parse_train_modules
+from megatron_vlm.architecture.vision import VisionConfig
 from megatron_vlm.config.run import RunConfig
 from megatron_vlm.plan.rules import validate
 

@@ -94,8 +94,9 @@ class Reference:
         family: str,
         folder: Path,
         make: Callable[[ModelConfig], list[dict[str, torch.Tensor]]] = make_global_batch,
+        save: Callable[[Path, str], Any] = save_tiny_llava,
     ) -> None:
-        net = save_tiny_llava(folder / "hf", family)
+        net = save(folder / "hf", family)
         self.model = ModelConfig.from_hf_dir(str(folder / "hf"))
         self.batch = make(self.model)
         import_hf(folder / "hf", folder / "megatron", tp=2, pp=1)
@@ -167,8 +168,10 @@ def test_stages_and_recomputation_equal_transformers(reference: Reference, pool:
     check(reference, pool, sizes)
 
 
-def check(reference: Reference, pool: Pool, sizes: Layout) -> None:
-    answers = pool.run(sizes.world, logits_and_gradients, reference.checkpoint, reference.batch, sizes)
+def check(
+    reference: Reference, pool: Pool, sizes: Layout, run: Callable[..., Any] = logits_and_gradients
+) -> None:
+    answers = pool.run(sizes.world, run, reference.checkpoint, reference.batch, sizes)
     for loss, _, _ in answers:
         assert loss == pytest.approx(reference.loss, rel=1e-6 * ROUNDING)
     check_logits(reference, answers, sizes)

@@ -28,7 +28,7 @@ from tests.workers import train
 @contextlib.contextmanager
 def tower_without_gradient() -> Iterator[None]:
     """Let the tower run as under ``torch.no_grad()``, whatever is said to be trained."""
-    from megatron_vlm.models.vision import VisionTower
+    from megatron_vlm.models.encoders.vit import VisionTower
 
     forward = VisionTower.forward
 

@@ -1,1 +1,13 @@
-"""Connectors, which stand between an encoder and the language model, a file for each kind."""
+"""What stands between an encoder and the language model, a file for each kind.
+
+A file has these names:
+
+    KIND                                       ``ProjectorConfig.kind``, config.json's ``mm_projector_type``
+    IN_FP8                                     whether ``--fp8-projector`` changes how its linears multiply
+    problem(projector, hidden_size)            what is wrong with such a projector, or empty
+    connector_layers(projector, hidden_size)   yields its layers, in the order of its pass
+"""
+
+from megatron_vlm.system.registry import Registry
+
+CONNECTORS = Registry(__name__)

@@ -1,16 +1,23 @@
-"""The layers of LLaVA's ``linear`` projector."""
+"""LLaVA's ``linear`` projector: one affine map."""
 
 from __future__ import annotations
 
 from typing import Iterator
 
 from megatron_vlm.architecture.layers import COLUMN, Layer, Linear
-from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.projector import ProjectorConfig
 
 KIND = "linear"
+IN_FP8 = False  # the one linear of its own kind here is not Transformer Engine's
 
 
-def connector_layers(model: ModelConfig) -> Iterator[Layer]:
-    """Yield the projector's one linear."""
-    projector, hidden = model.projector, model.language.hidden_size
-    yield Linear("encoder", projector.input_size, hidden, COLUMN, projector.bias)
+def problem(projector: ProjectorConfig, hidden_size: int) -> str:
+    """Return what is wrong with it, or empty."""
+    if projector.activation != "linear":
+        return f"needs projector_hidden_act 'linear', not {projector.activation!r}"
+    return ""
+
+
+def connector_layers(projector: ProjectorConfig, hidden_size: int) -> Iterator[Layer]:
+    """Yield its one linear."""
+    yield Linear("encoder", projector.input_size, hidden_size, COLUMN, projector.bias)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Any, Dict, Iterator, Optional
 
 from megatron_vlm.architecture.layers import COLUMN, ROW, Attention, Convolution, Layer, Linear, norm
-from megatron_vlm.architecture.model import ModelConfig, VisionConfig
+from megatron_vlm.architecture.lora import LoRAConfig
+from megatron_vlm.architecture.vision import VisionConfig
+
+# What transformers assumes of both. Source: ``CLIPVisionConfig``, ``SiglipVisionConfig``.
+SIZES: Dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
 
 
 def patch_embedding(vision: VisionConfig, bias: bool) -> Convolution:
@@ -14,10 +25,10 @@ def patch_embedding(vision: VisionConfig, bias: bool) -> Convolution:
     return Convolution("conv1", shape, vision.num_patches, vision.sequence_length, bias)
 
 
-def block_layers(model: ModelConfig) -> Iterator[Layer]:
+def block_layers(vision: VisionConfig, lora: Optional[LoRAConfig]) -> Iterator[Layer]:
     """Yield the layers of one block."""
-    hidden, ffn = model.vision.hidden_size, model.vision.ffn_hidden_size
-    rank, targets = (model.lora.rank, model.lora.vision_targets) if model.lora else (0, ())
+    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
+    rank, targets = (lora.rank, lora.vision_targets) if lora else (0, ())
     qkv = Linear("self_attention.linear_qkv", hidden, 3 * hidden, COLUMN, bias=True)
     proj = Linear("self_attention.linear_proj", hidden, hidden, ROW, bias=True)
     fc1 = Linear("mlp.linear_fc1", hidden, ffn, COLUMN, bias=True)

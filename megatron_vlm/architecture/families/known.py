@@ -13,7 +13,9 @@ from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
 from megatron_vlm.architecture.families import llava
 from megatron_vlm.architecture.families.family import Family
-from megatron_vlm.system.registry import registry
+from megatron_vlm.system.registry import Registry
+
+_ENCODERS = "megatron_vlm.architecture.encoders"
 
 
 @dataclass(frozen=True)
@@ -93,31 +95,11 @@ TEXT_FAMILIES: Dict[str, TextFamily] = {
     "qwen3": TextFamily(_QWEN3, attention_bias=True, qk_norm=True, window="some"),
 }
 
-_TOWER: Dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-}
-# The fixed-resolution checkpoints of SigLIP 2 are of SigLIP's type too.
-TOWERS: Dict[str, Dict[str, Any]] = {
-    "clip_vision_model": {
-        **_TOWER,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip_vision_model": {
-        **_TOWER,
-        "patch_size": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-}
+# By model_type: what transformers' config class of a tower assumes, and the tower's kind.
+TOWERS: Mapping[str, Mapping[str, Any]] = Registry(_ENCODERS, "DEFAULTS", key="MODEL_TYPE")
+TOWER_KINDS: Mapping[str, str] = Registry(_ENCODERS, "KIND", key="MODEL_TYPE")
 # By model_type: kinds of vision-language models, a file each in this folder.
-FAMILIES: Dict[str, Family] = registry("megatron_vlm.architecture.families", "FAMILY")
+FAMILIES: Mapping[str, Family] = Registry("megatron_vlm.architecture.families", "FAMILY")
 BUILT = tuple(kind for kind, family in FAMILIES.items() if family.built)
 PLAIN = llava.KIND  # what is built unless asked for another
 # What transformers takes a part for whose config has no model_type.

@@ -27,6 +27,7 @@ from megatron_vlm.architecture.families.known import (
     original_llava,
 )
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.projector import usual_activation
 from megatron_vlm.artifacts.chat_template import chat_template
 from megatron_vlm.artifacts.checkpoint import appearing_folder
 from megatron_vlm.hf.build.hub import locate
@@ -103,7 +104,7 @@ def build_llava(
         text_model: folder or tag of a causal language model of a family in ``families.TEXT_FAMILIES``, or of
             a LLaVA, whose language model is taken.
         vision_model: folder or tag of a CLIP or SigLIP model or tower, or of a LLaVA.
-        projector_type: one of ``architecture.parts.CONNECTORS``; None: as ``projector``, or ``mlp2x_gelu``.
+        projector_type: a kind in ``architecture/connectors``; None: as ``projector``, or ``mlp2x_gelu``.
         vocab_size_padding: round the vocabulary up to a multiple of 128.
         lang: ``jp`` or ``en``, the chat template's language.
         seed: of the projector's weights.
@@ -235,7 +236,7 @@ def _llava_config(
         **values,
         vision_config=vision.config,
         text_config=text.config,
-        projector_hidden_act="gelu" if kind.endswith("_gelu") else "linear",
+        projector_hidden_act=usual_activation(kind),
         vision_feature_layer=_FEATURE_LAYER,
         vision_feature_select_strategy=_FAMILIES[vision.config.model_type].feature_strategy,
         tie_word_embeddings=text.tied,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.hf.formats.folder import SHARD_BYTES, TensorInfo, split_into_shards
-from megatron_vlm.hf.tables.model import build_table
+from megatron_vlm.hf.tables.model import build_table, check_exported
 from megatron_vlm.hf.tables.table import IN_MODEL, ON_THE_HUB, PREFIXES, fixed_tensors
 
 # What save_pretrained of transformers 5 calls the parts.
@@ -41,6 +41,7 @@ class RandomWeights:
 
         self.path, self.seed = Path(directory), seed
         self._model_config = ModelConfig.from_hf_dir(str(directory))
+        check_exported(self._model_config)  # what transformers can't hold it can't initialise
         try:
             config = AutoConfig.from_pretrained(directory)
             with torch.device("meta"):

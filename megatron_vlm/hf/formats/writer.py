@@ -16,6 +16,9 @@ from megatron_vlm.hf.formats.classic import FORMAT, POST_NORM, ClassicLayout, Cl
 from megatron_vlm.hf.formats.native import NativeWriter, check_before_loading
 from megatron_vlm.hf.formats.streaming import tool_versions
 from megatron_vlm.hf.tables.table import Row, Table
+from megatron_vlm.system.registry import Registry
+
+_POST_NORMS = Registry("megatron_vlm.hf.tables", "HAS_CLASSIC_POST_NORM", optional=True)
 
 
 @contextmanager
@@ -63,13 +66,12 @@ class CheckpointWriter:
         if classic is None:
             self._writer = NativeWriter(output)
             return
-        # Upstream's SigLIP has one norm more than LLaVA runs.
         carried = [
             pair
             for c in table.carries
             for pair in c.hf
             if ".post_layernorm." in pair[0]
-            if model.vision.family == "siglip"
+            if model.vision.family in _POST_NORMS
         ]
         extra = {Row(POST_NORM + pair[0].split(".")[-1], (pair,)): read_hf(pair[0]) for pair in carried}
         dtypes = {**dtypes, **{row.native: tensor.dtype for row, tensor in extra.items()}}

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from megatron_vlm.architecture.model import ModelConfig, ProjectorConfig
-from megatron_vlm.hf.tables.ops import COLUMN, COPY, Shape
-from megatron_vlm.hf.tables.table import Carry, Entries, Row
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.parts import connector
+from megatron_vlm.architecture.projector import ProjectorConfig
+from megatron_vlm.hf.tables.identity import identity
+from megatron_vlm.hf.tables.table import Entries, described
 
 KIND = "linear"
-MM_PROJECTOR = {"": "linear_1"}  # LLaVA's name of a layer behind "mm_projector.", and transformers'
+
+
+def llava_layers(kind: str) -> dict[str, str]:
+    """Return the layers of LLaVA's projector files, behind ``mm_projector.``, with their names here."""
+    return {"": "linear_1"}
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """Yield one affine map; transformers stores it with the identity behind it (see ``ProjectorConfig``)."""
-    m, t, hidden_size = "vision_projection.encoder.", "{projector}", model.language.hidden_size
-    yield Row(m + "weight", ((t + "linear_1.weight", (hidden_size, c.input_size)),), COPY, COLUMN)
-    identity: list[tuple[str, Shape]] = [(t + "linear_2.weight", (hidden_size, hidden_size))]
-    if c.bias:
-        yield Row(m + "bias", ((t + "linear_1.bias", (hidden_size,)),), COPY, COLUMN)
-        identity.append((t + "linear_2.bias", (hidden_size,)))
-    yield Carry(tuple(identity), "the identity", check=_check_identity, value=_identity)
-
-
-def _identity(shape: Shape) -> Tensor:
-    return torch.eye(shape[0]) if len(shape) == 2 else torch.zeros(shape)
-
-
-def _check_identity(name: str, tensor: Tensor) -> None:
-    if not torch.equal(tensor.float(), _identity(tuple(tensor.shape))):
-        raise ValueError(
-            f"{name} is not the identity (zero for a bias), as mm_projector_type 'linear' in config.json "
-            "promises; remove that key if the projector has two trained layers"
-        )
+    """One affine map; transformers' LLaVA stores it as ``linear_1`` with the identity behind it."""
+    yield from described(connector(model), "vision_projection.", {"encoder": "{projector}linear_1"})
+    yield identity("linear_2", c, model)

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.projector import ProjectorConfig
 from megatron_vlm.hf.tables import connector_extras, language
 from megatron_vlm.hf.tables.ops import Shape
 from megatron_vlm.hf.tables.table import Alias, Carry, Entries, Row, Table
-from megatron_vlm.system.registry import registry
+from megatron_vlm.system.registry import Registry
 
 # The tables of encoders and connectors, by their kind: what the files of this folder define as ``entries``.
-TABLES: dict[str, Callable[[Any, ModelConfig], Entries]] = registry("megatron_vlm.hf.tables", "entries")
-# By a connector's kind, LLaVA's names of its layers behind "mm_projector.", and transformers'.
-MM_PROJECTORS: dict[str, dict[str, str]] = registry("megatron_vlm.hf.tables", "MM_PROJECTOR", optional=True)
+TABLES: Mapping[str, Callable[[Any, ModelConfig], Entries]] = Registry("megatron_vlm.hf.tables", "entries")
+# By a connector's kind: the layers of LLaVA's projector files, and why transformers' LLaVA can't hold it.
+LLAVA_LAYERS: Mapping[str, Callable[[str], dict[str, str]]] = Registry(
+    "megatron_vlm.hf.tables", "llava_layers", optional=True
+)
+WHY_NOT_EXPORTED: Mapping[str, Callable[[ProjectorConfig], str]] = Registry(
+    "megatron_vlm.hf.tables", "why_not_exported", optional=True
+)
+
+
+def why_not_exported(model: ModelConfig) -> str:
+    """Return why transformers' class for a model can't hold it, or empty."""
+    kind = model.projector.kind
+    return WHY_NOT_EXPORTED[kind](model.projector) if kind in WHY_NOT_EXPORTED else ""
+
+
+def check_exported(model: ModelConfig) -> None:
+    """Check that transformers' class for a model can hold it.
+
+    Raises:
+        ValueError: it can't; the line names what it can't hold, and what would work.
+    """
+    kind, why = model.projector.kind, why_not_exported(model)
+    if why:
+        raise ValueError(
+            f"the projector is {kind}, which can't be exported to Hugging Face: {why}; write it alone, as "
+            "LLaVA does, with scripts/convert/projector.py export"
+        )
 
 
 def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, str]) -> Table:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from megatron_vlm.architecture.model import ModelConfig, VisionConfig
-from megatron_vlm.hf.tables.table import Carry, Entries, Row
-from megatron_vlm.hf.tables.vit import blocks, position_ids, positions, post_layernorm
+from megatron_vlm.architecture.encoders import siglip
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.vision import VisionConfig
+from megatron_vlm.hf.tables.table import Carry, Entries, described
+from megatron_vlm.hf.tables.vit import EMBEDDING, blocks, position_ids, post_layernorm
 
 KIND = "siglip"
+HAS_CLASSIC_POST_NORM = True  # Megatron-LM's SigLIP has one norm more than LLaVA runs
 
 
 def entries(c: VisionConfig, model: ModelConfig) -> Entries:
-    """Yield the rows of transformers' ``SiglipVisionModel`` and megatron-core's ``CLIPViTModel``, subtype
-    siglip."""
-    h, f, p = c.hidden_size, c.ffn_hidden_size, c.patch_size
-    m, t = "vision_model.", "{tower}"
-    yield Row(m + "conv1.weight", ((t + "embeddings.patch_embedding.weight", (h, c.num_channels, p, p)),))
-    yield Row(m + "conv1.bias", ((t + "embeddings.patch_embedding.bias", (h,)),))
-    yield Row(m + "position_embeddings.weight", (positions(c),))
+    """transformers ``SiglipVisionModel``; megatron-core ``CLIPViTModel``, subtype siglip."""
+    h, f = c.hidden_size, c.ffn_hidden_size
+    t = "{tower}"
+    yield from described(siglip.embedding_layers(c), "vision_model.", EMBEDDING)
     yield from blocks(c, model.num_vision_layers_run)
     yield post_layernorm(c)
     head = {

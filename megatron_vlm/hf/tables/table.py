@@ -12,14 +12,18 @@ Hugging Face names start with a placeholder, ``{tower}``, ``{projector}``, ``{ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_vlm.architecture import layers as layers_module
+from megatron_vlm.architecture.layers import Layer
 from megatron_vlm.hf.tables.ops import (
+    COLUMN,
     COPY,
     REPLICATED,
+    ROW,
     Op,
     Shape,
     ShardRule,
@@ -87,6 +91,46 @@ class Alias:
 
 
 Entries = Iterator[Row | Carry | Alias]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several Hugging Face tensors that are one Megatron tensor.
+
+    Attributes:
+        rows: of each along the first dimension, by its name.
+    """
+
+    rows: Mapping[str, int]
+    op: Op
+    shard: ShardRule = COLUMN
+
+
+def described(layers: Iterable[Layer], native: str, names: Mapping[str, str | Merged]) -> Iterator[Row]:
+    """Yield the rows of layers whose shapes and cuts their description gives.
+
+    Args:
+        native: begins the Megatron names.
+        names: how Hugging Face names begin where the description's do; what comes behind is the same on both
+            sides, as ``.weight`` is.
+
+    Raises:
+        ValueError: a tensor has no name.
+    """
+    for layer in layers:
+        cut = COLUMN if getattr(layer, "cut", None) == layers_module.COLUMN else ROW
+        for weight in layer.weights():
+            begun = [start for start in names if weight.name.startswith(start)]
+            if not begun:
+                raise ValueError(f"the table has no name for {native}{weight.name}")
+            start = max(begun, key=len)
+            rest, theirs = weight.name[len(start) :], names[start]
+            if isinstance(theirs, Merged):
+                hf = tuple((name + rest, (rows, *weight.shape[1:])) for name, rows in theirs.rows.items())
+                yield Row(native + weight.name, hf, theirs.op, theirs.shard)
+            else:
+                hf = ((theirs + rest, weight.shape),)
+                yield Row(native + weight.name, hf, COPY, cut if weight.cut else REPLICATED)
 
 
 @dataclass(frozen=True)

@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-from megatron_vlm.architecture.model import VisionConfig
-from megatron_vlm.hf.tables.ops import COLUMN, COPY, ROW, MergeQKV, Shape
-from megatron_vlm.hf.tables.table import Carry, Entries, Row
+from megatron_vlm.architecture.encoders.blocks import block_layers
+from megatron_vlm.architecture.vision import VisionConfig
+from megatron_vlm.hf.tables.ops import MergeQKV
+from megatron_vlm.hf.tables.table import Carry, Entries, Merged, described
+
+# The description's names of what turns pixels into the first block's input, and the Hugging Face ones.
+EMBEDDING = {
+    "conv1": "{tower}embeddings.patch_embedding",
+    "position_embeddings": "{tower}embeddings.position_embedding",
+}
+# The description's names of a block, and the Hugging Face ones.
+_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "layer_norm1.",
+    "self_attention.linear_proj": "self_attn.out_proj",
+    "mlp.linear_fc1.layer_norm_": "layer_norm2.",
+    "mlp.linear_fc1": "mlp.fc1",
+    "mlp.linear_fc2": "mlp.fc2",
+}
 
 
 def blocks(c: VisionConfig, layers_run: int) -> Entries:
     """Yield CLIP's and SigLIP's blocks, which are the same; those from ``layers_run`` on are carried."""
-    h, f = c.hidden_size, c.ffn_hidden_size
     merge = MergeQKV(c.num_attention_heads, c.num_attention_heads)
     for i in range(c.num_layers):
-        m, t = f"vision_model.decoder.layers.{i}.", f"{{tower}}encoder.layers.{i}."
-        attention, mlp = t + "self_attn.", t + "mlp."
-        rows = [
-            Row(m + "self_attention.linear_qkv.layer_norm_weight", ((t + "layer_norm1.weight", (h,)),)),
-            Row(m + "self_attention.linear_qkv.layer_norm_bias", ((t + "layer_norm1.bias", (h,)),)),
-            Row(
-                m + "self_attention.linear_qkv.weight",
-                tuple((attention + f"{x}_proj.weight", (h, h)) for x in "qkv"),
-                merge,
-                COLUMN,
-            ),
-            Row(
-                m + "self_attention.linear_qkv.bias",
-                tuple((attention + f"{x}_proj.bias", (h,)) for x in "qkv"),
-                merge,
-                COLUMN,
-            ),
-            Row(
-                m + "self_attention.linear_proj.weight", ((attention + "out_proj.weight", (h, h)),), COPY, ROW
-            ),
-            Row(m + "self_attention.linear_proj.bias", ((attention + "out_proj.bias", (h,)),)),
-            Row(m + "mlp.linear_fc1.layer_norm_weight", ((t + "layer_norm2.weight", (h,)),)),
-            Row(m + "mlp.linear_fc1.layer_norm_bias", ((t + "layer_norm2.bias", (h,)),)),
-            Row(m + "mlp.linear_fc1.weight", ((mlp + "fc1.weight", (f, h)),), COPY, COLUMN),
-            Row(m + "mlp.linear_fc1.bias", ((mlp + "fc1.bias", (f,)),), COPY, COLUMN),
-            Row(m + "mlp.linear_fc2.weight", ((mlp + "fc2.weight", (h, f)),), COPY, ROW),
-            Row(m + "mlp.linear_fc2.bias", ((mlp + "fc2.bias", (h,)),)),
-        ]
+        t = f"{{tower}}encoder.layers.{i}."
+        names: dict[str, str | Merged] = {ours: t + theirs for ours, theirs in _NAMES.items()}
+        qkv = {t + f"self_attn.{x}_proj": c.hidden_size for x in "qkv"}
+        names["self_attention.linear_qkv"] = Merged(qkv, merge)
+        layers = block_layers(c, lora=None)
+        rows = list(described(layers, f"vision_model.decoder.layers.{i}.", names))
         if i < layers_run:
             yield from rows
         else:
             yield Carry(
                 tuple(pair for row in rows for pair in row.hf), "a block behind the last feature layer"
             )
-
-
-def positions(c: VisionConfig) -> tuple[str, Shape]:
-    """Return the name and the shape of the learned positions."""
-    return "{tower}embeddings.position_embedding.weight", (c.sequence_length, c.hidden_size)
 
 
 def post_layernorm(c: VisionConfig) -> Carry:

@@ -103,7 +103,7 @@ def uncut_problems(model: ModelConfig, config: RunConfig) -> Iterator[str]:
 
 def image_warnings(folders: Sequence[str], model: ModelConfig) -> Iterator[str]:
     """Yield warnings of what trains, but not as one would think: how many tokens an image is."""
-    if model.feature_strategy == "default" and not model.vision.has_class_token:
+    if model.feature_strategy == "default" and not model.vision.prefix_tokens:
         yield (
             f"vision_feature_select_strategy 'default' drops the first position of an image, and the "
             f"{model.vision.family} tower has no class token there: a patch of every image is lost; "

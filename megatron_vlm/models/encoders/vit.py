@@ -1,4 +1,4 @@
-"""CLIP and SigLIP vision towers on megatron-core's parallel layers."""
+"""Vision transformers over patches, as CLIP's and SigLIP's towers are, on megatron-core's parallel layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ class VisionTower(CLIPViTModel):
     The tower stands whole on the first pipeline stage, cut by tensor parallelism only.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, impl: str, like: str, patch_bias: bool
+    ) -> None:
+        """
+        Args:
+            like: ``clip`` with a norm before the first block, or ``siglip`` without.
+            patch_bias: the convolution that makes patches has a bias.
+        """
         vision = model.vision
         spec = layer_spec(impl, causal=False, output_bias=True)
         if model.lora is not None:
@@ -34,13 +41,13 @@ class VisionTower(CLIPViTModel):
             transformer_layer_spec=spec,
             ln_pre_impl=standalone_norm(impl),
             ln_post_impl=standalone_norm(impl),
-            add_class_token=vision.has_class_token,
-            class_token_len=int(vision.has_class_token),
+            add_class_token=vision.prefix_tokens > 0,
+            class_token_len=vision.prefix_tokens,
             patch_dim=vision.patch_size,
             # A last strip that is narrower than a patch is dropped, as the convolution drops it.
             img_h=vision.image_size // vision.patch_size * vision.patch_size,
             img_w=vision.image_size // vision.patch_size * vision.patch_size,
-            model_subtype=vision.family,
+            model_subtype=like,
         )
         # LLaVA takes features before SigLIP's norm, which CLIPViTModel applies.
         self.ln_post = None
@@ -50,11 +57,11 @@ class VisionTower(CLIPViTModel):
             vision.hidden_size,
             kernel_size=vision.patch_size,
             stride=vision.patch_size,
-            bias=not vision.has_class_token,
+            bias=patch_bias,
             **factory,
         )
         self.position_embeddings.to(**factory)
-        if vision.has_class_token:
+        if vision.prefix_tokens:
             self.class_token.data = self.class_token.data.to(**factory)
         self.feature_layers = model.feature_layers
         self.drop_first = model.feature_strategy == "default"
@@ -69,9 +76,7 @@ class VisionTower(CLIPViTModel):
             ``[tiles, ModelConfig.tile_tokens, hidden_size * number of feature layers]``.
         """
         x = self.conv1(x).flatten(2).transpose(1, 2)  # [n, c, h, w] -> [n, patches, hidden]
-        if self.add_class_token:
-            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = x + self.position_embeddings(self.position_ids)
+        x = self.add_prefix(x) + self.position_embeddings(self.position_ids)
         if self.ln_pre is not None:
             x = self.ln_pre(x)
         x = x.transpose(0, 1).contiguous()  # [n, positions, hidden] -> [positions, n, hidden]
@@ -89,3 +94,9 @@ class VisionTower(CLIPViTModel):
         if self.drop_first:
             features = features[1:]
         return features.transpose(0, 1)
+
+    def add_prefix(self, patches: Tensor) -> Tensor:
+        """Return patches, ``[n, patches, hidden]``, behind what stands in front of them: the class token."""
+        if not self.add_class_token:
+            return patches
+        return torch.cat([self.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)

@@ -1,0 +1,15 @@
+"""SigLIP's vision tower."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.models.encoders.vit import VisionTower
+
+KIND = "siglip"
+
+
+def build(model: ModelConfig, config: TransformerConfig, impl: str) -> VisionTower:
+    """Return the tower, without a class token."""
+    return VisionTower(model, config, impl, like=KIND, patch_bias=True)
