@@ -19,6 +19,8 @@ from megatron_vlm.data.media.kinds import KINDS
 from megatron_vlm.data.media.readers import READERS
 from megatron_vlm.data.prepare.records.shapes import SHAPES
 from megatron_vlm.hf.tables.model import TABLES
+from megatron_vlm.models.connectors import BUILD_CONNECTOR
+from megatron_vlm.models.encoders import BUILD_ENCODER
 from megatron_vlm.models.modalities import MODALITIES
 from megatron_vlm.observe.metrics import IterationMetrics
 from tests.vectors import VECTOR, VectorReader, Vectors
@@ -139,7 +141,8 @@ def test_metrics() -> None:
 
 
 def test_kinds_of_connectors_and_encoders() -> None:
-    """What is listed from folders is all that has a kind, and every kind has a table."""
+    """What is listed from folders is all that has a kind, and every kind has a module and a table."""
+    assert set(CONNECTORS) == set(BUILD_CONNECTOR) and set(ENCODERS) == set(BUILD_ENCODER)
     assert set(CONNECTORS) | set(ENCODERS) == set(TABLES)
     folders = {
         file.rpartition("/")[0]
