@@ -153,13 +153,18 @@ def test_a_trained_checkpoint_in_another_dtype_keeps_it(tmp_path: Path, llava: P
         "module.base_model.model.model.mm_projector.",
     ],
 )
-@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear", "mlp1x_gelu", "mlp4x_gelu"])
 def test_names_that_trainers_write(tmp_path: Path, prefix: str, kind: str) -> None:
     projector = build_vision_projector(kind)
     extra = {"base_model.model.lm_head.weight": torch.ones(2)}
     found = read_projector(llava_file(tmp_path / "non_lora_trainables.bin", projector, prefix, **extra))
     assert found.kind == kind and found.others == tuple(extra)
-    renamed = {"0": "linear_1", "2": "linear_2"} if kind != "linear" else {"": "linear_1"}
+    renamed = {
+        "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
+        "mlp1x_gelu": {"0": "linear_1"},
+        "mlp4x_gelu": {"0": "0", "2": "2", "4": "4", "6": "6"},
+        "linear": {"": "linear_1"},
+    }[kind]
     for name, tensor in projector.state_dict().items():
         layer, _, part = name.rpartition(".")
         assert torch.equal(found.tensors[f"{renamed[layer]}.{part}"], tensor)
@@ -180,7 +185,7 @@ def test_linear(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear", "mlp1x_gelu"])
 def test_build_with_a_projector(tmp_path: Path, kind: str) -> None:
     """A file written before torch 1.6 too, which can't be mapped."""
     text, tower = make_text(tmp_path / "text"), make_tower(tmp_path / "tower")
@@ -199,6 +204,44 @@ def test_build_with_a_projector(tmp_path: Path, kind: str) -> None:
     other = "linear" if kind == "mlp2x_gelu" else "mlp2x_gelu"
     with pytest.raises(ValueError, match=f"--projector .*: of type {kind}, not {other}"):
         build_llava(tmp_path / "other", str(text), str(tower), other, projector=file)
+
+
+def test_a_projector_that_transformers_cant_hold(tmp_path: Path) -> None:
+    """It is built, converted and written as LLaVA's file again; an export to Hugging Face is refused by name."""
+    text, tower = make_text(tmp_path / "text"), make_tower(tmp_path / "tower")
+    file = llava_file(tmp_path / "mm_projector.bin", build_vision_projector("mlp3x_gelu", 24, 32))
+    build_llava(tmp_path / "llava", str(text), str(tower), projector=file)
+    import_hf(tmp_path / "llava", tmp_path / "native", 2, 1, verify=True)
+    again = torch.load(
+        export_projector(tmp_path / "native", tmp_path / "out", as_bin=True), weights_only=True
+    )
+    expected = torch.load(file, weights_only=True)
+    assert again.keys() == expected.keys() and all(torch.equal(again[n], expected[n]) for n in expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_projector_type"] == "mlp3x_gelu"
+    other = llava_file(tmp_path / "other.bin", build_vision_projector("mlp3x_gelu", 24, 32))
+    import_projector(other, tmp_path / "native", tmp_path / "new", verify=True)
+    for refused in (
+        lambda: export_hf(tmp_path / "native", tmp_path / "hf"),
+        lambda: import_hf(tmp_path / "llava", tmp_path / "random", 1, 1, random_seed=1),
+    ):
+        with pytest.raises(ValueError, match=r"mlp3x_gelu, which can't be exported .*: it has 3 linear"):
+            refused()
+
+
+def test_identity(tmp_path: Path) -> None:
+    """transformers' LLaVA holds it as two identities; LLaVA's file would be empty."""
+    text, tower = make_text(tmp_path / "text"), make_tower(tmp_path / "tower")
+    with pytest.raises(ValueError, match=r"'identity' needs 32 features, .* not 24"):
+        build_llava(tmp_path / "llava", str(text), str(tower), "identity")
+    tower = make_tower(tmp_path / "wide", hidden_size=32)
+    built = build_llava(tmp_path / "llava", str(text), str(tower), "identity")
+    features = torch.randn(5, 32)
+    assert torch.equal(projected(built, features), features)
+    import_hf(built, tmp_path / "native", 1, 1, verify=True)
+    assert torch.equal(projected(export_hf(tmp_path / "native", tmp_path / "back"), features), features)
+    for checkpoint in (built, tmp_path / "native"):
+        with pytest.raises(ValueError, match="identity, which LLaVA's mm_projector files don't hold"):
+            export_projector(checkpoint, tmp_path / "out")
 
 
 def test_the_config_beside_it(tmp_path: Path, llava: Path) -> None:
@@ -246,9 +289,9 @@ def test_errors(tmp_path: Path, llava: Path) -> None:
     refused(r"holds no mm_projector; its first tensor is lm_head\.weight", {"lm_head.weight": torch.ones(2)})
     refused("holds no mm_projector; its first tensor is not there", {})
     refused("are the same tensor of a projector", {**good, "mm_projector.0.bias": torch.zeros(OUTER)})
-    deep = build_vision_projector("mlp3x_gelu").state_dict()
     refused(
-        "of type mlp3x_gelu; supported: linear, mlp2x_gelu", {f"mm_projector.{n}": t for n, t in deep.items()}
+        "a projector with the layers 1; supported: linear, mlpNx_gelu",
+        {"mm_projector.1.weight": torch.ones(2, 2)},
     )
     refused(r"a projector with 0\.query; supported", {**good, "mm_projector.0.query": torch.ones(2)})
     refused(

@@ -69,9 +69,9 @@ def make_text(
     return folder
 
 
-def make_tower(folder: Path, kind: str = "CLIP") -> Path:
+def make_tower(folder: Path, kind: str = "CLIP", **sizes: int) -> Path:
     torch.manual_seed(2)
-    config = getattr(transformers, f"{kind}VisionConfig")(**TOWER)
+    config = getattr(transformers, f"{kind}VisionConfig")(**{**TOWER, **sizes})
     getattr(transformers, f"{kind}VisionModel")(config).save_pretrained(folder)
     return folder
 
