@@ -47,7 +47,8 @@ class Registry(Mapping[str, Any]):
             KeyError: there is no such kind.
         """
         found = self._found()
-        return found[name] if name in found else found[re.sub(r"\d+", "N", name)]
+        # A file may have anything in the place of a name; of what is no text there is no kind.
+        return found[name if not isinstance(name, str) or name in found else re.sub(r"\d+", "N", name)]
 
     def knows(self, name: str) -> bool:
         """Tell whether a name is of a kind: with a number where the kind has an N."""

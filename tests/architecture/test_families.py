@@ -212,7 +212,7 @@ def test_siglip_2_at_a_fixed_resolution(config: dict[str, Any]) -> None:
     llava = {"model_type": "llava", "vision_config": config, "vision_feature_select_strategy": "full"}
     vision = ModelConfig.from_hf({**llava, "image_token_index": 7}).vision
     expected = transformers.AutoConfig.for_model(**config)
-    assert (vision.family, vision.has_class_token) == ("siglip", False)
+    assert (vision.family, vision.prefix_tokens) == ("siglip", 0)
     assert (vision.hidden_size, vision.ffn_hidden_size) == (expected.hidden_size, expected.intermediate_size)
     assert (vision.image_size, vision.patch_size) == (expected.image_size, expected.patch_size)
     assert (vision.num_layers, vision.norm_epsilon) == (expected.num_hidden_layers, expected.layer_norm_eps)

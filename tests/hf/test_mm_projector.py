@@ -207,7 +207,7 @@ def test_build_with_a_projector(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_projector_that_transformers_cant_hold(tmp_path: Path) -> None:
-    """It is built, converted and written as LLaVA's file again; an export to Hugging Face is refused by name."""
+    """It is built, converted and written as LLaVA's file again; an export of it is refused by name."""
     text, tower = make_text(tmp_path / "text"), make_tower(tmp_path / "tower")
     file = llava_file(tmp_path / "mm_projector.bin", build_vision_projector("mlp3x_gelu", 24, 32))
     build_llava(tmp_path / "llava", str(text), str(tower), projector=file)

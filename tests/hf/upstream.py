@@ -219,7 +219,7 @@ def build(
         language_max_sequence_length=language.max_position_embeddings,
         vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_layer,
-        drop_vision_class_token=vision.has_class_token,
+        drop_vision_class_token=vision.prefix_tokens > 0,
         vision_projection_config=projector_config,
         vision_projection_layer_spec=MLPSubmodules(linear_fc1=linears[0], linear_fc2=linears[1]),
         vision_projection_type="mlp",

@@ -58,6 +58,7 @@ def test_a_kind_for_every_number(package: Path) -> None:
     assert set(found) == {"polygonN", "square"} and found["polygon12"] is None
     names = ("polygon12", "square", "polygon", "polygonN", "square2")
     assert [found.knows(name) for name in names] == [True, True, False, False, False]
+    assert None not in found and 12 not in found
     with pytest.raises(KeyError):
         found["polygon"]
 
