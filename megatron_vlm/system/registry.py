@@ -21,7 +21,7 @@ def modules_in(package: str) -> Iterator[ModuleType]:
 
 
 class Registry(Mapping[str, Any]):
-    """What the modules of a package define under one name, by their kinds; listed when it is first asked for.
+    """Lists by their kinds what the modules of a package define, when it is first asked for.
 
     Modules without ``key`` are helpers of the others and are left out. A kind with an N in it, such as
     ``mlpNx_gelu``, stands for every name that has a number there.

@@ -1,4 +1,4 @@
-"""What stands between an encoder and the language model, a file for each kind.
+"""Connectors, which stand between an encoder and the language model, a file for each kind.
 
 A file has these names:
 

@@ -1,4 +1,4 @@
-"""What turns pixels, frames or sound into features, a file for each kind.
+"""Encoders, which turn pixels, frames or sound into features, a file for each kind.
 
 A file has these names:
 
