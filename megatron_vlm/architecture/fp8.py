@@ -82,7 +82,7 @@ class Fp8Config:
         return (tp if sequence_parallel else 1) * (alignment // gcd(alignment, rows))
 
     def sizes(self, model: ModelConfig, tp: int, sequence_parallel: bool) -> Iterator[Tuple[str, int, int]]:
-        """The features of each matrix on a rank: what they are, how many, and what divides them."""
+        """Yield the features of each matrix on a rank: what they are, how many, and what divides them."""
         language, step = model.language, self.alignment
         heads, groups = language.num_attention_heads, language.num_key_value_heads
         whole = 128 if sequence_parallel and self.recipe == "blockwise" else step

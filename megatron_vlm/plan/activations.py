@@ -359,7 +359,7 @@ def _vision(model: ModelConfig, shape: Shape, trains: Trains) -> Tuple[List[Bloc
 
 
 def _projector(model: ModelConfig, shape: Shape, flows: bool, trains: Trains) -> Tuple[Block, bool]:
-    """The connector: its linears one after the other, with an activation between each two."""
+    """Return the connector: linears one after the other, with an activation between each two."""
     a = shape.element
     tiles = shape.images * model.image_tiles
     positions, n = tiles * model.vision.sequence_length, tiles * model.tile_tokens

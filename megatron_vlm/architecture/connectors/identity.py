@@ -15,7 +15,7 @@ IN_FP8 = False  # there is nothing to multiply
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:
-    """Return what is wrong with it, or empty."""
+    """Return what is wrong with such a projector, or empty."""
     if projector.input_size != hidden_size:
         return f"needs {hidden_size} features, the language model's hidden_size, not {projector.input_size}"
     if projector.activation != "linear":
@@ -24,5 +24,5 @@ def problem(projector: ProjectorConfig, hidden_size: int) -> str:
 
 
 def connector_layers(projector: ProjectorConfig, hidden_size: int) -> Iterator[Layer]:
-    """Yield nothing: it has no layers."""
+    """Yield nothing: the projector has no layers."""
     return iter(())

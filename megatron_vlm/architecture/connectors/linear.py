@@ -12,12 +12,12 @@ IN_FP8 = False  # the one linear of its own kind here is not Transformer Engine'
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:
-    """Return what is wrong with it, or empty."""
+    """Return what is wrong with such a projector, or empty."""
     if projector.activation != "linear":
         return f"needs projector_hidden_act 'linear', not {projector.activation!r}"
     return ""
 
 
 def connector_layers(projector: ProjectorConfig, hidden_size: int) -> Iterator[Layer]:
-    """Yield its one linear."""
+    """Yield the projector's one linear."""
     yield Linear("encoder", projector.input_size, hidden_size, COLUMN, projector.bias)

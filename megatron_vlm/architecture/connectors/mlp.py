@@ -21,7 +21,7 @@ def depth(kind: str) -> int:
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:
-    """Return what is wrong with it, or empty."""
+    """Return what is wrong with such a projector, or empty."""
     linears = depth(projector.kind)
     if not 1 <= linears <= MOST:
         return f"has {linears} linear layers; supported: 1 to {MOST}"
@@ -33,7 +33,7 @@ def problem(projector: ProjectorConfig, hidden_size: int) -> str:
 
 
 def connector_layers(projector: ProjectorConfig, hidden_size: int) -> Iterator[Layer]:
-    """Yield its linears, which are cut along output and input features in turns."""
+    """Yield the projector's linears, which are cut along output and input features in turns."""
     inputs = projector.input_size
     for number in range(1, depth(projector.kind) + 1):
         cut = COLUMN if number % 2 else ROW

@@ -27,7 +27,7 @@ def class_token(vision: VisionConfig) -> Layer:
 
 
 def embedding_layers(vision: VisionConfig) -> Iterator[Layer]:
-    """Yield what turns pixels into the first block's input."""
+    """Yield the layers that turn pixels into the first block's input."""
     yield patch_embedding(vision, bias=False)
     yield class_token(vision)
     yield vector("position_embeddings.weight", vision.sequence_length, vision.hidden_size)

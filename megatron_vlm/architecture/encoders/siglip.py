@@ -22,6 +22,6 @@ PREFIX_TOKENS = 0
 
 
 def embedding_layers(vision: VisionConfig) -> Iterator[Layer]:
-    """Yield what turns pixels into the first block's input."""
+    """Yield the layers that turn pixels into the first block's input."""
     yield patch_embedding(vision, bias=True)
     yield vector("position_embeddings.weight", vision.sequence_length, vision.hidden_size)

@@ -14,7 +14,7 @@ _NAMES = {**EMBEDDING, "ln_pre": "{tower}pre_layrnorm"}  # transformers spells i
 
 
 def entries(c: VisionConfig, model: ModelConfig) -> Entries:
-    """transformers ``CLIPVisionModel``; megatron-core ``CLIPViTModel``."""
+    """Yield the rows of transformers' ``CLIPVisionModel`` and megatron-core's ``CLIPViTModel``."""
     m, t = "vision_model.", "{tower}"
     yield Row(m + "class_token", ((t + "embeddings.class_embedding", (c.hidden_size,)),), Unsqueeze(2))
     others = (layer for layer in clip.embedding_layers(c) if layer != clip.class_token(c))

@@ -16,7 +16,7 @@ KIND = "identity"
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """Nothing that is trained; transformers' LLaVA stores it as two linears that are the identity."""
+    """Yield nothing that is trained; transformers' LLaVA stores the identity as two linears."""
     for name in ("linear_1", "linear_2"):
         yield identity(name, c, model)
 

@@ -37,7 +37,7 @@ def entries(c: LanguageConfig, padded_vocab_size: int) -> Entries:
 
 
 def _names(c: LanguageConfig, t: str) -> dict[str, str | Merged]:
-    """The description's names of a layer, and the Hugging Face ones, which ``t`` begins.
+    """Return the description's names of a layer, and the Hugging Face ones, which ``t`` begins.
 
     Mixtral's experts: w1 is the gate, w3 up, w2 down. transformers 5 writes these names too.
     """

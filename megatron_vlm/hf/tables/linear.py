@@ -17,6 +17,6 @@ def llava_layers(kind: str) -> dict[str, str]:
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """One affine map; transformers' LLaVA stores it as ``linear_1`` with the identity behind it."""
+    """Yield one affine map; transformers' LLaVA stores it as ``linear_1`` with the identity behind it."""
     yield from described(connector(model), "vision_projection.", {"encoder": "{projector}linear_1"})
     yield identity("linear_2", c, model)

@@ -20,13 +20,14 @@ def llava_layers(kind: str) -> dict[str, str]:
 
 
 def why_not_exported(projector: ProjectorConfig) -> str:
-    """Return why transformers' LLaVA can't hold it, or empty."""
+    """Return why transformers' LLaVA can't hold the projector, or empty."""
     count = depth(projector.kind)
     return f"it has {count} linear layers, and transformers' LLaVA two" if count > 2 else ""
 
 
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
-    """transformers ``LlavaMultiModalProjector``; megatron-core ``MultimodalProjector`` of type mlp.
+    """Yield the rows of transformers' ``LlavaMultiModalProjector`` and megatron-core's
+    ``MultimodalProjector``.
 
     Of one linear, the identity stands behind it, as behind ``linear``. transformers has none of more than
     two, whose names are those of LLaVA's own files, ``0``, ``2``, ``4`` and so on.

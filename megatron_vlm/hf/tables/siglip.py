@@ -13,7 +13,8 @@ HAS_CLASSIC_POST_NORM = True  # Megatron-LM's SigLIP has one norm more than LLaV
 
 
 def entries(c: VisionConfig, model: ModelConfig) -> Entries:
-    """transformers ``SiglipVisionModel``; megatron-core ``CLIPViTModel``, subtype siglip."""
+    """Yield the rows of transformers' ``SiglipVisionModel`` and megatron-core's ``CLIPViTModel``, subtype
+    siglip."""
     h, f = c.hidden_size, c.ffn_hidden_size
     t = "{tower}"
     yield from described(siglip.embedding_layers(c), "vision_model.", EMBEDDING)
