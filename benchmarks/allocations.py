@@ -136,11 +136,12 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterable[Tensor]:
-    inner = optimizer.optimizer.optimizer
-    for group in optimizer.groups:
-        for parameter in group["params"]:
-            yield parameter.data
-            yield from (value for value in inner.state[parameter].values() if torch.is_tensor(value))
+    for inner in optimizer.inner:
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter.data
+                state = inner.optimizer.state[parameter].values()
+                yield from (value for value in state if torch.is_tensor(value))
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,10 +28,7 @@ from megatron_vlm.data.processing import Processing, build_processing
 from megatron_vlm.inference.generator import Prompt, load_generator
 from megatron_vlm.models.lora import LANGUAGE_PROJECTIONS, add_adapters
 from megatron_vlm.models.lora_weights import start_adapters
-from megatron_vlm.models.loss import find_trained
-from megatron_vlm.models.modalities import modalities_of, place_media
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.specs import layer_spec
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights, named_parameters, sharded_weights
@@ -70,33 +68,38 @@ class Layout:
         return "-".join([f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", *switches])
 
 
+class _Finished:
+    """Stands for a reader of media that come as the encoder takes them."""
+
+    @staticmethod
+    def finish(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return tensors
+
+
 def global_batch(
-    microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int, device: torch.device
+    microbatches: list[dict[str, torch.Tensor]], model: ModelConfig, multiple: int, layout: parallel.Layout
 ) -> GlobalBatch:
-    """Microbatches of ``input_ids``, ``labels`` and ``pixel_values``, as the model takes them.
+    """Read microbatches of ``input_ids``, ``labels`` and ``pixel_values`` as a run does; a collective call.
 
     One with ``lengths`` is a single row of samples that long.
     """
-    length = -(-max(m["input_ids"].shape[1] for m in microbatches) // multiple) * multiple
-    batches = []
+    read = []
     for m in microbatches:
-        missing = length - m["input_ids"].shape[1]
-        ids = torch.nn.functional.pad(m["input_ids"], (0, missing))
-        labels = torch.nn.functional.pad(m["labels"], (0, missing), value=-100)
-        packed = m.get("lengths")
-        media = image_media(m["pixel_values"], m.get("image_sizes"), "pixel_values")
-        placed = place_media(ids, media, modalities_of(model))
-        batches.append(
-            Batch(
-                input_ids=ids.to(device),
-                labels=labels.clamp(min=0).to(device),
-                loss_mask=(labels != -100).to(device),
-                trained=find_trained(labels != -100).to(device),
-                media={kind: own.to(device) for kind, own in placed.items()},
-                packed_seq_params=None if packed is None else boundaries(packed.tolist(), length, device),
+        rows, length = m["input_ids"].shape
+        lengths = m.get("lengths")
+        read.append(
+            Microbatch(
+                input_ids=m["input_ids"],
+                labels=m["labels"],
+                lengths=torch.full((rows,), length) if lengths is None else lengths,
+                media=image_media(m["pixel_values"], m.get("image_sizes"), "pixel_values"),
+                keys=[""] * rows,
+                packed=lengths is not None,
             )
         )
-    return GlobalBatch(batches, length)
+    processing: Any = SimpleNamespace(readers={"image": _Finished}, pad_token_id=0)
+    source = iter(read) if layout.loads_data else None
+    return BatchReader(source, layout, model, processing, len(read), torch.float32, multiple).next()
 
 
 def logits_and_gradients(
@@ -119,7 +122,7 @@ def logits_and_gradients(
     load_weights(Path(checkpoint), chunks)
     models = wrap_model(chunks, sizes.distributed_optimizer, overlap_grad_reduce=False)
     prepare_for_schedules(models)
-    batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
+    batch = global_batch(microbatches, model, sizes.tp if sizes.sequence_parallel else 1, layout)
     loss, _ = compute_gradients(models, batch, layout)
 
     pieces = []
@@ -144,7 +147,7 @@ def logits_of(checkpoint: str, microbatch: dict[str, torch.Tensor], sizes: Layou
     model = ModelConfig.from_dict(read_manifest(checkpoint)["model"])
     chunks = build_model(model, layout)
     load_weights(Path(checkpoint), chunks)
-    (batch,) = global_batch([microbatch], model, 1, layout.device).microbatches
+    (batch,) = global_batch([microbatch], model, 1, layout).microbatches
     with torch.no_grad():
         return _logits(chunks[0].eval(), batch).clone()
 
@@ -308,7 +311,7 @@ def train_on(
     losses = []
     for iteration, microbatches in enumerate(global_batches, start=1):
         own = microbatches[layout.dp_rank :: layout.dp]
-        batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
+        batch = global_batch(own, model, sizes.tp if sizes.sequence_parallel else 1, layout)
         rates = [curve.at(iteration) for curve in schedules]
         losses.append(train_step(models, updates, batch, layout, rates).loss)
     return losses, table(regime, [curve.lr for curve in schedules], optimizer["weight_decay"])
@@ -337,7 +340,7 @@ def train_adapters(
     losses = []
     for iteration in range(iterations):
         mine = batches[iteration % len(batches)][layout.dp_rank :: layout.dp]
-        batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1, layout.device)
+        batch = global_batch(mine, model, sizes.tp if sizes.sequence_parallel else 1, layout)
         result = train_step(models, optimizer, batch, layout, [lr, lr])
         losses.append(result.loss)
     return losses

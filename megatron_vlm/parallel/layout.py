@@ -36,6 +36,8 @@ class Layout:
     pp: int
     vpp: int  # model chunks on each pipeline rank; above 1 stages are interleaved
     dp: int
+    cp: int  # context parallel size; 1: nothing cuts sequences
+    ep: int  # expert parallel size; 1: each tensor parallel group holds all experts
     tp_rank: int
     pp_rank: int
     dp_rank: int
@@ -155,6 +157,8 @@ def initialize(
         pp=pp,
         vpp=vpp,
         dp=world_size // (tp * pp),
+        cp=mpu.get_context_parallel_world_size(),
+        ep=mpu.get_expert_model_parallel_world_size(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),

@@ -122,11 +122,12 @@ class Optimizer:
             fp8_recipe=models[0].config.fp8_recipe if models[0].config.fp8 else None,
         )
         self.models = models
-        self._replicas = models[0].dp_cp_group.size()  # ranks over which gradients are reduced
         self.chained = get_megatron_optimizer(
             self.config, models, _overrides(entries), use_gloo_process_groups=False
         )
-        (self.optimizer,) = self.chained.chained_optimizers
+        # One, or more where parameters differ in the ranks that hold them, as experts' do.
+        self.inner: list[Any] = list(self.chained.chained_optimizers)
+        self._owners = {id(main): inner for inner in self.inner for main in _main_weights(inner)}
         for group in self.groups:
             group["weight_decay"] = weight_decay * group["wd_mult"]
 
@@ -138,7 +139,7 @@ class Optimizer:
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups; the same list on every rank, though some are empty on some."""
-        return self.optimizer.optimizer.param_groups
+        return [group for inner in self.inner for group in inner.optimizer.param_groups]
 
     def zero_grad(self) -> None:
         """Forget the gradients, those in the reduction buffers too."""
@@ -172,11 +173,11 @@ class Optimizer:
                 ):
                     continue  # counted on another rank
                 gradient = parameter.main_grad.flatten()  # type: ignore[attr-defined]
-                if isinstance(self.optimizer, DistributedOptimizer):
-                    part = _own_part(self.optimizer, parameter)
+                if self._is_distributed:
+                    part = _own_part(self._owner(parameter), parameter)
                     squares[number] += gradient[part].square().sum()
                 else:
-                    squares[number] += gradient.square().sum() / self._replicas
+                    squares[number] += gradient.square().sum() / self._count_replicas(parameter)
         return squares
 
     def step(self, rates: Sequence[float], gradient_norm: float) -> None:
@@ -188,9 +189,10 @@ class Optimizer:
         """
         for group in self.groups:
             group["lr"] = rates[group["entry"]]
-        parameters = self.optimizer.get_parameters()
-        if self.config.clip_grad > 0 and parameters and math.isfinite(gradient_norm):
-            clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, gradient_norm)
+        for inner in self.inner:
+            parameters = inner.get_parameters()
+            if self.config.clip_grad > 0 and parameters and math.isfinite(gradient_norm):
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, gradient_norm)
         self.chained.step_with_ready_grads()
 
     def gather_weights(self) -> None:
@@ -216,9 +218,9 @@ class Optimizer:
         Returns:
             Nothing to save where :attr:`saves` is False.
         """
-        inner = self.optimizer.optimizer
-        if loading or not inner.state:
-            self.optimizer.init_state_fn(inner, self.config)
+        for inner in self.inner:
+            if loading or not inner.optimizer.state:
+                inner.init_state_fn(inner.optimizer, self.config)
         entries = {id(entry.data): entry for entry in model_state.values()}
         sharded = {}
         for index, parameter in enumerate(self._parameters()):
@@ -227,7 +229,7 @@ class Optimizer:
                 tensors = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in self._keys}
             elif self._is_distributed:
                 tensors = {key: self._to_first(parameter, tensors.get(key)) for key in self._keys}
-            if loading or self.saves:
+            if loading or self._saves(self._owner(parameter)):
                 entry = entries[id(parameter)]
                 sharded[index] = {key: _sharded_like(entry, key, tensors[key]) for key in self._keys}
         return sharded
@@ -238,7 +240,10 @@ class Optimizer:
 
         With the distributed optimizer the first data-parallel rank does, for all of them.
         """
-        return not self._is_distributed or self.optimizer.data_parallel_group.rank() == 0
+        return any(map(self._saves, self.inner))
+
+    def _saves(self, inner: Any) -> bool:
+        return not self._is_distributed or inner.data_parallel_group.rank() == 0
 
     def load_sharded_state(self, loaded: dict[Any, dict[str, Any]], steps: int) -> None:
         """Take over what ``dist_checkpointing.load`` made of :meth:`sharded_state`; a collective call.
@@ -257,10 +262,11 @@ class Optimizer:
                 value = self._from_first(parameter, read.get(key)) if self._is_distributed else read[key]
                 if key in tensors:
                     tensors[key].copy_(value)
-        if self._is_distributed and self.optimizer.ddp_config.fp8_param_gather:
+        if self._is_distributed and self.models[0].ddp_config.fp8_param_gather:
             # The weights were saved as they are in FP8. Rounding those again could give others than
             # rounding the master weights, as the last step has.
-            self.optimizer._copy_main_params_to_model_params()
+            for inner in self.inner:
+                inner._copy_main_params_to_model_params()
             self._gather()
 
     def master_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -273,7 +279,23 @@ class Optimizer:
 
     @property
     def _is_distributed(self) -> bool:
-        return isinstance(self.optimizer, DistributedOptimizer)
+        return isinstance(self.inner[0], DistributedOptimizer)
+
+    def _owner(self, parameter: torch.nn.Parameter) -> Any:
+        """Return the inner optimizer that updates a parameter."""
+        if self._is_distributed:
+            return next(
+                inner
+                for inner in self.inner
+                if any(parameter in buffer.param_index_map for buffer in inner.buffers)
+            )
+        return self._owners[id(getattr(parameter, "main_param", parameter))]
+
+    def _count_replicas(self, parameter: torch.nn.Parameter) -> int:
+        """Return the number of ranks over which a parameter's gradient is reduced."""
+        model = self.models[0]
+        group = model.dp_cp_group if getattr(parameter, "allreduce", True) else model.expt_dp_group
+        return int(group.size())
 
     @property
     def _keys(self) -> tuple[str, ...]:
@@ -284,19 +306,20 @@ class Optimizer:
     def _parameters(self) -> list[torch.nn.Parameter]:
         """Return this rank's trainable parameters, in the order of the sharded state."""
         if self._is_distributed:
-            return [p for buffer in self.optimizer.buffers for p in buffer.param_index_map]
+            return [p for inner in self.inner for buffer in inner.buffers for p in buffer.param_index_map]
         return [p for model in self.models for p in model.parameters() if p.requires_grad]
 
     def _tensors(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """Return this rank's state of a parameter; with the distributed optimizer the state of its part,
         flat, if any."""
+        inner = self._owner(parameter)
         if self._is_distributed:
-            if parameter not in self.optimizer.model_param_gbuf_map:
+            if parameter not in inner.model_param_gbuf_map:
                 return {}
-            state = self.optimizer._get_main_param_and_optimizer_states(parameter)
+            state = inner._get_main_param_and_optimizer_states(parameter)
         else:
-            main = parameter if isinstance(self.optimizer, FP32Optimizer) else parameter.main_param  # type: ignore[attr-defined]
-            state = {"param": main, **self.optimizer.optimizer.state[main]}
+            main = parameter if isinstance(inner, FP32Optimizer) else parameter.main_param  # type: ignore[attr-defined]
+            state = {"param": main, **inner.optimizer.state[main]}
         return {key: state[key].detach() for key in self._keys}
 
     # megatron-core gathers a bucket at once, which can be all of a stage, on every rank's GPU and then in the
@@ -309,20 +332,27 @@ class Optimizer:
         Args:
             part: this rank's; None if it has none.
         """
+        inner = self._owner(parameter)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if part is not None:
-            whole[_own_part(self.optimizer, parameter)] = part
+            whole[_own_part(inner, parameter)] = part
         # As integers, since the others add zeros: -0.0 + 0.0 would be 0.0.
-        dist.reduce(whole.view(torch.int32), group=self.optimizer.data_parallel_group, group_dst=0)
-        return whole.view(parameter.shape).cpu() if self.saves else None
+        dist.reduce(whole.view(torch.int32), group=inner.data_parallel_group, group_dst=0)
+        return whole.view(parameter.shape).cpu() if self._saves(inner) else None
 
     def _from_first(self, parameter: torch.nn.Parameter, whole: torch.Tensor | None) -> torch.Tensor:
         """Return this rank's part of the tensor that :meth:`_to_first` made; a collective call."""
         sent = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if whole is not None:
             sent.copy_(whole.flatten())
-        dist.broadcast(sent, group=self.optimizer.data_parallel_group, group_src=0)
-        return sent[_own_part(self.optimizer, parameter)]
+        inner = self._owner(parameter)
+        dist.broadcast(sent, group=inner.data_parallel_group, group_src=0)
+        return sent[_own_part(inner, parameter)]
+
+
+def _main_weights(inner: Any) -> list[torch.Tensor]:
+    """Return what an inner optimizer updates: fp32 weights, or the master weights of others."""
+    return [main for group in inner.optimizer.param_groups for main in group["params"]]
 
 
 def _overrides(entries: int) -> dict[ParamKey, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -26,19 +28,26 @@ class Weights(MegatronModule):
         self.weights = torch.nn.ParameterList(torch.randn(shape, dtype=dtype) for shape in SHAPES)
 
 
-def states(dtype: torch.dtype) -> list[State]:
+def states(dtype: torch.dtype, apart: Sequence[int] = ()) -> list[State]:
     """Return what is saved after a step without the distributed optimizer, with it, and with it after a
-    reload."""
+    reload.
+
+    Args:
+        apart: weights that megatron-core gives an optimizer of their own, as it does with experts'.
+    """
     layout = parallel.initialize()
     found = []
     for distributed in (False, True):
         torch.manual_seed(0)
         module = Weights(dtype)
+        for number in apart:
+            module.weights[number].allreduce = False  # type: ignore[attr-defined]
         optimizer = Optimizer(wrap_model([module], distributed, False), 0.1, 0.9, 0.999, 1e-8, 0.0)
         for parameter in module.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape))  # type: ignore[attr-defined]
         optimizer.step([1e-3], optimizer.gradient_norm())
-        moments = list(optimizer.optimizer.optimizer.state.values())
+        assert len(optimizer.inner) == (2 if apart else 1)
+        moments = [state for inner in optimizer.inner for state in inner.optimizer.state.values()]
         for moment in moments:
             moment["exp_avg"][moment["exp_avg"] < 0] = -0.0  # bits that a sum of numbers would lose
         model_state = {
@@ -71,3 +80,34 @@ def test_one_rank_saves_the_parts_of_all(pool: Pool, dtype: torch.dtype) -> None
         assert state.keys() == plain.keys()
         assert all(torch.equal(state[key].view(torch.int32), plain[key].view(torch.int32)) for key in plain)
     assert second[1:] == [{}, {}]
+
+
+def updated(apart: Sequence[int], distributed: bool) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Return squared norms of two gradients, the norm of all, and the weights after a clipped step."""
+    parallel.initialize()
+    torch.manual_seed(0)
+    module = Weights(torch.bfloat16)
+    for number in apart:
+        module.weights[number].allreduce = False  # type: ignore[attr-defined]
+    optimizer = Optimizer(wrap_model([module], distributed, False), 0.1, 0.9, 0.999, 1e-8, 0.5)
+    for parameter in module.parameters():
+        parameter.main_grad.copy_(torch.randn(parameter.shape))  # type: ignore[attr-defined]
+    norm = optimizer.gradient_norm()
+    squares = optimizer.squared_gradients([[module.weights[0]], [module.weights[1]]])
+    torch.distributed.all_reduce(squares)
+    optimizer.step([1e-3], norm)
+    return squares, norm, torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_several_inner_optimizers_are_one(pool: Pool, distributed: bool) -> None:
+    """Weights with an optimizer of their own are updated, clipped and saved as if there were one for all."""
+    one, two = ([*pool.run(2, updated, apart, distributed)] for apart in ([], [1, 2]))
+    for (squares, norm, weights), (own_squares, own_norm, own_weights) in zip(one, two, strict=True):
+        assert torch.equal(squares, own_squares) and norm == pytest.approx(own_norm, rel=1e-6)
+        assert torch.equal(weights, own_weights)
+    for first, second in zip(
+        pool.run(2, states, torch.bfloat16), pool.run(2, states, torch.bfloat16, [1, 2]), strict=True
+    ):
+        for state, own in zip(first, second, strict=True):
+            assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in state)

@@ -217,7 +217,7 @@ def _loss(
     prepare_for_schedules(models)
     batch = [_microbatch(model, seed=layout.dp_rank, images=1 - layout.dp_rank), _microbatch(model, 2, 0)]
     products["fp8"] = moves["forward"] = moves["backward"] = 0
-    loss, _ = compute_gradients(models, global_batch(batch, model, 16, layout.device), layout)
+    loss, _ = compute_gradients(models, global_batch(batch, model, 16, layout), layout)
     norm = torch.stack([p.main_grad.norm() for p in chunks[0].parameters()]).norm()
     kept = [scaling._kept(linear) for _, linear in scaling._linears(chunks)]
     scales = [
