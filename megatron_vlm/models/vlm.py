@@ -87,14 +87,20 @@ class VisionLanguageModel(MegatronModule):
             packed_seq_params: on every stage, where ``b`` is 1 and ``s`` holds several samples: where
                 they begin, as :func:`~megatron_vlm.models.packing.boundaries` makes it.
             loss_parts: on the last stage, takes the losses of a mixture's datasets.
-            position_ids: ``[b, s]`` or ``[3, b, s]``; None: a token's position is its index in its sample.
+            position_ids: ``[b, s]`` or ``[3, b, s]``; None: a token's position is its index in its sample,
+                which is all that rotary embeddings of today's models know.
             taps: what the language model's layers take beside the hidden states; None for nothing.
 
         Returns:
             On the last stage the summed loss of the trained tokens, a scalar in float32, or without
             labels this tensor parallel rank's logits ``[b, s, padded vocabulary / tp]``; on the others
             the hidden states ``[s, b, hidden]`` (``s / tp`` with sequence parallelism).
+
+        Raises:
+            ValueError: there are ``position_ids`` that the language model would not read.
         """
+        if position_ids is not None:  # megatron-core would leave them unread
+            raise ValueError("the language model's positions are indices; it takes no position_ids")
         embeddings = None
         if self.pre_process:
             embeddings = self.embed(input_ids, media or {})

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.language import scaled_frequencies
+from megatron_vlm.models.vlm import VisionLanguageModel
 from tests.tiny import LLAMA3_ROPE
 
 LLAMA31 = dict(
@@ -43,3 +44,9 @@ def test_frequencies(scaling: dict[str, Any], head_dim: int, theta: float) -> No
     found = scaled_frequencies(unscaled, model.language.rope_scaling)
     assert torch.equal(found, expected)
     assert not torch.equal(found, unscaled)
+
+
+def test_positions_that_would_not_be_read_are_refused() -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="it takes no position_ids"):
+        VisionLanguageModel.forward(None, ids, position_ids=ids)  # type: ignore[arg-type]
