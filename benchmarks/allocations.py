@@ -20,7 +20,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.data.media.base import Media
 from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models.loss import find_trained
-from megatron_vlm.models.modalities import modalities_of, place_media
+from megatron_vlm.models.modalities.table import modalities_of, place_media
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model

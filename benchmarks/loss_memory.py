@@ -29,7 +29,7 @@ from megatron_vlm.data.media.base import Media
 from megatron_vlm.data.media.kinds import IMAGE
 from megatron_vlm.models import language
 from megatron_vlm.models.loss import find_trained, linear_cross_entropy
-from megatron_vlm.models.modalities import modalities_of, place_media
+from megatron_vlm.models.modalities.table import modalities_of, place_media
 from megatron_vlm.models.vlm import build_model
 from megatron_vlm.models.weights import load_weights
 from megatron_vlm.parallel.optimizer import Optimizer, wrap_model

@@ -21,7 +21,7 @@ from megatron_vlm.data.prepare.records.shapes import SHAPES
 from megatron_vlm.hf.tables.model import TABLES
 from megatron_vlm.models.connectors import BUILD_CONNECTOR
 from megatron_vlm.models.encoders import BUILD_ENCODER
-from megatron_vlm.models.modalities import MODALITIES
+from megatron_vlm.models.modalities.table import MODALITIES
 from megatron_vlm.observe.metrics import IterationMetrics
 from tests.vectors import VECTOR, VectorReader, Vectors
 
@@ -39,7 +39,7 @@ ADDED = {
     "A dataset format": {},
 }
 # Files that an example shows and that its list can't name: whatever module obeys a flag, or counts.
-OBEYS = "megatron_vlm/training/guards.py"
+OBEYS = "megatron_vlm/training/hooks/guards.py"
 
 
 def part(heading: str) -> str:

@@ -26,8 +26,8 @@ from megatron_vlm.data.media.base import ItemSize, MediaReader, ReaderSettings
 from megatron_vlm.data.media.kinds import KINDS, Kind
 from megatron_vlm.data.media.readers import READERS
 from megatron_vlm.data.templates import SampleError
-from megatron_vlm.models.media import FeatureOrder, Modality
-from megatron_vlm.models.modalities import MODALITIES
+from megatron_vlm.models.modalities.base import FeatureOrder, Modality
+from megatron_vlm.models.modalities.table import MODALITIES
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.transformer_configs import TransformerConfigs
 from megatron_vlm.models.vlm import build_model

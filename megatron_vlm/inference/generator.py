@@ -17,8 +17,8 @@ from megatron_vlm.config.generation import SamplingSection
 from megatron_vlm.data.media.base import Media, join
 from megatron_vlm.inference.sampling import Sampler
 from megatron_vlm.models.cache import KeyValueCache
-from megatron_vlm.models.media import Placed
-from megatron_vlm.models.modalities import place_media
+from megatron_vlm.models.modalities.base import Placed
+from megatron_vlm.models.modalities.table import place_media
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.payload import payload_rows
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model

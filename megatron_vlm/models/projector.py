@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.connectors import BUILD_CONNECTOR
-from megatron_vlm.models.tiles import FeatureIndex
+from megatron_vlm.models.connectors.tiles import FeatureIndex
 
 
 class Projector(MegatronModule):

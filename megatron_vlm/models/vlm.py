@@ -15,8 +15,8 @@ from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.models.cache import KeyValueCache
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.loss import LossParts
-from megatron_vlm.models.media import Modality, Placed
-from megatron_vlm.models.modalities import modalities_of
+from megatron_vlm.models.modalities.base import Modality, Placed
+from megatron_vlm.models.modalities.table import modalities_of
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.recompute import ask_for_gradient, let_mlps_be_recomputed
 from megatron_vlm.models.specs import choose_transformer_impl
@@ -80,7 +80,7 @@ class VisionLanguageModel(MegatronModule):
         Args:
             input_ids: ``[b, s]``; every item of the media holds as many placeholders as it has features.
             media: by kind, on the first stage; as
-                :func:`~megatron_vlm.models.modalities.place_media` places them.
+                :func:`~megatron_vlm.models.modalities.table.place_media` places them.
             labels: ``[b, s]``, the token to be predicted at each position.
             trained: where there are labels, the positions that are trained, as
                 :func:`~megatron_vlm.models.loss.find_trained` makes them.

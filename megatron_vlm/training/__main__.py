@@ -31,7 +31,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     from megatron_vlm import parallel
     from megatron_vlm.parallel import fp8
     from megatron_vlm.parallel.deterministic import use_deterministic_algorithms
-    from megatron_vlm.training.debugging import post_mortem
+    from megatron_vlm.training.hooks.debugging import post_mortem
     from megatron_vlm.training.run import run
 
     if config.training.deterministic:

@@ -23,8 +23,8 @@ from megatron_vlm.data.batch import IGNORE_INDEX, Microbatch, to_device
 from megatron_vlm.data.media.base import Media
 from megatron_vlm.data.processing import Processing
 from megatron_vlm.models.loss import LossParts, find_trained
-from megatron_vlm.models.media import Placed
-from megatron_vlm.models.modalities import modalities_of, place_media
+from megatron_vlm.models.modalities.base import Placed
+from megatron_vlm.models.modalities.table import modalities_of, place_media
 from megatron_vlm.models.packing import boundaries
 from megatron_vlm.models.payload import payload_rows
 from megatron_vlm.parallel import Layout

@@ -27,14 +27,14 @@ from megatron_vlm.training import checkpoint
 from megatron_vlm.training.batch import BatchReader
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.context import Parts, RunContext
-from megatron_vlm.training.debugging import Debugger
 from megatron_vlm.training.ends import describe_ends
 from megatron_vlm.training.evaluate import Evaluator, without_evaluations
 from megatron_vlm.training.freezing import Regime, set_trainable, table
-from megatron_vlm.training.gradient_check import GradientCheck, LastVerdict
-from megatron_vlm.training.guards import LossGuard, Watchdog
 from megatron_vlm.training.hooks import Hook
+from megatron_vlm.training.hooks.debugging import Debugger
 from megatron_vlm.training.hooks.evaluation import Evaluation
+from megatron_vlm.training.hooks.gradient_check import GradientCheck, LastVerdict
+from megatron_vlm.training.hooks.guards import LossGuard, Watchdog
 from megatron_vlm.training.hooks.log import Log
 from megatron_vlm.training.hooks.saving import Saving
 from megatron_vlm.training.resolve import resolve

@@ -22,7 +22,7 @@ from megatron_vlm.training.batch import BatchReader
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.evaluate import Evaluator, stops_early
 from megatron_vlm.training.freezing import Regime
-from megatron_vlm.training.guards import Watchdog
+from megatron_vlm.training.hooks.guards import Watchdog
 from megatron_vlm.training.schedule import Schedule
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.sources import SourceTotals

@@ -13,7 +13,7 @@ from megatron_vlm.plan.start import Start, check_restart
 from megatron_vlm.system.exit_codes import DONE
 from megatron_vlm.training import run_folder
 from megatron_vlm.training.build import begin, build, make_hooks
-from megatron_vlm.training.guards import Watchdog
+from megatron_vlm.training.hooks.guards import Watchdog
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.trainer import train
 

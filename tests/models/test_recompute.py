@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm import parallel
 from megatron_vlm.architecture.model import ModelConfig
-from megatron_vlm.models.modalities import place_media
+from megatron_vlm.models.modalities.table import place_media
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model
 from tests.distributed import DEVICE, Pool

@@ -12,8 +12,9 @@ import time
 from typing import Any
 from unittest import mock
 
-from megatron_vlm.training import __main__, guards
+from megatron_vlm.training import __main__
 from megatron_vlm.training.batch import BatchReader
+from megatron_vlm.training.hooks import guards
 
 
 def stuck_in_python() -> None:

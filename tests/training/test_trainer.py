@@ -16,7 +16,7 @@ from megatron_vlm.config.run import RunConfig
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training import run_folder
 from megatron_vlm.training.build import begin, build
-from megatron_vlm.training.guards import Watchdog
+from megatron_vlm.training.hooks.guards import Watchdog
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.step import train_step
 from tests.distributed import Pool

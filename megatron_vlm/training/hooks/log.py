@@ -7,7 +7,7 @@ from dataclasses import asdict
 from megatron_vlm.training.batch import GlobalBatch
 from megatron_vlm.training.context import Parts, RunContext
 from megatron_vlm.training.hooks import Hook
-from megatron_vlm.training.meter import Meter
+from megatron_vlm.training.hooks.meter import Meter
 from megatron_vlm.training.step import StepResult
 
 

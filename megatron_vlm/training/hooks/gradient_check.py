@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.architecture.train_modules import LANGUAGE
-from megatron_vlm.models.modalities import MODALITIES
+from megatron_vlm.models.modalities.table import MODALITIES
 from megatron_vlm.parallel import Layout
 from megatron_vlm.system.units import count_text
 from megatron_vlm.training.batch import GlobalBatch

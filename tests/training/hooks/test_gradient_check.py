@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_vlm import parallel
-from megatron_vlm.models.media import Placed
+from megatron_vlm.models.modalities.base import Placed
 from megatron_vlm.training.batch import Batch, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
 from megatron_vlm.training.freezing import Regime
-from megatron_vlm.training.gradient_check import GradientCheck
+from megatron_vlm.training.hooks.gradient_check import GradientCheck
 from megatron_vlm.training.step import StepResult
 from tests.distributed import Pool
 from tests.training.conftest import Trainable

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.training import debugging
 from megatron_vlm.training.freezing import Regime
+from megatron_vlm.training.hooks import debugging
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from megatron_vlm.hf.formats.native import NativeReader
 from megatron_vlm.observe.sinks import Sinks
 from megatron_vlm.training.batch import BatchReader, GlobalBatch
 from megatron_vlm.training.checkpoint import RunState
-from megatron_vlm.training.guards import HUNG, LossGuard
+from megatron_vlm.training.hooks.guards import HUNG, LossGuard
 from megatron_vlm.training.step import NonFiniteError, StepResult
 from tests.distributed import Pool
 from tests.patience import HANG

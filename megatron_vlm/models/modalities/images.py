@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.media.kinds import IMAGE
+from megatron_vlm.models.connectors.tiles import index_features
 from megatron_vlm.models.encoders import BUILD_ENCODER
-from megatron_vlm.models.media import FeatureOrder, Modality
+from megatron_vlm.models.modalities.base import FeatureOrder, Modality
 from megatron_vlm.models.projector import Projector
-from megatron_vlm.models.tiles import index_features
 from megatron_vlm.models.transformer_configs import TransformerConfigs
 
 

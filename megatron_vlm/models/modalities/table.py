@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_vlm.architecture.model import ModelConfig
 from megatron_vlm.data.media.base import Media
 from megatron_vlm.data.media.kinds import IMAGE
-from megatron_vlm.models.images import Images
-from megatron_vlm.models.media import Modality, Placed
+from megatron_vlm.models.modalities.base import Modality, Placed
+from megatron_vlm.models.modalities.images import Images
 
 MODALITIES: dict[str, type[Modality]] = {IMAGE.name: Images}
 
