@@ -60,7 +60,7 @@ from megatron_vlm.hf.megatron import (
     write_carried,
     write_hf_files,
 )
-from megatron_vlm.hf.tables.model import build_table, check_exported
+from megatron_vlm.hf.tables.model import build_table, check_classic, check_exported
 from megatron_vlm.hf.tables.table import Carry, Row, Table, detect_prefixes
 from megatron_vlm.hf.target import check_apart, check_apart_from, check_root, check_target
 
@@ -106,6 +106,8 @@ def import_hf(
     source, root = Path(hf_dir), Path(megatron_dir)
     model = ModelConfig.from_hf_dir(str(source))
     model.check_layout(tp, pp)
+    if classic is not None:
+        check_classic(model)
     check_apart(source, root)
     check_root(root, force)
     folder: Source = HFFolder(source) if random_seed is None else RandomWeights(source, random_seed)
@@ -261,6 +263,8 @@ def reshard(
             f"{source.path} has adapters; merge them with scripts/convert/convert_megatron_to_hf.py"
         )
     model.check_layout(tp, pp)
+    if classic is not None:
+        check_classic(model)
     table = build_table(model, padded_vocab_size(model.language.vocab_size, tp), source.prefixes)
     dtypes = {row.native: dtype or source.reader.dtype(row.native) for row in table.rows}
     size = sum(math.prod(row.native_shape) * dtypes[row.native].itemsize for row in table.rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from megatron_vlm.hf.build.join import build_llava
-from megatron_vlm.hf.convert import export_hf, import_hf
+from megatron_vlm.hf.convert import export_hf, import_hf, reshard
 from megatron_vlm.hf.formats.classic import ClassicLayout
 from megatron_vlm.hf.mm_projector import export_projector, import_projector, read_projector
 from megatron_vlm.hf.verify import check_manifest, verify
@@ -226,6 +226,11 @@ def test_a_projector_that_transformers_cant_hold(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"mlp3x_gelu, which can't be exported .*: it has 3 linear"):
             refused()
+
+    with pytest.raises(ValueError, match="--format classic: the projector is mlp3x_gelu: it has 3"):
+        import_hf(tmp_path / "llava", tmp_path / "classic", 1, 1, classic=ClassicLayout(1, 1, 1, (2,)))
+    with pytest.raises(ValueError, match="--format classic: the projector is mlp3x_gelu"):
+        reshard(tmp_path / "native", tmp_path / "classic", 1, 1, classic=ClassicLayout(1, 1, 1, (2,)))
 
 
 def test_identity(tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ from megatron_vlm.hf.tables.table import Carry, Entries
 KIND = "identity"
 
 
+def why_not_classic(projector: ProjectorConfig) -> str:
+    """Return why Megatron-LM's LLaVA can't hold it."""
+    return "Megatron-LM's LLaVA has no model without a projector"
+
+
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
     """Yield nothing that is trained; transformers' LLaVA stores the identity as two linears."""
     for name in ("linear_1", "linear_2"):

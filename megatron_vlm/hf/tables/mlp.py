@@ -25,6 +25,12 @@ def why_not_exported(projector: ProjectorConfig) -> str:
     return f"it has {count} linear layers, and transformers' LLaVA two" if count > 2 else ""
 
 
+def why_not_classic(projector: ProjectorConfig) -> str:
+    """Return why Megatron-LM's LLaVA can't hold it, or empty."""
+    count = depth(projector.kind)
+    return f"it has {count} linear layers, and Megatron-LM's mlp two" if count != 2 else ""
+
+
 def entries(c: ProjectorConfig, model: ModelConfig) -> Entries:
     """Yield the rows of transformers' ``LlavaMultiModalProjector`` and megatron-core's
     ``MultimodalProjector``.

@@ -23,6 +23,10 @@ WHY_NOT_EXPORTED: Mapping[str, Callable[[ProjectorConfig], str]] = Registry(
     "megatron_vlm.hf.tables", "why_not_exported", optional=True
 )
 
+WHY_NOT_CLASSIC: Mapping[str, Callable[[ProjectorConfig], str]] = Registry(
+    "megatron_vlm.hf.tables", "why_not_classic", optional=True
+)
+
 
 def why_not_exported(model: ModelConfig) -> str:
     """Return why transformers' class for a model can't hold it, or empty."""
@@ -42,6 +46,18 @@ def check_exported(model: ModelConfig) -> None:
             f"the projector is {kind}, which can't be exported to Hugging Face: {why}; write it alone, as "
             "LLaVA does, with scripts/convert/projector.py export"
         )
+
+
+def check_classic(model: ModelConfig) -> None:
+    """Check that Megatron-LM's LLaVA can hold a model.
+
+    Raises:
+        ValueError: it can't; the line names what it can't hold, and what would work.
+    """
+    kind = model.projector.kind
+    why = WHY_NOT_CLASSIC[kind](model.projector) if kind in WHY_NOT_CLASSIC else ""
+    if why:
+        raise ValueError(f"--format classic: the projector is {kind}: {why}; use the native format")
 
 
 def build_table(model: ModelConfig, padded_vocab_size: int, prefixes: dict[str, str]) -> Table:
