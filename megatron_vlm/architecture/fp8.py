@@ -90,7 +90,7 @@ class Fp8Config:
         yield "its queries, keys and values are", (heads + 2 * groups) * language.head_dim // tp, step
         yield "its attention's output is", heads * language.head_dim // tp, step
         yield "its MLP is", language.ffn_hidden_size // tp, step
-        if self.projector and CONNECTORS[model.projector.kind].IN_FP8:
+        if self.projector and CONNECTORS[model.projector.kind].in_fp8(model.projector.kind):
             what = "the projector's input is"
             for linear in connector(model):
                 if isinstance(linear, Linear):

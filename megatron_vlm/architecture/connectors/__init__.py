@@ -3,7 +3,7 @@
 A file has these names:
 
     KIND                                       ``ProjectorConfig.kind``, config.json's ``mm_projector_type``
-    IN_FP8                                     whether ``--fp8-projector`` changes how its linears multiply
+    in_fp8(kind)                               whether Transformer Engine multiplies its linears in FP8
     problem(projector, hidden_size)            what is wrong with such a projector, or empty
     connector_layers(projector, hidden_size)   yields its layers, in the order of its pass
 """

@@ -11,7 +11,11 @@ from megatron_vlm.architecture.layers import Layer
 from megatron_vlm.architecture.projector import ProjectorConfig
 
 KIND = "identity"
-IN_FP8 = False  # there is nothing to multiply
+
+
+def in_fp8(kind: str) -> bool:
+    """Return whether Transformer Engine multiplies it: there is nothing to multiply."""
+    return False
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:

@@ -8,7 +8,11 @@ from megatron_vlm.architecture.layers import COLUMN, Layer, Linear
 from megatron_vlm.architecture.projector import ProjectorConfig
 
 KIND = "linear"
-IN_FP8 = False  # the one linear of its own kind here is not Transformer Engine's
+
+
+def in_fp8(kind: str) -> bool:
+    """Return whether Transformer Engine multiplies it: the one linear is not Transformer Engine's."""
+    return False
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:

@@ -11,13 +11,17 @@ from megatron_vlm.architecture.layers import COLUMN, ROW, Layer, Linear
 from megatron_vlm.architecture.projector import ProjectorConfig
 
 KIND = "mlpNx_gelu"
-IN_FP8 = True
 MOST = 16  # linears; a name that asks for more is wrong
 
 
 def depth(kind: str) -> int:
     """Return the number of linears, the N of ``mlpNx_gelu``."""
     return int(kind[len("mlp") : kind.index("x")])
+
+
+def in_fp8(kind: str) -> bool:
+    """Return whether Transformer Engine multiplies it: megatron-core's MLP has two linears."""
+    return depth(kind) == 2
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:

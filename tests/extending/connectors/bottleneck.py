@@ -8,8 +8,12 @@ from megatron_vlm.architecture.layers import COLUMN, ROW, Layer, Linear
 from megatron_vlm.architecture.projector import ProjectorConfig
 
 KIND = "bottleneck"
-IN_FP8 = False
 NARROW = 8
+
+
+def in_fp8(kind: str) -> bool:
+    """Return whether Transformer Engine multiplies it."""
+    return False
 
 
 def problem(projector: ProjectorConfig, hidden_size: int) -> str:
