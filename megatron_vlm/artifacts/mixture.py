@@ -108,7 +108,7 @@ class MixtureConfig:
 
     @classmethod
     def load(cls, path: str) -> MixtureConfig:
-        """Read a file.
+        """Read a mixture from its file.
 
         Raises:
             ValueError: it is missing or malformed; one line that says where, and what would work.

@@ -239,7 +239,7 @@ class GenerationConfig:
 
     @property
     def checkpoint(self) -> str:
-        """``--megatron-dir``.
+        """The value of ``--megatron-dir``.
 
         Raises:
             ValueError: it isn't given.

@@ -75,7 +75,7 @@ class VisionLanguageModel(MegatronModule):
         position_ids: Tensor | None = None,
         taps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Run this stage.
+        """Run the forward pass of this pipeline stage.
 
         Args:
             input_ids: ``[b, s]``; every item of the media holds as many placeholders as it has features.

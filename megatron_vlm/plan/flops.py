@@ -73,7 +73,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All."""
+        """The operations of all parts."""
         return self.vision + self.without_vision
 
 

@@ -52,15 +52,27 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class _Family:
-    """The settings of LLaVA that a kind of tower needs."""
+    """The settings of LLaVA that a kind of tower needs.
+
+    Attributes:
+        class_tokens: to drop.
+        image_processor: transformers' class; it resizes the shorter side and crops, or makes a square of all.
+        pooled: the tower may hold a head that pools its features, under this name.
+    """
 
     feature_strategy: str
     class_tokens: int
+    image_processor: str
+    crops: bool
+    pooled: str = ""
 
 
 # -2 is LLaVA's feature layer for both. SigLIP has no class token to drop.
 _FEATURE_LAYER = -2
-_FAMILIES = {"clip_vision_model": _Family("default", 1), "siglip_vision_model": _Family("full", 0)}
+_FAMILIES = {
+    "clip_vision_model": _Family("default", 1, "CLIPImageProcessor", crops=True),
+    "siglip_vision_model": _Family("full", 0, "SiglipImageProcessor", crops=False, pooled="head.probe"),
+}
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,9 @@ def build_llava(
     tokenizer, vocabulary = _vocabulary(text, VOCAB_MULTIPLE if vocab_size_padding else 1)
     text.config.vocab_size = vocabulary.size
     text.config.pad_token_id = tokenizer.pad_token_id
-    if vision.config.model_type == "siglip_vision_model":
-        vision.config.vision_use_head = tower.holds("head.probe")
+    pooled = _FAMILIES[vision.config.model_type].pooled
+    if pooled:
+        vision.config.vision_use_head = tower.holds(pooled)
     values: dict[str, Any] = {"image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}
     if FAMILIES[model_type].built_grids:
         side, grids = vision.config.image_size, FAMILIES[model_type].built_grids
@@ -288,16 +301,14 @@ def _processor(model_type: str, vision: _Given, model: ModelConfig, tokenizer: A
 def _image_processor(vision: _Given, model: ModelConfig) -> Any:
     """Return the tower's own image processor, or its family's usual one at the tower's image size; where
     images are cut, one that does so with the same constants."""
-    from transformers import (
-        AutoImageProcessor,
-        CLIPImageProcessor,
-        LlavaNextImageProcessor,
-        SiglipImageProcessor,
-    )
+    import transformers
+    from transformers import AutoImageProcessor, LlavaNextImageProcessor
 
+    family = _FAMILIES[vision.config.model_type]
+    usual = getattr(transformers, family.image_processor)
     side = model.vision.image_size
     square = {"height": side, "width": side}
-    clip = dict(size={"shortest_edge": side}, crop_size=square)
+    cropped = dict(size={"shortest_edge": side}, crop_size=square)
     own = None
     if _has_image_processor(vision.folder):
         try:
@@ -307,15 +318,13 @@ def _image_processor(vision: _Given, model: ModelConfig) -> Any:
             raise ValueError(f"{vision.flag}: its image processor cannot be used ({reason})") from None
         if model.anyres is None and not hasattr(own, "image_grid_pinpoints"):
             return own
-    elif model.vision.family == "siglip":
-        own = SiglipImageProcessor()
+    elif not family.crops:
+        own = usual()
     constants = {key: getattr(own, key) for key in ("image_mean", "image_std", "resample")} if own else {}
     if model.anyres is not None:
         pinpoints = [list(size) for size in model.anyres.grid_pinpoints]
-        return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **clip, **constants)
-    if model.vision.family == "clip":
-        return CLIPImageProcessor(**clip, **constants)
-    return SiglipImageProcessor(size=square, **constants)
+        return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **cropped, **constants)
+    return usual(**(cropped if family.crops else dict(size=square)), **constants)
 
 
 def _has_image_processor(folder: Path) -> bool:

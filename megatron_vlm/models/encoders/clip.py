@@ -12,4 +12,4 @@ KIND = "clip"
 
 def build(model: ModelConfig, config: TransformerConfig, impl: str) -> VisionTower:
     """Return the tower, with a class token and a norm before the first block, and patches without a bias."""
-    return VisionTower(model, config, impl, like=KIND, patch_bias=False)
+    return VisionTower(model, config, impl, like=KIND)

@@ -12,4 +12,4 @@ KIND = "siglip"
 
 def build(model: ModelConfig, config: TransformerConfig, impl: str) -> VisionTower:
     """Return the tower, without a class token."""
-    return VisionTower(model, config, impl, like=KIND, patch_bias=True)
+    return VisionTower(model, config, impl, like=KIND)

@@ -8,7 +8,9 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vlm.architecture.layers import weights_of
 from megatron_vlm.architecture.model import ModelConfig
+from megatron_vlm.architecture.parts import encoder_embedding
 from megatron_vlm.models.lora import VISION_PROJECTIONS, add_adapters
 from megatron_vlm.models.recompute import ask_for_gradient
 from megatron_vlm.models.specs import layer_spec, standalone_norm
@@ -24,15 +26,14 @@ class VisionTower(CLIPViTModel):
     The tower stands whole on the first pipeline stage, cut by tensor parallelism only.
     """
 
-    def __init__(
-        self, model: ModelConfig, config: TransformerConfig, impl: str, like: str, patch_bias: bool
-    ) -> None:
-        """
+    def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str, like: str) -> None:
+        """Build the tower; its weights are not set.
+
         Args:
             like: ``clip`` with a norm before the first block, or ``siglip`` without.
-            patch_bias: the convolution that makes patches has a bias.
         """
         vision = model.vision
+        described = {weight.name for weight in weights_of(encoder_embedding(model))}
         spec = layer_spec(impl, causal=False, output_bias=True)
         if model.lora is not None:
             add_adapters([spec], VISION_PROJECTIONS, model.lora.vision_targets, model.lora)
@@ -57,7 +58,7 @@ class VisionTower(CLIPViTModel):
             vision.hidden_size,
             kernel_size=vision.patch_size,
             stride=vision.patch_size,
-            bias=patch_bias,
+            bias="conv1.bias" in described,
             **factory,
         )
         self.position_embeddings.to(**factory)

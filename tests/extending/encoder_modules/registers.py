@@ -14,7 +14,7 @@ KIND = "registers"
 
 class RegisterTower(VisionTower):
     def __init__(self, model: ModelConfig, config: TransformerConfig, impl: str) -> None:
-        super().__init__(model, config, impl, like="clip", patch_bias=False)
+        super().__init__(model, config, impl, like="clip")
         size = model.vision.hidden_size
         self.class_token = torch.nn.Parameter(self.class_token.new_zeros(1, 1, size))
         self.register_token = torch.nn.Parameter(self.class_token.new_zeros(size))
